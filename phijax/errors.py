@@ -1,0 +1,19 @@
+"""Errors made for people: what was wrong, where, what to do. Commands turn them into one message and exit code 2."""
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_DONE = 0
+EXIT_CRASH = 1
+EXIT_USER_ERROR = 2
+EXIT_RESTART = 75  # stopped on request (EX_TEMPFAIL): start the same command again
+
+
+class UserError(Exception):
+    """Something the user can mend. The message stands alone: no traceback is shown with it."""
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name closest to `name`, or None when nothing is close enough to be a typing slip."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None
