@@ -1,0 +1,131 @@
+"""The decoder: one stack of equal blocks, scanned or unrolled, rematerialised here and nowhere else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from phijax.errors import UserError
+from phijax.model.attention import Attention
+from phijax.model.backend import Backend
+from phijax.model.config import ModelConfig
+from phijax.model.embedding import embed
+from phijax.model.kernels.splash import RESIDUALS
+from phijax.model.mlp import Mlp
+from phijax.model.norm import RMSNorm
+from phijax.model.rope import rope_table
+from phijax.model.weights import weight
+from phijax.parallel import sharding
+
+SAVEABLE = ("query", "key", "value", "attention", RESIDUALS, "mid", "gate", "up", "activation")
+
+# Policy -> what the backward pass finds saved, from most memory to least. None: everything, nothing is recomputed.
+REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
+    "none": None,
+    "save_all": SAVEABLE,
+    "save_all_but_activation": tuple(name for name in SAVEABLE if name != "activation"),
+    "save_mid_gate_up": ("attention", RESIDUALS, "mid", "gate", "up"),
+    "save_attention": ("attention", RESIDUALS),
+    "full": (),
+}
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, c: ModelConfig):
+        self.attention_norm = RMSNorm(c.model_dim, c.norm_eps)
+        self.attention = Attention(c)
+        self.mlp_norm = RMSNorm(c.model_dim, c.norm_eps)
+        self.mlp = Mlp(c)
+
+    def __call__(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array, backend: Backend
+    ) -> jax.Array:
+        residual = ("act_batch", "act_time", "act_embed")
+        x = x + self.attention(self.attention_norm(x), rope, segment_ids, backend)
+        x = checkpoint_name(sharding.constrain(x, residual), "mid")
+        return sharding.constrain(x + self.mlp(self.mlp_norm(x)), residual)
+
+
+class Decoder(nnx.Module):
+    """Embedding, L blocks, final norm, head. The blocks' leaves are declared once and stacked in front by `params`."""
+
+    def __init__(self, c: ModelConfig):
+        rows = (c.padded_vocab_size, c.model_dim)
+        self.embedding = weight(rows, ("vocab", "embed"), c.model_dim**-0.5)
+        self.blocks = Block(c)
+        self.final_norm = RMSNorm(c.model_dim, c.norm_eps)
+        self.head = None if c.tied_head else weight(rows, ("vocab", "embed"), c.model_dim**-0.5)
+        self.c = c
+
+    def hidden(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, backend: Backend, *, length: int
+    ) -> jax.Array:
+        """What the head sees.
+
+        Args:
+          tokens, positions, segment_ids: (B, T) int32.
+          length: declared sequence length of the program; decides the LongRoPE list.
+        Returns: (B, T, D) in the compute dtype, after the final norm.
+        """
+        rope = rope_table(self.c, positions, length, backend.dtype, by_matmul=backend.rope_by_matmul)
+        x = embed(self.embedding[...], tokens, backend.dtype)
+        x = sharding.constrain(x, ("act_batch", "act_time", "act_embed"))
+        body = rematerialised(lambda x, block: block(x, rope, segment_ids, backend), backend)
+        if backend.scan_layers:
+            x, _ = jax.lax.scan(lambda x, block: (body(x, block), None), x, self.blocks)
+        else:
+            for block in unstack(self.blocks, self.c.num_layers):
+                x = body(x, block)
+        return self.final_norm(x)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """(B, T, D) -> (B, T, V) float32, the padded vocabulary cut off. Training never makes these in full."""
+        head = self.head_rows()[: self.c.vocab_size].astype(hidden.dtype)
+        return jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+
+    def head_rows(self) -> jax.Array:
+        """(padded V, D) float32: the head, or the embedding where they are tied."""
+        return self.embedding[...] if self.head is None else self.head[...]
+
+
+def rematerialised(body: Callable, backend: Backend) -> Callable:
+    """`body` under the backend's policy: a name of REMAT_POLICIES, or names to save joined with '+'."""
+    names = remat_names(backend.remat)
+    if names is None:
+        return body
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    # Inside a scan nothing can be merged across iterations, and the barriers that prevent it cost copies.
+    return jax.checkpoint(body, policy=policy, prevent_cse=not backend.scan_layers)
+
+
+def remat_names(policy: str) -> tuple[str, ...] | None:
+    """Raises: UserError for a policy that is neither known nor made of saveable names."""
+    if policy in REMAT_POLICIES:
+        return REMAT_POLICIES[policy]
+    names = tuple(policy.split("+"))
+    unknown = [name for name in names if name not in SAVEABLE]
+    if unknown:
+        raise UserError(
+            f"model.remat={policy!r} is not known. Policies: {', '.join(REMAT_POLICIES)}; "
+            f"or names to save joined with '+': {', '.join(SAVEABLE)}."
+        )
+    return names
+
+
+def unstack(tree: Any, count: int) -> list[Any]:
+    """A stacked tree -> `count` trees. Its gradient is one stack; sliced one by one, each layer would add into zeros."""
+
+    @jax.custom_vjp
+    def split(tree):
+        return [jax.tree.map(lambda a: a[i], tree) for i in range(count)]
+
+    def backward(_, cotangents):
+        return (jax.tree.map(lambda *rows: jnp.stack(rows), *cotangents),)
+
+    split.defvjp(lambda tree: (split(tree), None), backward)
+    return split(tree)

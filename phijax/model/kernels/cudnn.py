@@ -1,0 +1,28 @@
+"""Attention on NVIDIA GPUs: cuDNN's flash kernel through jax.nn."""
+
+import jax
+import jax.numpy as jnp
+
+from phijax.model.kernels.dense import visible
+
+
+def cudnn_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, window: int | None
+) -> jax.Array:
+    """The same function as `dense_attention`: q (B, N, T, H), k and v (B, K, T, H) -> (B, N, T, H).
+
+    cuDNN runs in bfloat16 or float16 only. Causality and window go to the kernel; packing goes in as a mask.
+    """
+    index = jnp.arange(q.shape[2])
+    mask = visible(index, index, segment_ids, segment_ids, window)[:, None]  # (B, 1, T, S)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # jax.nn wants (B, T, N, H)
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+    return jnp.swapaxes(out, 1, 2)

@@ -1,0 +1,87 @@
+"""Attention on TPU: jax's Pallas splash kernel under the mesh."""
+
+import jax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import PartitionSpec
+
+from phijax.parallel import sharding
+
+BLOCK = 1024
+BLOCK_COMPUTE = 512  # inner step over keys: bounds the scores held in VMEM
+
+# Under this name remat policies keep the kernel's output and log-sum-exp, without which its forward runs twice.
+RESIDUALS = "attention_residuals"
+
+
+def splash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    window: int | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """The same function as `dense_attention`: q (B, N, T, H), k and v (B, K, T, H) -> (B, N, T, H).
+
+    Under `context` the queries stay where they are and keys and values are gathered along it: at 128K that is one
+    all-gather over one torus axis, and it fits. `interpret` runs the kernel's body on any backend, for tests.
+    """
+    n, t = q.shape[1], q.shape[2]
+    sizes = sharding.mesh_sizes()
+    mask = masks.CausalMask((t, t), shard_count=sizes["context"])
+    if window is not None and window < t:
+        mask = masks.LocalMask((t, t), (window - 1, 0), 0, shard_count=sizes["context"])
+    splash = kernel.make_splash_mha(
+        masks.MultiHeadMask([mask] * (n // sizes["tensor"])),
+        block_sizes=_block_sizes(t, t // sizes["context"]),
+        head_shards=1,
+        q_seq_shards=sizes["context"],
+        residual_checkpoint_name=RESIDUALS,
+        interpret=interpret,
+    )
+    q = q * q.shape[-1] ** -0.5
+    if jax.sharding.get_abstract_mesh().empty:
+        segments = kernel.SegmentIds(segment_ids, segment_ids)
+        return jax.vmap(splash)(q, k, v, segments)
+    return _under_mesh(splash, sizes)(splash, q, k, v, segment_ids, segment_ids)
+
+
+def _under_mesh(splash, sizes):
+    """The kernel in a shard_map: batch over data and fsdp, heads over tensor, queries over context."""
+    heads = sharding.spec(("act_batch", "act_heads", "act_time", None))
+    segments = sharding.spec(("act_batch", "act_time"))
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = splash.manual_sharding_spec(jax.sharding.NamedSharding(mesh, PartitionSpec(None, "context")))
+
+    def local(splash, q, k, v, q_segments, kv_segments):
+        if sizes["context"] > 1:
+            k, v = (jax.lax.all_gather(x, "context", axis=2, tiled=True) for x in (k, v))
+            kv_segments = jax.lax.all_gather(kv_segments, "context", axis=1, tiled=True)
+        return jax.vmap(splash, in_axes=(0, 0, 0, 0))(q, k, v, kernel.SegmentIds(q_segments, kv_segments))
+
+    return jax.shard_map(
+        local, in_specs=(manual, heads, heads, heads, segments, segments), out_specs=heads, check_vma=False
+    )
+
+
+def _block_sizes(keys: int, queries: int) -> kernel.BlockSizes:
+    rows, columns, inner = min(BLOCK, queries), min(BLOCK, keys), min(BLOCK_COMPUTE, keys)
+    return kernel.BlockSizes(
+        block_q=rows,
+        block_kv=columns,
+        block_kv_compute=inner,
+        block_q_dkv=rows,
+        block_kv_dkv=columns,
+        block_kv_dkv_compute=inner,
+        use_fused_bwd_kernel=True,
+    )
+
+
+def check_splash(length: int, context: int) -> str | None:
+    """Why these lengths cannot run in the kernel, or None."""
+    local = length // context
+    if length % context or local % min(BLOCK, local) or length % min(BLOCK, length) or local % 128:
+        return f"splash attention needs T / context to be a multiple of 128 and of {BLOCK} above it: T={length}, context={context}"
+    return None

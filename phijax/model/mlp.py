@@ -1,0 +1,23 @@
+"""The gated feed-forward layer."""
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from phijax.model.config import ModelConfig
+from phijax.model.weights import project, project_back, weight
+
+
+class Mlp(nnx.Module):
+    """SwiGLU: (B, T, D) -> (B, T, D). Shazeer 2020, arXiv:2002.05202."""
+
+    def __init__(self, c: ModelConfig):
+        into, back = c.model_dim**-0.5, c.residual_std(c.ffn_dim)
+        self.gate = weight((c.ffn_dim, c.model_dim), ("ffn", "embed"), std=into)
+        self.up = weight((c.ffn_dim, c.model_dim), ("ffn", "embed"), std=into)
+        self.down = weight((c.ffn_dim, c.model_dim), ("ffn", "embed"), std=back)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = checkpoint_name(project(x, self.gate), "gate")
+        up = checkpoint_name(project(x, self.up), "up")
+        return project_back(checkpoint_name(jax.nn.silu(gate) * up, "activation"), self.down)

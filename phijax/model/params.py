@@ -1,0 +1,126 @@
+"""The bridge between Flax modules and plain parameters: outside `model/` parameters are a nested dict of arrays."""
+
+import functools
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from phijax.errors import UserError
+from phijax.model.config import ModelConfig
+from phijax.model.decoder import Decoder
+from phijax.parallel import sharding
+
+Params = dict[str, Any]
+STACKED = "blocks"
+
+
+@functools.lru_cache(maxsize=16)
+def _declared(c: ModelConfig) -> tuple[nnx.GraphDef, dict[str, tuple[tuple[int, ...], tuple[str, ...], float]]]:
+    """The module's structure, and per leaf path: shape, logical axes, deviation; blocks with L in front."""
+    graph, state = nnx.split(Decoder(c))
+    leaves = {}
+    for path, variable in nnx.to_flat_state(state):
+        shape, axes = tuple(variable.get_value().shape), tuple(variable.axes)
+        if path[0] == STACKED:
+            shape, axes = (c.num_layers, *shape), ("layers", *axes)
+        leaves["/".join(path)] = (shape, axes, variable.std)
+    return graph, leaves
+
+
+def shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Leaf path -> shape; they never depend on the mesh."""
+    return {path: shape for path, (shape, _, _) in _declared(c)[1].items()}
+
+
+def axes(c: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Leaf path -> logical axes, one a dimension."""
+    return {path: names for path, (_, names, _) in _declared(c)[1].items()}
+
+
+def nested(flat: Mapping[str, Any]) -> Params:
+    """{"a/b": x} -> {"a": {"b": x}}."""
+    tree: Params = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The inverse of `nested`."""
+    out = {}
+    for name, value in tree.items():
+        out |= flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
+    return out
+
+
+def shardings(c: ModelConfig, mesh: Mesh) -> Params:
+    return nested({path: sharding.sharding(mesh, names) for path, names in axes(c).items()})
+
+
+def abstract(c: ModelConfig, mesh: Mesh | None = None) -> Params:
+    """ShapeDtypeStructs of the parameters, with shardings where a mesh is given."""
+    placed = flat(shardings(c, mesh)) if mesh is not None else {}
+    structs = {p: jax.ShapeDtypeStruct(s, jnp.float32, sharding=placed.get(p)) for p, s in shapes(c).items()}
+    return nested(structs)
+
+
+def init(c: ModelConfig, seed: int) -> Params:
+    """Start values: a leaf's key is fold_in(seed, crc32(path)), so adding a leaf moves no other.
+
+    Call it under `jax.jit` with `out_shardings`: each device then makes its own part, the same numbers on any mesh.
+    """
+    key = jax.random.key(seed)
+    out = {}
+    for path, (shape, names, std) in _declared(c)[1].items():
+        if std == 0.0:
+            out[path] = jnp.ones(shape, jnp.float32)
+            continue
+        values = jax.random.normal(jax.random.fold_in(key, zlib.crc32(path.encode())), shape, jnp.float32) * std
+        if "vocab" in names:  # rows that stand for no token
+            values = jnp.where(jnp.arange(shape[0])[:, None] < c.vocab_size, values, 0.0)
+        out[path] = values
+    return nested(out)
+
+
+def module(c: ModelConfig, params: Params) -> Decoder:
+    """The Decoder that holds these arrays."""
+    return nnx.merge(_declared(c)[0], nnx.State(params))
+
+
+def count(c: ModelConfig) -> int:
+    """Parameters of the model as published: without the rows that pad the vocabulary."""
+    total = 0
+    for shape, names, _ in _declared(c)[1].values():
+        size = 1
+        for length, name in zip(shape, names, strict=True):
+            size *= c.vocab_size if name == "vocab" else length
+        total += size
+    return total
+
+
+def check_mesh(c: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
+    """Refuses a mesh that does not cut the model evenly; returns warnings about rows a chip.
+
+    Raises: UserError, before any memory is taken.
+    """
+    for what, heads in (("num_kv_heads", c.num_kv_heads), ("num_heads", c.num_heads)):
+        if heads % sizes["tensor"]:
+            fits = [n for n in range(1, heads + 1) if heads % n == 0 and c.num_heads % n == 0]
+            raise UserError(
+                f"mesh.tensor={sizes['tensor']} cannot be used with model.{what}={heads}: tensor parallelism cuts at "
+                f"heads.\nSizes that do: {', '.join(map(str, fits))}."
+            )
+    leaves = {path: (shape, names) for path, (shape, names, _) in _declared(c)[1].items()}
+    for path, (shape, names) in leaves.items():
+        sharding.check_divides(path, shape, names, sizes)
+    grouped = ("kv_heads",) if c.num_kv_heads < c.num_heads else ()
+    return sharding.row_warnings(leaves, sizes, ignore=grouped)

@@ -1,0 +1,64 @@
+"""The device mesh: data x fsdp x context x tensor, slices joined over DCN along `data`."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh
+
+from phijax.errors import UserError
+from phijax.parallel.sharding import MESH_AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; their product is the number of chips. One of them may be -1: what is left."""
+
+    data: int = 1  # replicas; over DCN between slices, and inside a slice where fsdp would leave too few rows a chip
+    fsdp: int = -1  # parameters, gradients and optimizer state are split over it, gathered when used
+    context: int = 1  # sequence length
+    tensor: int = 1  # heads and ffn
+    slices: int = 1  # TPU slices joined over DCN; divides data
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Axis -> size, with -1 resolved.
+
+    Raises: UserError when the product is not the number of devices.
+    """
+    sizes = {name: getattr(config, name) for name in MESH_AXES}
+    free = [name for name, size in sizes.items() if size == -1]
+    bad = [name for name, size in sizes.items() if size != -1 and size < 1]
+    if bad or len(free) > 1:
+        raise UserError(f"mesh {sizes}: every axis is at least 1, and only one may be -1 (the rest of the devices).")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if free and num_devices % known == 0:
+        sizes[free[0]] = num_devices // known
+    if math.prod(sizes.values()) != num_devices:
+        raise UserError(
+            f"mesh {sizes} needs {abs(math.prod(sizes.values()))} devices, but there are {num_devices}.\n"
+            f"Set one axis to -1 to take what is left, e.g. --config.mesh.fsdp=-1, or change the sizes."
+        )
+    if sizes["data"] % config.slices:
+        raise UserError(
+            f"mesh.data={sizes['data']} cannot be split over mesh.slices={config.slices}: slices join along data."
+        )
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence) -> Mesh:
+    """Lays the axes onto the devices' physical torus (and slices onto DCN); virtual and single devices in id order."""
+    sizes = mesh_shape(config, len(devices))
+    shape = tuple(sizes.values())
+    if config.slices > 1:
+        within = (shape[0] // config.slices, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, (config.slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    elif devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        grid = np.asarray(devices).reshape(shape)
+    return Mesh(grid, MESH_AXES)
