@@ -1,0 +1,41 @@
+"""phijax VERB [--flags]: train the phi-3 family in JAX.
+
+Verbs (`phijax VERB --help` lists the flags of one):
+  main     train: --config=experiments/tiny.py --workdir=DIR
+  prepare  raw text -> token shards: --input=GLOB --output=DIR
+  show     print the manifest of shards or of checkpoints: DIR
+"""
+
+import runpy
+import sys
+from typing import NoReturn
+
+from phijax import command
+from phijax.errors import UserError, nearest_name
+
+VERBS = ("main", "prepare", "show")
+
+
+def main() -> NoReturn:
+    """The console entry: `phijax prepare ...` is `python -m phijax.prepare ...`."""
+    if len(sys.argv) > 1 and sys.argv[1] in VERBS:
+        verb = sys.argv.pop(1)
+        # As `python -m` would: the same exit codes, and worker processes that are spawned find the command's module.
+        runpy.run_module(f"phijax.{verb}", run_name="__main__", alter_sys=True)
+        sys.exit(0)
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        del sys.argv[2:]  # flags of a verb that does not exist are not the mistake to report
+    command.run(_without_verb)
+
+
+def _without_verb(arguments: list[str]) -> None:
+    if not arguments:
+        print(__doc__.strip())
+        return
+    nearest = nearest_name(arguments[0], VERBS)
+    meant = f" Did you mean `phijax {nearest}`?" if nearest else ""
+    raise UserError(f"phijax has no verb {arguments[0]!r}.{meant} Verbs: {', '.join(VERBS)}.")
+
+
+if __name__ == "__main__":
+    main()

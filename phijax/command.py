@@ -1,0 +1,81 @@
+"""What every command does around its work: parse flags, turn a UserError into one message, choose the exit code."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import flags
+
+from phijax import errors
+
+_HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
+
+
+def run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues = flags.FLAGS) -> NoReturn:
+    """Parses `sys.argv`, calls `main` with what is not a flag, and ends the process.
+
+    A command that defines its flags in a FlagValues of its own (`flags.DEFINE_string(..., flag_values=FLAGS)`) can be
+    imported beside other commands with flags of the same name, and its --help shows nothing of the libraries.
+
+    Args:
+      main: takes the arguments that are not flags; returns an exit code, None for done.
+      flag_values: where the flags of this command are defined.
+    Exit codes: `phijax.errors.EXIT_*`.
+    """
+    code = _exit_code(main, flag_values)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code != errors.EXIT_DONE:
+        # In a job of many processes the interpreter's own exit waits at a barrier for peers that may never come.
+        os._exit(code)
+    sys.exit(code)
+
+
+def _exit_code(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues) -> int:
+    try:
+        before_flags_end = sys.argv[: sys.argv.index("--")] if "--" in sys.argv else sys.argv
+        if any(argument in _HELP for argument in before_flags_end[1:]):
+            print(_help_text(main, flag_values))
+            return errors.EXIT_DONE
+        _, *positional = flag_values(sys.argv)
+        return main(positional) or errors.EXIT_DONE
+    except errors.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return errors.EXIT_USER_ERROR
+    except flags.Error as error:
+        print(f"error: {error}\nAll flags: --help", file=sys.stderr)
+        return errors.EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("stopped from the keyboard; the same command can be started again", file=sys.stderr)
+        return errors.EXIT_RESTART
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else errors.EXIT_DONE if stop.code is None else errors.EXIT_CRASH
+    except BaseException:
+        traceback.print_exc()
+        return errors.EXIT_CRASH
+
+
+def _help_text(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues) -> str:
+    """The command's module docstring and its flags, without the flags that libraries define for themselves."""
+    described = sys.modules[main.__module__].__doc__ or ""
+    names = flag_values.flags_by_module_dict()
+    # A command started with -m is known to absl by its file's name, one that was imported by its module's.
+    ours = [flag for module, found in names.items() for flag in found if _is_of(module, main.__module__)]
+    if flag_values is not flags.FLAGS:
+        ours = [flag for module, found in names.items() if not module.startswith("absl.") for flag in found]
+    lines = [_describe(flag) for flag in sorted(ours, key=lambda flag: flag.name)]
+    return "\n".join([described.strip(), *(["", "Flags:", *lines] if lines else [])])
+
+
+def _is_of(flag_module: str, main_module: str) -> bool:
+    return flag_module == main_module or (main_module == "__main__" and flag_module == sys.argv[0])
+
+
+def _describe(flag: flags.Flag) -> str:
+    name = f"  --[no]{flag.name}" if flag.boolean else f"  --{flag.name}"
+    shown = "" if flag.default in (None, "") or (flag.boolean and not flag.default) else f" (default: {flag.default})"
+    return f"{name}: {flag.help}{shown}"
