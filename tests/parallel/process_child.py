@@ -46,6 +46,7 @@ def one_raises(world):
 
 
 def user_error(world):
+    time.sleep(world.index)  # process 0 must not take process 1 with it before that has said its say
     raise UserError("mesh.data=3 does not divide 2 devices.")
 
 

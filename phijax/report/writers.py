@@ -1,0 +1,222 @@
+"""Where metrics go: JSON lines always, TensorBoard by default, W&B when asked. Made on process 0 only.
+
+A number is written as Python's repr of its float64 value, from which the same float32 or float64 comes back bit for
+bit. JSON has no NaN: "NaN", "Infinity" and "-Infinity" are written as strings, which Python's float() and
+`read_metrics` understand; null means "not known here".
+"""
+
+import json
+import math
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from etils import epath
+
+from phijax.errors import UserError
+
+REMOTE_SECONDS = 60.0
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+
+Values = Mapping[str, float | int | str | None]
+
+
+class Writer(Protocol):
+    def write(self, values: Values) -> None:
+        """Takes the metrics of one step; values["step"] says which."""
+
+    def sync(self) -> None:
+        """Makes what was written outlast this process and its machine."""
+
+    def close(self) -> None: ...
+
+
+def encode(values: Values) -> str:
+    """One line of strict JSON, without the newline."""
+    return json.dumps({key: _plain(value) for key, value in values.items()}, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value
+
+
+def _parse(line: bytes) -> dict | None:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def read_metrics(path: epath.PathLike) -> list[dict]:
+    """The lines of a metrics.jsonl or events.jsonl, in file order, NaN and infinities as floats.
+
+    The last line is left out when it is torn, as SIGKILL leaves it and as a run that is writing shows it. Raises
+    ValueError, naming the line, when any other is not a JSON object.
+    """
+    rows = []
+    lines = epath.Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        values = _parse(line)
+        if values is None:
+            if number == len(lines):  # no newline after it
+                continue
+            raise ValueError(f"{path}, line {number}, is not a JSON object: {line[:80]!r}")
+        rows.append({key: float(value) if value in NOT_FINITE else value for key, value in values.items()})
+    return rows
+
+
+def rewind(path: epath.Path, keep: Callable[[dict], bool]) -> int:
+    """Takes out of a file of JSON lines what `keep` refuses and what is torn; returns how many lines that were.
+
+    They are not lost: NAME.superseded.jsonl gets them, byte for byte, before the file itself is replaced at once.
+    """
+    if not path.exists():
+        return 0
+    kept, cut = [], []
+    for line in path.read_bytes().splitlines(keepends=True):
+        values = _parse(line) if line.endswith(b"\n") else None
+        (kept if values is not None and keep(values) else cut).append(line)
+    if not cut:
+        return 0
+    superseded = path.with_suffix(".superseded.jsonl")
+    before = superseded.read_bytes() if superseded.exists() else b""
+    _replace(superseded, before + b"".join(cut).removesuffix(b"\n") + b"\n")
+    _replace(path, b"".join(kept))
+    return len(cut)
+
+
+def _replace(path: epath.Path, data: bytes) -> None:
+    if not _is_local(path):
+        path.write_bytes(data)  # an object appears whole or not at all
+        return
+    new = path.with_suffix(path.suffix + ".new")
+    with open(new, "wb") as file:
+        file.write(data)
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def _is_local(path: epath.Path) -> bool:
+    return "://" not in os.fspath(path)
+
+
+class LineFile:
+    """A file that lines are added to. On a disk each line is flushed, so SIGKILL loses none.
+
+    Objects in a bucket cannot be appended to: there the whole file is sent again at `sync` and `close`, and otherwise
+    at most every REMOTE_SECONDS.
+    """
+
+    def __init__(self, path: epath.Path, clock: Callable[[], float] = time.monotonic):
+        self._path, self._clock = path, clock
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a", encoding="utf-8") if _is_local(path) else None
+        self._sent_at = clock()
+        self._unsent = False
+        self._text = [path.read_text()] if self._file is None and path.exists() else []
+
+    def append(self, line: str) -> None:
+        if self._file is not None:
+            self._file.write(line + "\n")
+            self._file.flush()
+            return
+        self._text.append(line + "\n")
+        self._unsent = True
+        if self._clock() - self._sent_at >= REMOTE_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        elif self._unsent:
+            self._path.write_text("".join(self._text))
+            self._sent_at, self._unsent = self._clock(), False
+
+    def close(self) -> None:
+        self.sync()
+        if self._file is not None:
+            self._file.close()
+
+
+class JsonLines:
+    """WORKDIR/metrics.jsonl: one line a logged step, each step once, whatever died before.
+
+    A run that starts at `first_step` does the steps from there on again, so their lines, written by a life that died
+    after its last checkpoint, go to metrics.superseded.jsonl, and a torn last line with them; `superseded` counts them.
+    """
+
+    def __init__(self, workdir: epath.Path, first_step: int):
+        path = workdir / "metrics.jsonl"
+        self.superseded = rewind(path, lambda values: values.get("step", first_step) < first_step)
+        self._file = LineFile(path)
+
+    def write(self, values: Values) -> None:
+        self._file.append(encode(values))
+
+    def sync(self) -> None:
+        self._file.sync()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """WORKDIR/tensorboard. Steps from `first_step` on that an earlier life wrote are hidden by TensorBoard itself."""
+
+    def __init__(self, workdir: epath.Path, first_step: int):
+        from tensorboardX import SummaryWriter  # half a second of protobuf
+
+        directory = os.fspath(workdir / "tensorboard")
+        self._writer = SummaryWriter(directory, purge_step=first_step or None, flush_secs=30)
+
+    def write(self, values: Values) -> None:
+        for name, value in values.items():
+            if name not in ("step", "time") and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, global_step=values["step"], walltime=values.get("time"))
+
+    def sync(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A W&B run; a restart goes on in the same one, by the id kept in WORKDIR/wandb_run_id.txt."""
+
+    def __init__(self, project: str, workdir: epath.Path, run_config: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                f"logging.wandb_project={project!r}, but the package wandb is not installed.  "
+                'Try pip install "phijax[wandb]", or --config.logging.wandb_project=None'
+            ) from None
+        id_path = workdir / "wandb_run_id.txt"
+        if not id_path.exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            id_path.write_text(uuid.uuid4().hex[:12])
+        directory = os.fspath(workdir) if _is_local(workdir) else None
+        self._run = wandb.init(
+            project=project, id=id_path.read_text(), resume="allow", dir=directory, config=dict(run_config)
+        )
+        # W&B drops what is logged at a step below its newest; with `step` as a metric it keeps steps that are redone.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, values: Values) -> None:
+        self._run.log({name: value for name, value in values.items() if value is not None})
+
+    def sync(self) -> None:
+        pass  # its own process sends
+
+    def close(self) -> None:
+        failed = sys.exc_info()[0] is not None
+        self._run.finish(exit_code=1 if failed else 0)
