@@ -1,0 +1,112 @@
+"""The folders of a checkpoint directory: which are steps, which are remains, how one is given up.
+
+directory/<step>/manifest.json    present: this is a saved step
+directory/<step>/state/           what Orbax wrote
+directory/<step>/unfinished.json  being saved or deleted: ours to remove
+directory/<step>/damaged.json     its manifest, set aside because the files no longer match it
+Anything else is not ours: named in the log and left alone.
+"""
+
+import dataclasses
+import json
+import os
+import socket
+
+from etils import epath
+
+from phijax.checkpoint import durable
+from phijax.checkpoint.manifest import MANIFEST_FILE
+
+UNFINISHED_FILE = "unfinished.json"
+DAMAGED_FILE = "damaged.json"
+ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
+
+
+@dataclasses.dataclass
+class Listing:
+    """Folders of a checkpoint directory by what they are; all names but `steps`."""
+
+    steps: list[int] = dataclasses.field(default_factory=list)
+    leftovers: list[str] = dataclasses.field(default_factory=list)
+    damaged: list[str] = dataclasses.field(default_factory=list)
+    strays: list[str] = dataclasses.field(default_factory=list)
+
+
+def list_folders(directory: epath.Path) -> Listing:
+    """Looks at every folder of `directory`; empty if there is none."""
+    listing = Listing()
+    if not directory.exists():
+        return listing
+    for folder in sorted(directory.iterdir(), key=str):
+        if not folder.is_dir():
+            continue
+        if ORBAX_TEMPORARY in folder.name:
+            listing.leftovers.append(folder.name)
+        elif not _is_step_name(folder.name):
+            listing.strays.append(folder.name)
+        elif (folder / MANIFEST_FILE).exists():
+            listing.steps.append(int(folder.name))
+        elif (folder / DAMAGED_FILE).exists():
+            listing.damaged.append(folder.name)
+        elif (folder / UNFINISHED_FILE).exists() or not any(folder.iterdir()):
+            listing.leftovers.append(folder.name)
+        else:
+            listing.strays.append(folder.name)
+    listing.steps.sort()
+    return listing
+
+
+def begin(folder: epath.Path) -> None:
+    """Creates a step's folder with the mark that what is in it may be removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _mark_unfinished(folder, "saving")
+
+
+def finish(folder: epath.Path) -> None:
+    """Takes the mark away, after the manifest is written."""
+    (folder / UNFINISHED_FILE).unlink(missing_ok=True)
+
+
+def delete(folder: epath.Path) -> None:
+    """Removes a step or its remains. Killed at any instant, what is left is no step and is known as ours."""
+    _mark_unfinished(folder, "deleting")
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    durable.sync_directory(folder)
+    for child in folder.iterdir():
+        if child.is_dir():
+            child.rmtree()
+        elif child.name != UNFINISHED_FILE:
+            child.unlink()
+    (folder / UNFINISHED_FILE).unlink()
+    if folder.exists():  # object stores have no empty folders
+        folder.rmtree()
+
+
+def set_aside_damaged(folder: epath.Path) -> None:
+    """A damaged step stops being one, so that the run can save that step again; its data stay to be looked at."""
+    (folder / MANIFEST_FILE).replace(folder / DAMAGED_FILE)
+    durable.sync_directory(folder)
+
+
+def move_aside(folder: epath.Path) -> epath.Path:
+    """Renames a folder that is not ours out of the way of a save; returns its new path."""
+    number = 1
+    while (target := folder.parent / f"{folder.name}.stray{number}").exists():
+        number += 1
+    folder.rename(target)
+    return target
+
+
+def was_saving(folder: epath.Path) -> bool:
+    """Whether a leftover is of a save that was cut off, not of a deletion."""
+    mark = folder / UNFINISHED_FILE
+    return mark.exists() and '"saving"' in mark.read_text()
+
+
+def _mark_unfinished(folder: epath.Path, doing: str) -> None:
+    who = {"doing": doing, "host": socket.gethostname(), "pid": os.getpid()}
+    (folder / UNFINISHED_FILE).write_text(json.dumps(who))
+
+
+def _is_step_name(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and str(int(name)) == name
