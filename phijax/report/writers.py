@@ -81,15 +81,16 @@ def rewind(path: epath.Path, keep: Callable[[dict], bool]) -> int:
     if not path.exists():
         return 0
     kept, cut = [], []
-    for line in path.read_bytes().splitlines(keepends=True):
-        values = _parse(line) if line.endswith(b"\n") else None
-        (kept if values is not None and keep(values) else cut).append(line)
-    if not cut:
-        return 0
-    superseded = path.with_suffix(".superseded.jsonl")
-    before = superseded.read_bytes() if superseded.exists() else b""
-    _replace(superseded, before + b"".join(cut).removesuffix(b"\n") + b"\n")
-    _replace(path, b"".join(kept))
+    data = path.read_bytes()
+    for line in data.splitlines():
+        values = _parse(line)
+        (kept if values is not None and keep(values) else cut).append(line + b"\n")
+    if cut:
+        superseded = path.with_suffix(".superseded.jsonl")
+        before = superseded.read_bytes() if superseded.exists() else b""
+        _replace(superseded, before + b"".join(cut))
+    if data != b"".join(kept):  # also when only the last newline was torn off
+        _replace(path, b"".join(kept))
     return len(cut)
 
 

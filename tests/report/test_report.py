@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from etils import epath
 
@@ -165,6 +166,31 @@ def test_goodput_goes_on_over_restarts(tmp_path):
     life(4, 8, seconds_a_step=4.0)  # 20 s; steps 4 and 5 again, and step 4 is this life's first: 3 * 4 s
     assert [row["step"] for row in lines(tmp_path)] == list(range(8))
     assert lines(tmp_path)[-1]["goodput"] == (6.0 + 12.0) / (18 + 20 + 20)
+
+
+def test_a_step_that_ends_in_a_pause_keeps_its_time():
+    now = [0.0]
+
+    class OnDevice:
+        """A value that the device has at time `at`: reading it waits till then."""
+
+        def __init__(self, at):
+            self.at = at
+
+        def __array__(self, *arguments, **keywords):
+            now[0] = max(now[0], self.at)
+            return np.ones((), np.float32)
+
+    meter = Meter(lambda step: step, lambda step: 1.0, None, 1, clock=lambda: now[0])
+    report = Report(LoggingConfig(), 0, 100, meter)
+    report.add(0, {"loss": OnDevice(5.0)})
+    report.add(1, {"loss": OnDevice(8.0)})
+    with report.pause():
+        np.asarray(OnDevice(8.0))  # an evaluation waits for the parameters, then
+        now[0] += 100.0
+    report.add(2, {"loss": OnDevice(111.0)})
+    report.close()
+    assert meter.useful_seconds == 3.0 + 3.0
 
 
 def test_other_processes_write_nothing_and_read_in_step(tmp_path):

@@ -82,6 +82,15 @@ def test_a_clean_restart_puts_nothing_aside(workdir):
     assert not (workdir / "metrics.superseded.jsonl").exists()
 
 
+def test_a_line_that_lacks_only_its_newline_is_whole(workdir):
+    path = workdir / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n{"step": 1}')
+    lines = JsonLines(workdir, 2)
+    lines.write({"step": 2})
+    lines.close()
+    assert lines.superseded == 0 and steps_in(path) == [0, 1, 2]
+
+
 def test_every_line_is_there_before_close(workdir):
     lines = JsonLines(workdir, 0)
     for step in range(3):
