@@ -2,9 +2,10 @@
 
 import logging
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import flags
@@ -33,6 +34,23 @@ def run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues =
         # In a job of many processes the interpreter's own exit waits at a barrier for peers that may never come.
         os._exit(code)
     sys.exit(code)
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Takes `--config.KEY=VALUE` out of a command line. -> (the rest, overrides).
+
+    ml_collections' own flag answers a wrong key with an AttributeError inside absl, and cannot index lists.
+    """
+    rest, overrides = [], []
+    for argument in arguments:
+        match = re.match(r"--?config\.([^=]+)(?:=(.*))?$", argument, re.DOTALL)
+        if match and match[2] is None:
+            raise errors.UserError(f"{argument}: an override needs a value, {argument}=VALUE.")
+        if match:
+            overrides.append((match[1], match[2]))
+        else:
+            rest.append(argument)
+    return rest, overrides
 
 
 def _exit_code(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues) -> int:

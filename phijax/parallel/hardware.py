@@ -1,6 +1,8 @@
 """What the machine is: peak rates for MFU, and settings that must be made before jax starts."""
 
 import ctypes
+import glob
+import os
 import sys
 
 # Dense bfloat16 matrix peak of one device, FLOP/s, as published by the makers. Longest prefix of `device_kind` wins.
@@ -40,3 +42,12 @@ def keep_freed_memory() -> bool:
         return False
     arena_max, mmap_max, trim_threshold = -8, -4, -1
     return all((mallopt(arena_max, 1), mallopt(mmap_max, 0), mallopt(trim_threshold, -1)))
+
+
+def only_cpu() -> bool:
+    """Whether this machine will compute on its CPU, told without starting jax: asked for, or no accelerator is seen."""
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    if asked:
+        return asked == "cpu"
+    accelerators = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
+    return not any(glob.glob(pattern) for pattern in accelerators)

@@ -1,0 +1,177 @@
+"""The plan of a run's rows: (step, index) -> a row of a shard folder, and that row's arrays."""
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from phijax.data import mixture
+from phijax.data.mixture import Phase
+from phijax.data.shards import Shards
+from phijax.errors import UserError
+
+Row = dict[str, np.ndarray]  # tokens, targets, segment_ids, positions (T,) int32; weights (T,) float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a row of training comes from."""
+
+    path: str
+    epoch: int
+    row: int
+
+
+class Plan:
+    """All rows of a run, as a pure function of (seed, step, index). Holds open shard folders, no position."""
+
+    def __init__(self, phases: Sequence[Phase], sources: Mapping[str, Shards], *, seed: int):
+        """
+        Args:
+          sources: path -> opened shards, for every path that a phase names.
+        Raises: UserError for a length that is no multiple of the block, a source that is too short or runs out.
+        """
+        mixture.check_phases(phases)
+        self.phases = tuple(phases)
+        self.sources = dict(sources)
+        self.seed = seed
+        self._rows = {}
+        for number, phase in enumerate(self.phases):
+            for source in phase.mixture:
+                length = phase.sequence_length
+                where = f"data.phases[{number}]"
+                self._rows[source.path, length] = RowIndex(self.sources[source.path], length, where, source.path)
+        self._starts = [self._cursors(number) for number in range(len(self.phases))]
+        self._check_epochs()
+
+    @property
+    def total_steps(self) -> int:
+        return mixture.total_steps(self.phases)
+
+    def place(self, step: int, index: int) -> Place:
+        """Which row is row `index` of `step`."""
+        number, start = mixture.phase_of_step(self.phases, step)
+        phase = self.phases[number]
+        weights = tuple(source.weight for source in phase.mixture)
+        which, before = mixture.source_of_row(weights, (step - start) * phase.global_batch_size + index)
+        path = phase.mixture[which].path
+        rows = self._rows[path, phase.sequence_length]
+        cursor = self._starts[number][path] + before
+        epoch, row = mixture.shuffled(cursor, len(rows), seed=self.seed, source_key=self.sources[path].digest)
+        return Place(path, epoch, row)
+
+    def read(self, place: Place, length: int) -> Row:
+        return self._rows[place.path, length].read(place.row)
+
+    def _cursors(self, number: int) -> dict[str, int]:
+        """Path -> rows of it, in this phase's length, that the phases before have used.
+
+        Counted in records, since a row of another length is another number of them; a record begun counts as used.
+        """
+        phase, cursors = self.phases[number], {}
+        for source in phase.mixture:
+            block = self.sources[source.path].block
+            records = sum(
+                _rows_of(earlier, source.path) * (earlier.sequence_length // block) for earlier in self.phases[:number]
+            )
+            cursors[source.path] = -(-records // (phase.sequence_length // block))
+        return cursors
+
+    def _check_epochs(self) -> None:
+        for number, phase in enumerate(self.phases):
+            for source in phase.mixture:
+                if source.max_epochs is None:
+                    continue
+                rows = len(self._rows[source.path, phase.sequence_length])
+                needed = self._starts[number][source.path] + _rows_of(phase, source.path)
+                if needed > source.max_epochs * rows:
+                    raise UserError(
+                        f"data.phases[{number}]: {source.path} runs out. It has {rows:,} rows of "
+                        f"{phase.sequence_length} tokens and may be seen {source.max_epochs} times; this phase ends at "
+                        f"row {needed:,}, epoch {needed / rows:.2f}.\nRaise max_epochs, lower its weight or the steps, "
+                        f"or prepare more data."
+                    )
+
+    def epochs(self) -> dict[str, float]:
+        """Path -> how often the whole run sees it."""
+        seen = {}
+        for number, phase in enumerate(self.phases):
+            for source in phase.mixture:
+                rows = len(self._rows[source.path, phase.sequence_length])
+                seen[source.path] = (self._starts[number][source.path] + _rows_of(phase, source.path)) / rows
+        return seen
+
+
+def _rows_of(phase: Phase, path: str) -> int:
+    """Rows that a whole phase takes from a source."""
+    paths = [source.path for source in phase.mixture]
+    if path not in paths:
+        return 0
+    weights = tuple(source.weight for source in phase.mixture)
+    return mixture.rows_taken(weights, paths.index(path), phase.steps * phase.global_batch_size)
+
+
+class RowIndex:
+    """Rows of length T in one shard folder: row -> T / block neighbouring records. Rows do not cross shards."""
+
+    def __init__(self, shards: Shards, length: int, where: str, path: str):
+        if length % shards.block:
+            raise UserError(
+                f"{where}.sequence_length={length} is not a multiple of {shards.block}, the block of {path}.\n"
+                f"Nearest that is: {max(1, round(length / shards.block)) * shards.block}; or prepare with --block."
+            )
+        self._shards = shards
+        self._records = length // shards.block
+        self._ends = list(itertools.accumulate(n // self._records for n in shards.records_per_shard))
+        if not self._ends or self._ends[-1] == 0:
+            raise UserError(
+                f"{path} has no row of {length} tokens: its longest shard holds "
+                f"{max(shards.records_per_shard, default=0) * shards.block} tokens. Prepare more data, or fewer shards."
+            )
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def unused_records(self) -> int:
+        """Records at the ends of shards that fill no row."""
+        return self._shards.num_records - len(self) * self._records
+
+    def read(self, row: int) -> Row:
+        shard = bisect.bisect_right(self._ends, row)
+        first = (row - (self._ends[shard - 1] if shard else 0)) * self._records
+        return make_row(self._shards.read(shard, range(first, first + self._records)))
+
+
+def make_row(records: Sequence[tuple[np.ndarray, np.ndarray]]) -> Row:
+    """Neighbouring records -> the arrays of one row.
+
+    Positions and segments restart where a document starts; no token predicts the first of another document.
+
+    Args:
+      records: (tokens (block + 1,), starts (block + 1,) bool) each; the last token of one is the first of the next.
+    Returns: arrays (T,), T = records * block. Segments count from 1; 0 is left for padding.
+    """
+    tokens = np.concatenate([tokens[:-1] for tokens, _ in records] + [records[-1][0][-1:]])
+    starts = np.concatenate([starts[:-1] for _, starts in records] + [records[-1][1][-1:]])
+    length = len(tokens) - 1
+    index = np.arange(length, dtype=np.int32)
+    inner = starts[:-1].copy()
+    inner[0] = True
+    first = np.maximum.accumulate(np.where(inner, index, 0))
+    return {
+        "tokens": tokens[:-1].astype(np.int32),
+        "targets": tokens[1:].astype(np.int32),
+        "segment_ids": np.cumsum(inner, dtype=np.int32),
+        "positions": (index - first).astype(np.int32),
+        "weights": np.where(starts[1:], 0.0, 1.0).astype(np.float32),
+    }
+
+
+def padding_row(length: int) -> Row:
+    """A row of weight 0, which fills the last batch of a validation set."""
+    zeros = np.zeros(length, np.int32)
+    row = {name: zeros for name in ("tokens", "targets", "segment_ids", "positions")}
+    return row | {"weights": np.zeros(length, np.float32)}

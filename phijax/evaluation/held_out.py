@@ -1,0 +1,73 @@
+"""Held-out loss and perplexity by data set, in the training loop, on its mesh, without recompiling."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from phijax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutSet:
+    """A shard folder that is read in file order, once."""
+
+    name: str = ""
+    path: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Section `evaluation`."""
+
+    every_steps: int = 1000  # and after the last step
+    sets: tuple[HeldOutSet, ...] = ()
+    sequence_length: int | None = None  # None: the first phase's
+    batch_size: int | None = None  # None: a micro-batch of the first phase
+    max_rows: int | None = None  # of each set
+
+
+def check_sets(config: EvaluationConfig) -> None:
+    """Raises: UserError for sets whose scores could not be told apart or found."""
+    names = [held_out.name for held_out in config.sets]
+    for held_out in config.sets:
+        if not held_out.name or not held_out.path:
+            raise UserError(f"evaluation.sets: every set needs a name and a path, not {held_out}.")
+        if names.count(held_out.name) > 1:
+            raise UserError(f"evaluation.sets: the name {held_out.name!r} is there twice.")
+    if config.every_steps < 1:
+        raise UserError(f"evaluation.every_steps={config.every_steps} must be at least 1.")
+
+
+class HeldOut:
+    """One data set's evaluator: called with (params, frozen), gives its metrics."""
+
+    def __init__(
+        self,
+        name: str,
+        step: Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]],
+        batches: Callable[[], Iterable[Any]],
+    ):
+        """
+        Args:
+          step: compiled; (params, frozen, batch) -> sums (nll in nats, weight).
+          batches: starts the set anew.
+        """
+        self._name = name
+        self._step = step
+        self._batches = batches
+
+    def __call__(self, params: Any, frozen: Any) -> dict[str, float]:
+        """Loss in nats a token and perplexity, over all tokens of the set, summed in float64 on the host."""
+        sums = [self._step(params, frozen, batch) for batch in self._batches()]
+        nll = sum(float(jnp.float32(part)) for part, _ in sums)
+        weight = sum(float(jnp.float32(part)) for _, part in sums)
+        loss = nll / max(weight, 1.0)
+        return {
+            f"heldout_loss/{self._name}": loss,
+            f"heldout_perplexity/{self._name}": math.exp(min(loss, 700.0)),
+            f"heldout_tokens/{self._name}": weight,
+        }

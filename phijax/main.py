@@ -1,0 +1,112 @@
+"""Trains: python -m phijax.main --config=experiments/tiny.py --workdir=DIR [--config.KEY=VALUE ...]
+
+A run that was stopped or killed goes on when the same command is started again. Exit codes: 0 done, 1 crash, 2 the
+user's error, 75 stopped on request (start it again).
+"""
+
+import json
+import math
+import sys
+
+from absl import flags
+
+from phijax import command
+from phijax.errors import EXIT_DONE, EXIT_RESTART, EXIT_USER_ERROR, UserError
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("config", None, "Experiment file; --config.KEY=VALUE changes one key of it.", flag_values=FLAGS)
+flags.DEFINE_string("workdir", None, "Folder (local or gs://) of the run: checkpoints, metrics.", flag_values=FLAGS)
+flags.DEFINE_boolean("print_config", False, "Print the resolved config as JSON and stop.", flag_values=FLAGS)
+flags.DEFINE_boolean(
+    "dry_run", False, "Print the plan, check the shards, read one batch, train nothing.", flag_values=FLAGS
+)
+flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where JAX cannot find it.", flag_values=FLAGS)
+flags.DEFINE_integer("process_count", None, "Processes of the run, where JAX cannot find it.", flag_values=FLAGS)
+flags.DEFINE_integer("process_id", None, "Number of this process, where JAX cannot find it.", flag_values=FLAGS)
+
+
+def main(arguments: list[str], overrides: list[tuple[str, str]]) -> int:
+    from phijax import config as configs
+
+    if arguments:
+        raise UserError(f"{arguments[0]!r} is not a flag. --help lists them.")
+    if not FLAGS.config:
+        raise UserError("Which experiment? --config=experiments/tiny.py, say. --help lists all flags.")
+    config = configs.load(FLAGS.config, overrides)
+    if FLAGS.print_config:
+        print(json.dumps(configs.to_dict(config), indent=2))
+        return EXIT_DONE
+    if FLAGS.dry_run:
+        return dry_run(config)
+    if not FLAGS.workdir:
+        raise UserError("Where to? --workdir=DIR keeps checkpoints and metrics, and is where a run goes on.")
+    return train(config)
+
+
+def train(config) -> int:
+    from phijax.parallel import processes
+
+    def run() -> int:
+        from etils import epath
+
+        from phijax import run
+
+        processes.start(config.processes, FLAGS.coordinator_address, FLAGS.process_count, FLAGS.process_id)
+        outcome = run.train(config, epath.Path(FLAGS.workdir))
+        processes.finish(config.processes.shutdown_timeout)
+        return EXIT_RESTART if outcome.stopped else EXIT_DONE
+
+    processes.guard(run)
+
+
+def dry_run(config) -> int:
+    """The plan for the config's own mesh, whatever devices are here."""
+    import jax
+
+    from phijax import run
+    from phijax.parallel.mesh import mesh_shape
+    from phijax.parallel.sharding import MESH_AXES
+    from phijax.planning import summary
+
+    asked = [getattr(config.mesh, name) for name in MESH_AXES]
+    here = jax.device_count() if -1 in asked or math.prod(asked) == jax.device_count() else 0
+    sizes = mesh_shape(config.mesh, here or math.prod(asked))
+    platform = jax.default_backend() if here else "tpu"  # a mesh that is not here is planned as the pod it is for
+    recipe = run.make_recipe(config, sizes, platform)
+    shapes = run.shapes_by_phase(config)
+    print("\n".join(summary.describe(recipe, sizes, shapes)))
+    try:
+        plan = run.open_plan(config, recipe.model)
+        run.open_evaluation(config, recipe.model, plan, sizes)
+    except UserError as error:
+        print(f"error: data: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    for path, epochs in plan.epochs().items():
+        print(f"data: {path}: {plan.sources[path].num_records:,} records, seen {epochs:.3g} times")
+    phase = plan.phases[0]
+    weight = sum(
+        float(plan.read(plan.place(0, index), phase.sequence_length)["weights"].sum())
+        for index in range(phase.global_batch_size)
+    )
+    print(f"read step 0: {phase.global_batch_size} rows, {weight:,.0f} tokens to predict. Nothing was trained.")
+    return EXIT_DONE
+
+
+def entry() -> None:
+    """Where the command starts, under either name."""
+    from phijax.parallel import hardware
+
+    if hardware.only_cpu():
+        hardware.keep_freed_memory()
+    overrides: list[tuple[str, str]] = []
+    try:
+        rest, overrides = command.split_overrides(sys.argv[1:])
+        sys.argv = [sys.argv[0], *rest]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    command.run(lambda arguments: main(arguments, overrides), FLAGS)
+
+
+if __name__ == "__main__":
+    entry()

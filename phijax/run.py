@@ -1,0 +1,276 @@
+"""One run, assembled out of the rooms: checked before device memory is taken, then restored, then trained."""
+
+import dataclasses
+import functools
+import json
+import time
+from typing import Any
+
+import jax
+from etils import epath
+
+from phijax import config as configs
+from phijax.checkpoint.lock import WriterLock
+from phijax.checkpoint.reading import restore_arrays
+from phijax.checkpoint.run_state import RunCheckpoints
+from phijax.config import Config
+from phijax.data import loader, mixture
+from phijax.data.batch import batch_shape, check_batch
+from phijax.data.loader import Loader
+from phijax.data.rows import Plan, RowIndex
+from phijax.data.shards import Shards
+from phijax.errors import UserError
+from phijax.evaluation.held_out import HeldOut, check_sets
+from phijax.model import params
+from phijax.model.backend import choose_backend
+from phijax.model.config import ModelConfig, resolve_model
+from phijax.model.flops import train_flops_per_token
+from phijax.model.kernels.splash import check_splash
+from phijax.model.presets import PRESETS
+from phijax.parallel.hardware import peak_flops
+from phijax.parallel.mesh import make_mesh
+from phijax.parallel.processes import StopSignal, Watchdog
+from phijax.report import baselines
+from phijax.report import report as reports
+from phijax.report.report import Report
+from phijax.training import loop, program
+from phijax.training.program import BatchShape, Recipe
+from phijax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSet:
+    name: str
+    path: str
+    shards: Shards
+    shape: BatchShape
+
+
+def make_recipe(config: Config, sizes: dict[str, int], platform: str) -> Recipe:
+    """Checks what can be checked without data. Raises: UserError."""
+    model = resolve_model(config.model, PRESETS)
+    phases = config.data.phases
+    mixture.check_phases(phases)
+    total = mixture.total_steps(phases)
+    config.optimizer.check(total)
+    backend = choose_backend(config.model, platform, context=sizes["context"])
+    for number, phase in enumerate(phases):
+        where = f"data.phases[{number}]"
+        check_batch(where, phase.global_batch_size, config.data.micro_batches, phase.sequence_length, sizes)
+        if phase.sequence_length > model.max_position:
+            raise UserError(
+                f"{where}.sequence_length={phase.sequence_length} exceeds model.max_position={model.max_position}."
+            )
+        reason = check_splash(phase.sequence_length, sizes["context"]) if backend.attention == "splash" else None
+        if reason:
+            raise UserError(f"{where}: {reason}.")
+    params.check_mesh(model, sizes)
+    check_sets(config.evaluation)
+    return Recipe(model, backend, config.optimizer, config.loss, total, config.seed)
+
+
+def open_plan(config: Config, model: ModelConfig) -> Plan:
+    """The rows of the run. Raises: UserError for what is missing, damaged, too short, or of another tokenizer."""
+    sources = loader.open_sources(config.data.phases, vocab_size=model.vocab_size)
+    return Plan(config.data.phases, sources, seed=config.seed)
+
+
+def open_evaluation(config: Config, model: ModelConfig, plan: Plan, sizes: dict[str, int]) -> list[EvaluationSet]:
+    first, sets = config.data.phases[0], []
+    length = config.evaluation.sequence_length or first.sequence_length
+    rows = config.evaluation.batch_size or first.global_batch_size // config.data.micro_batches
+    check_batch("evaluation", rows, 1, length, sizes)
+    tokenizer = next(iter(plan.sources.values())).tokenizer_fingerprint
+    for held_out in config.evaluation.sets:
+        shards = loader.open_for_model(held_out.path, vocab_size=model.vocab_size)
+        if shards.tokenizer_fingerprint != tokenizer:
+            raise UserError(f"evaluation.sets: {held_out.path} was made with another tokenizer than the training data.")
+        sets.append(EvaluationSet(held_out.name, held_out.path, shards, (1, rows, length)))
+    return sets
+
+
+def train(config: Config, workdir: epath.Path) -> loop.Outcome:
+    """Trains to the end, or until asked to stop. Collective: every process calls it.
+
+    Raises: UserError before device memory is taken; loop.Diverged, SaveFailed while it runs.
+    """
+    mesh = make_mesh(config.mesh, jax.devices())
+    sizes = dict(mesh.shape)
+    recipe = make_recipe(config, sizes, mesh.devices.flat[0].platform)
+    plan = open_plan(config, recipe.model)
+    sets = open_evaluation(config, recipe.model, plan, sizes)
+    batches = Loader(plan, config.data, mesh)
+    say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda text: None
+    for text in params.check_mesh(recipe.model, sizes):
+        say(f"warning: {text}")
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    identity = {"model": dataclasses.asdict(recipe.model), "data": loader.fingerprint(plan)}
+    with WriterLock(workdir, break_lock=config.checkpoint.break_lock, log=say) as lock:
+        checkpoints = RunCheckpoints(workdir / "checkpoints", config.checkpoint, identity=identity, lock=lock, log=say)
+        first_step = checkpoints.latest_verified() or 0
+        if first_step:
+            check_identity(checkpoints.manifest(first_step)["identity"], identity, first_step)
+        if jax.process_index() == 0:
+            keep_config(config, workdir, first_step, say)
+        checkpoints.check_host_memory(program.abstract_state(recipe, mesh))
+        state = begin(config, recipe, mesh, checkpoints, first_step, say)
+        with open_report(config, workdir, recipe, plan, sets, first_step, mesh) as report:
+            outcome = run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step)
+        return outcome
+
+
+def begin(config: Config, recipe: Recipe, mesh, checkpoints: RunCheckpoints, first_step: int, say) -> TrainState:
+    """The state to go on with: restored, or started from `init_from`, or from the seed."""
+    if first_step:
+        say(f"going on from step {first_step}")
+        return checkpoints.restore(first_step, program.abstract_state(recipe, mesh))
+    if config.init_from:
+        folder = epath.Path(config.init_from)
+        like = {"params": params.abstract(recipe.model, mesh)}
+        say(f"weights of {folder}; step, optimizer and data begin anew")
+        return program.initial_state(recipe, mesh, restore_arrays(folder, like, partial=True)["params"])
+    return program.initial_state(recipe, mesh)
+
+
+def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step) -> loop.Outcome:
+    pace = loop.Pace(
+        recipe.total_steps,
+        config.evaluation.every_steps,
+        config.checkpoint.every_steps,
+        config.optimizer.max_skipped_steps,
+    )
+    stop, watchdog = StopSignal(), Watchdog(config.processes.watchdog_seconds)
+    try:
+        return loop.train(
+            state,
+            batches.starting_at(first_step),
+            Programs(recipe, mesh, batches, report),
+            pace,
+            evaluators=[make_evaluator(recipe, mesh, held_out, config.evaluation.max_rows) for held_out in sets],
+            report=report,
+            checkpoints=checkpoints,
+            stop=stop,
+            watchdog=watchdog,
+        )
+    finally:
+        watchdog.close()
+        stop.close()
+
+
+class Programs:
+    """step -> the compiled train step of its phase, compiled when the phase begins, outside of any step's time."""
+
+    def __init__(self, recipe: Recipe, mesh, batches: Loader, report: Report):
+        self._recipe, self._mesh, self._batches, self._report = recipe, mesh, batches, report
+        self._compiled: dict[BatchShape, Any] = {}
+
+    def __call__(self, step: int):
+        phases = self._batches.plan.phases
+        shape = self._batches.shape(phases[mixture.phase_of_step(phases, step)[0]])
+        if shape not in self._compiled:
+            with self._report.pause():
+                self._compiled[shape] = program.lower_train_step(self._recipe, self._mesh, shape).compile()
+        return self._compiled[shape]
+
+
+def make_evaluator(recipe: Recipe, mesh, held_out: EvaluationSet, max_rows: int | None) -> HeldOut:
+    _, rows, length = held_out.shape
+    compiled = _compiled_eval(recipe, mesh, held_out.shape)
+    batches = functools.partial(
+        loader.validation_batches,
+        held_out.path,
+        held_out.shards,
+        length=length,
+        batch_size=rows,
+        max_rows=max_rows,
+        mesh=mesh,
+    )
+    return HeldOut(held_out.name, compiled, batches)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_eval(recipe: Recipe, mesh, shape: BatchShape):
+    """One program for all sets of a shape."""
+    return program.lower_eval_step(recipe, mesh, shape).compile()
+
+
+def open_report(config: Config, workdir: epath.Path, recipe: Recipe, plan: Plan, sets, first_step: int, mesh) -> Report:
+    device = mesh.devices.flat[0]
+    return reports.open_report(
+        config.logging,
+        workdir,
+        first_step=first_step,
+        total_steps=recipe.total_steps,
+        tokens_before=functools.partial(tokens_before, plan),
+        flops_per_token=lambda step: train_flops_per_token(
+            recipe.model, plan.phases[mixture.phase_of_step(plan.phases, step)[0]].sequence_length
+        ),
+        peak_flops_per_device=peak_flops(device.device_kind),
+        device_count=mesh.size,
+        process_index=jax.process_index(),
+        baselines=baselines.uniform(recipe.model.vocab_size) | held_out_unigram(sets, recipe.model.vocab_size),
+        run_config=configs.to_dict(config),
+    )
+
+
+def held_out_unigram(sets: list[EvaluationSet], vocab_size: int) -> dict[str, float]:
+    """The unigram baseline of the first held-out set, counted over its first rows."""
+    if not sets:
+        return {}
+    rows = RowIndex(sets[0].shards, sets[0].shape[-1], "evaluation", sets[0].path)
+    return baselines.unigram((rows.read(i)["targets"] for i in range(min(len(rows), 512))), vocab_size)
+
+
+def tokens_before(plan: Plan, step: int) -> int:
+    """Tokens of steps 0 .. step - 1."""
+    total, start = 0, 0
+    for phase in plan.phases:
+        done = min(max(step - start, 0), phase.steps)
+        total += done * phase.global_batch_size * phase.sequence_length
+        start += phase.steps
+    return total
+
+
+def check_identity(before: dict[str, Any], now: dict[str, Any], step: int) -> None:
+    """Whether the run in this workdir is this run. Raises: UserError naming the first difference."""
+    now = json.loads(json.dumps(now))
+    changed = configs.differences(before["model"], now["model"])
+    if changed:
+        key, (old, new) = next(iter(changed.items()))
+        raise UserError(
+            f"The checkpoint of step {step} is of another model: model.{key} was {old!r}, now {new!r}"
+            + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")
+            + ".\nSet it back, or take another --workdir (--config.init_from takes over weights of an equal model)."
+        )
+    loader.check_resume(before["data"], now["data"], step)
+
+
+def keep_config(config: Config, workdir: epath.Path, step: int, say) -> None:
+    """Writes config.json; what differs from the last start is said, and added to config_history.jsonl."""
+    path, now = workdir / "config.json", configs.to_dict(config)
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+        except ValueError:
+            before = {}
+            say(f"{path} cannot be read; written anew")
+        changed = configs.differences(before, now) if before else {}
+        for key, (old, new) in changed.items():
+            say(f"config: {key} was {old!r}, from step {step} on {new!r}")
+        if changed:
+            line = {"time": time.time(), "step": step, "changed": {k: list(v) for k, v in changed.items()}}
+            history = workdir / "config_history.jsonl"
+            history.write_text((history.read_text() if history.exists() else "") + json.dumps(line) + "\n")
+    temporary = workdir / "config.json.tmp"
+    temporary.write_text(json.dumps(now, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def shapes_by_phase(config: Config) -> dict[str, BatchShape]:
+    return {
+        f"phase {number} ({phase.steps:,} steps)": batch_shape(
+            phase.global_batch_size, config.data.micro_batches, phase.sequence_length
+        )
+        for number, phase in enumerate(config.data.phases)
+    }

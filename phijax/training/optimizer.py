@@ -1,0 +1,98 @@
+"""AdamW in Optax: schedules that read the state's step, clipping, decay on matrices only."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from phijax.errors import UserError
+
+Optimizer = optax.GradientTransformationExtraArgs
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Section `optimizer`."""
+
+    learning_rate: float = 3e-4  # the peak
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"  # after the warmup
+    warmup_steps: int = 2000
+    decay_fraction: float = 0.1  # wsd: share of all steps that the final linear decay takes
+    final_fraction: float = 0.1  # of the peak, reached at the last step (wsd and linear usually 0)
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # decoupled, on matrices
+    clip_norm: float | None = 1.0  # of the whole gradient
+    max_skipped_steps: int = 10  # not finite, in a row: then the run stops
+
+    def check(self, total_steps: int) -> None:
+        """Raises: UserError for numbers that make no schedule."""
+        if not 0 <= self.warmup_steps <= total_steps:
+            raise UserError(
+                f"optimizer.warmup_steps={self.warmup_steps} does not lie between 0 and the {total_steps} steps of all "
+                f"phases. Try --config.optimizer.warmup_steps={max(1, total_steps // 50)}"
+            )
+        if not 0 < self.decay_fraction <= 1 or not 0 <= self.final_fraction <= 1:
+            raise UserError("optimizer.decay_fraction must be in (0, 1] and optimizer.final_fraction in [0, 1].")
+        if self.learning_rate <= 0 or self.eps <= 0 or not 0 <= self.b1 < 1 or not 0 <= self.b2 < 1:
+            raise UserError("optimizer: learning_rate and eps must be positive, b1 and b2 in [0, 1).")
+
+
+def learning_rate(config: OptimizerConfig, step: jax.Array, total_steps: int) -> jax.Array:
+    """The rate of step 0, 1, ... total_steps - 1: linear warmup, then cosine, warmup-stable-decay, linear, or flat.
+
+    Warmup reaches the peak at step `warmup_steps`. WSD: Hu et al. 2024, arXiv:2404.06395, section 4, with the linear
+    decay of SmolLM2. Whatever the schedule, the last step has final_fraction of the peak.
+    """
+    step = jnp.asarray(step, jnp.float32)
+    warmup = jnp.minimum(1.0, (step + 1) / (config.warmup_steps + 1))
+    last = max(total_steps - 1, 1)
+    start = config.warmup_steps
+    if config.schedule == "wsd":
+        start = max(start, last - round(config.decay_fraction * total_steps))
+    done = jnp.clip((step - start) / max(last - start, 1), 0.0, 1.0)
+    if config.schedule == "constant":
+        remaining = 1.0
+    elif config.schedule == "cosine":
+        remaining = 0.5 * (1 + jnp.cos(jnp.pi * done))
+    else:
+        remaining = 1 - done
+    fraction = config.final_fraction + (1 - config.final_fraction) * remaining
+    return config.learning_rate * warmup * fraction
+
+
+def decay_mask(axes: Any) -> Any:
+    """True where weight decay applies: leaves with an axis of rows. Read off the logical axes, since a stacked norm
+
+    has two dimensions like a matrix.
+
+    Args:
+      axes: the parameters' tree with a tuple of logical axes at each leaf.
+    """
+    matrix_rows = {"heads", "kv_heads", "ffn", "vocab"}
+    return jax.tree.map(lambda names: bool(matrix_rows & set(names)), axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def make_optimizer(config: OptimizerConfig, axes: Any, total_steps: int) -> Optimizer:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) whose update takes `step`, the state's own count.
+
+    A step that is skipped must not advance bias correction but must advance the schedule, so the two counts part.
+    """
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm is not None else optax.identity()
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(axes)),
+        _scale_by_schedule(config, total_steps),
+    )
+
+
+def _scale_by_schedule(config: OptimizerConfig, total_steps: int) -> Optimizer:
+    def update(updates, state, params=None, *, step, **_):
+        rate = learning_rate(config, step, total_steps)
+        return jax.tree.map(lambda u: -rate * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -1,0 +1,92 @@
+"""One optimizer step and one evaluation step: pure."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from phijax.parallel import sharding
+from phijax.training.objectives import Objective, ReadBatch
+from phijax.training.optimizer import Optimizer
+from phijax.training.state import TrainState, select
+
+
+@flax.struct.dataclass
+class Metrics:
+    """Scalars of one step, on the device; float32 but for the counts (int32)."""
+
+    loss: jax.Array  # with z-loss and smoothing, a weighted token
+    nll: jax.Array  # plain, nats a weighted token
+    weight: jax.Array  # sum of the batch's weights: tokens that were predicted
+    grad_norm: jax.Array  # before clipping
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+def train_step(
+    state: TrainState, batch: dict[str, jax.Array], *, objective: Objective, optimizer: Optimizer, seed: int
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step over `batch`, leaves (A, B, T): A micro-batches, gradients summed in float32."""
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    grads, loss_sum, weight_sum, auxiliary = accumulate(objective, state, batch, key)
+    # Divided once at the end: packed rows hold unequal counts, so a mean of means would favour short rows.
+    weight = jnp.maximum(weight_sum, 1.0)
+    grads = jax.tree.map(lambda g: g / weight, grads)
+    norm = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
+    new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    # Decided here, not on the host: metrics are read one step late, when a NaN would be in the donated state already.
+    ok = jnp.isfinite(norm) & jnp.isfinite(loss_sum)
+    bad = (~ok).astype(jnp.int32)
+    state = select(ok, new, state).replace(
+        step=state.step + 1, skipped=state.skipped + bad, skipped_in_a_row=(state.skipped_in_a_row + bad) * bad
+    )
+    metrics = Metrics(
+        loss=loss_sum / weight,
+        nll=auxiliary["nll"] / weight,
+        weight=weight_sum,
+        grad_norm=norm,
+        skipped=state.skipped,
+        skipped_in_a_row=state.skipped_in_a_row,
+    )
+    return state, metrics
+
+
+def accumulate(objective: Objective, state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, ...]:
+    """Sums of gradients, loss, weight and auxiliaries over the A micro-batches of `batch`, leaves (A, B, T)."""
+
+    def gradients(micro, index):
+        def loss(params):
+            read = ReadBatch(micro)
+            loss_sum, weight_sum, auxiliary = objective(params, state.frozen, read, jax.random.fold_in(key, index))
+            read.check_all_read()
+            return loss_sum, (weight_sum, auxiliary)
+
+        (loss_sum, (weight_sum, auxiliary)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        return grads, loss_sum, weight_sum, auxiliary
+
+    count = next(iter(batch.values())).shape[0]
+    first = gradients({name: leaf[0] for name, leaf in batch.items()}, 0)
+    if count == 1:
+        return first
+
+    def add(sums, part):
+        micro, index = part
+        micro = {name: sharding.constrain(leaf, ("act_batch", "act_time")) for name, leaf in micro.items()}
+        return jax.tree.map(jnp.add, sums, gradients(micro, index)), None
+
+    rest = {name: leaf[1:] for name, leaf in batch.items()}
+    sums, _ = jax.lax.scan(add, first, (rest, jnp.arange(1, count)))
+    return sums
+
+
+def eval_step(
+    params: Any, frozen: Any, batch: dict[str, jax.Array], *, objective: Objective
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over one batch, leaves (1, B, T): (nll in nats, weight). Nothing is divided: batches are unequal."""
+    read = ReadBatch({name: leaf[0] for name, leaf in batch.items()})
+    _, weight_sum, auxiliary = objective(params, frozen, read, jax.random.key(0))
+    read.check_all_read()
+    return auxiliary["nll"], weight_sum
