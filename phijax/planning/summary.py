@@ -39,7 +39,7 @@ def memory(recipe: Recipe, sizes: Mapping[str, int], shape: BatchShape) -> dict[
     return {
         "parameters (float32)": weights,
         "optimizer moments (float32)": 2 * weights,
-        "gradients (float32)": weights,
+        "gradients (float32)": weights * (2 if shape[0] > 1 else 1),  # the sum, and a micro-batch's own
         "saved activations (estimate)": tokens * saved_per_token(recipe, sizes["tensor"]) * compute,
         "gathered weights (estimate)": 2 * gathered,
         "loss: head, its gradient, logits of a chunk (estimate)": head * (compute + FLOAT32) + 2 * logits,
@@ -49,7 +49,9 @@ def memory(recipe: Recipe, sizes: Mapping[str, int], shape: BatchShape) -> dict[
 def saved_per_token(recipe: Recipe, tensor: int) -> int:
     """Numbers kept for the backward pass for each token of this device, all layers."""
     c = recipe.model
-    rows, kv_rows = c.num_heads * c.head_dim // tensor, c.num_kv_heads * c.head_dim // tensor
+    # On TPU the last dimension of a saved array fills whole lanes of 128.
+    head = -(-c.head_dim // 128) * 128 if recipe.backend.attention == "splash" else c.head_dim
+    rows, kv_rows = c.num_heads * head // tensor, c.num_kv_heads * head // tensor
     ffn = c.ffn_dim // tensor
     sizes = {
         "query": rows,
