@@ -1,0 +1,258 @@
+"""Raw text as people have it: which files there are, the documents in them, and why some cannot be used."""
+
+import codecs
+import dataclasses
+import glob
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
+
+from etils import epath
+
+from phijax.errors import UserError, nearest_name
+
+SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_READ_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class InputFile:
+    """A file to read. `name` is relative to the input folder, so that moved data give the same shards."""
+
+    name: str
+    path: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one process reads at a time: a file, or of a .jsonl file the lines that begin in bytes [start, stop)."""
+
+    file: InputFile
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """`text`, or None and why: "empty", "not UTF-8", "malformed JSON", "no text field", "text field is no string"."""
+
+    index: int  # in its file; the first byte of its line in a .jsonl file
+    text: str | None
+    dropped: str | None = None
+
+
+def find_inputs(pattern: str, outside: str) -> tuple[list[InputFile], list[str]]:
+    """The files that a folder (with all below it), a file or a glob means, by name, and the names that are not read.
+
+    What lies in the folder `outside`, where the output goes, is no input.
+
+    Raises UserError when nothing is found, or a glob names a file of no kind that is read.
+    """
+    folder = epath.Path(pattern)
+    if folder.is_dir():
+        found = list(_below(folder, "", os.path.realpath(outside)))
+    else:
+        found = _matches(pattern)
+    files = sorted((file for file in found if _suffix(file.name)), key=lambda file: file.name)
+    ignored = sorted(file.name for file in found if not _suffix(file.name))
+    if ignored and not folder.is_dir():
+        raise UserError(f"--input={pattern} means {ignored[0]} too, which is none of {' '.join(SUFFIXES)}.")
+    if not files:
+        other = f" It has {len(ignored)} others, as {ignored[0]}." if ignored else ""
+        raise UserError(f"--input={pattern} means no file of {' '.join(SUFFIXES)}.{other}")
+    return files, ignored
+
+
+def parts_of(files: Iterable[InputFile], part_bytes: int) -> list[Part]:
+    """Files in order, .jsonl files cut into pieces of about `part_bytes`; others cannot be entered in the middle."""
+    parts = []
+    for file in files:
+        step = part_bytes if _suffix(file.name) == ".jsonl" else max(file.bytes, 1)
+        parts += [Part(file, start, min(start + step, file.bytes)) for start in range(0, max(file.bytes, 1), step)]
+    return parts
+
+
+def read_part(part: Part, text_field: str) -> Iterator[Document]:
+    """The documents of a part, dropped ones too. Raises UserError for a file that breaks off or is not what it says."""
+    suffix = _suffix(part.file.name)
+    try:
+        if suffix in (".txt", ".md"):
+            yield _text_file(part.file)
+        elif suffix == ".jsonl":
+            yield from _json_lines(_lines_of_range(part), text_field)
+        elif suffix == ".parquet":
+            yield from _parquet(part.file, text_field)
+        else:
+            yield from _json_lines(_lines(_decompressed(part.file, suffix)), text_field)
+    except OSError as error:  # a broken .gz file is one too
+        raise UserError(f"{part.file.path} cannot be read: {error}") from error
+
+
+def _suffix(name: str) -> str | None:
+    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), None)
+
+
+def _below(folder: epath.Path, prefix: str, outside: str) -> Iterator[InputFile]:
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue  # .git and its like
+        if path.is_dir():
+            if not os.path.islink(path) and os.path.realpath(path) != outside:  # a link could lead back to where we are
+                yield from _below(path, f"{prefix}{path.name}/", outside)
+        else:
+            yield _input_file(f"{prefix}{path.name}", path)
+
+
+def _matches(pattern: str) -> list[InputFile]:
+    if "://" in pattern:
+        root = epath.Path(pattern).parent
+        paths = [path for path in root.glob(epath.Path(pattern).name) if not path.is_dir()]
+        return [_input_file(path.name, path) for path in paths]
+    names = [name for name in glob.glob(pattern, recursive=True) if not os.path.isdir(name)]
+    if not names and os.path.exists(pattern):
+        names = [pattern]  # a name with brackets in it
+    # What stands before the first wildcard is where the data happen to lie.
+    fixed = pattern[: min((pattern.index(c) for c in "*?[" if c in pattern), default=len(pattern))]
+    root = os.path.dirname(fixed)
+    return [_input_file(os.path.relpath(name, root or "."), epath.Path(name)) for name in names]
+
+
+def _input_file(name: str, path: epath.Path) -> InputFile:
+    try:
+        return InputFile(name, os.fspath(path), path.stat().length)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _text_file(file: InputFile) -> Document:
+    return _document(0, epath.Path(file.path).read_bytes().removeprefix(codecs.BOM_UTF8))
+
+
+def _document(index: int, text: bytes | str) -> Document:
+    try:
+        # A string out of JSON may hold half of a surrogate pair, which is text in no file.
+        text = text.decode() if isinstance(text, bytes) else text.encode().decode()
+    except UnicodeError:
+        return Document(index, None, "not UTF-8")
+    return Document(index, text) if text.strip() else Document(index, None, "empty")
+
+
+def _json_lines(lines: Iterable[tuple[int, bytes]], text_field: str) -> Iterator[Document]:
+    for index, line in lines:
+        if index == 0:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():  # a line with nothing in it, as at the end of many files, is no document
+            yield _json_document(index, line, text_field)
+
+
+def _json_document(index: int, line: bytes, text_field: str) -> Document:
+    try:
+        row = json.loads(line.decode())
+    except UnicodeError:
+        return Document(index, None, "not UTF-8")
+    except (ValueError, RecursionError):
+        return Document(index, None, "malformed JSON")
+    if not isinstance(row, dict) or text_field not in row or row[text_field] is None:
+        return Document(index, None, "no text field")
+    return _document_of_field(index, row[text_field])
+
+
+def _document_of_field(index: int, value: Any) -> Document:
+    if not isinstance(value, str | bytes):
+        return Document(index, None, "text field is no string")
+    return _document(index, value)
+
+
+def _lines_of_range(part: Part) -> Iterator[tuple[int, bytes]]:
+    """Lines whose first byte lies in [start, stop), each with the position of that byte."""
+    with epath.Path(part.file.path).open("rb") as file:
+        position = part.start
+        if part.start > 0:  # the byte before tells whether a line begins here
+            file.seek(part.start - 1)
+            position += len(file.readline()) - 1
+        while position < part.stop and (line := file.readline()):
+            yield position, line
+            position += len(line)
+
+
+def _lines(pieces: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    position, rest = 0, []
+    for piece in pieces:
+        *whole, last = piece.split(b"\n")
+        for line in whole:
+            line = b"".join([*rest, line])
+            rest = []
+            yield position, line
+            position += len(line) + 1
+        rest.append(last)
+    if any(rest):
+        yield position, b"".join(rest)
+
+
+def _decompressed(file: InputFile, suffix: str) -> Iterator[bytes]:
+    with epath.Path(file.path).open("rb") as raw:
+        try:
+            yield from _gunzip(raw) if suffix == ".jsonl.gz" else _unzstd(raw, file)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{file.path} is broken ({error}). Fetch it again, or leave it out of --input.") from error
+
+
+def _gunzip(raw: IO[bytes]) -> Iterator[bytes]:
+    with gzip.open(raw) as unzipped:
+        while piece := unzipped.read(_READ_BYTES):
+            yield piece
+
+
+def _unzstd(raw: IO[bytes], file: InputFile) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise UserError(f"Reading {file.path} needs zstandard: pip install 'phijax[data]'") from error
+    # Not its stream reader, which takes a file that breaks off for one that ends.
+    frame = None
+    while piece := raw.read(_READ_BYTES):
+        while piece:
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            try:
+                yield frame.decompress(piece)
+            except zstandard.ZstdError as error:
+                raise EOFError(str(error)) from error
+            piece = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("the file ends in the middle of a frame")
+
+
+def _parquet(file: InputFile, text_field: str) -> Iterator[Document]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"Reading {file.path} needs pyarrow: pip install 'phijax[data]'") from error
+    index = 0
+    try:
+        with epath.Path(file.path).open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as table:
+            names = table.schema_arrow.names
+            if text_field not in names:
+                nearest = nearest_name(text_field, names) or (names[0] if names else "")
+                raise UserError(
+                    f"{file.path} has no column {text_field!r}. It has: {', '.join(names)}. Try --text_field={nearest}"
+                )
+            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+                for value in batch.column(0):
+                    yield _parquet_document(index, value)
+                    index += 1
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{file.path} is broken after {index} rows ({error}). Fetch it again.") from error
+
+
+def _parquet_document(index: int, value: Any) -> Document:
+    try:
+        text = value.as_py()
+    except UnicodeError:
+        return Document(index, None, "not UTF-8")
+    return Document(index, None, "no text field") if text is None else _document_of_field(index, text)

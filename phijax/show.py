@@ -1,0 +1,129 @@
+"""Prints what a folder of token shards or of checkpoints holds: python -m phijax.show DIR [--rows=3] [--verify]
+
+Of shards: the manifest as a table, and rows decoded, with a mark where a document begins.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+from absl import flags
+from etils import epath
+
+from phijax import command
+from phijax.data.shard_manifest import MANIFEST_FILE, Manifest
+from phijax.data.shards import Shards
+from phijax.errors import UserError
+from phijax.text.tokenizer import Tokenizer
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_integer("rows", 3, "rows to decode, from all over the shards", flag_values=FLAGS)
+flags.DEFINE_boolean("verify", False, "read every shard and compare its sha256", flag_values=FLAGS)
+
+_SHARDS_LISTED = 10
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise UserError("Give one folder of shards or of checkpoints: python -m phijax.show DIR")
+    if FLAGS.rows < 0:
+        raise UserError(f"--rows={FLAGS.rows} must be 0 or more.")
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `phijax show DIR | head` ends in silence
+    folder = epath.Path(arguments[0])
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder.")
+    splits = [folder / name for name in ("train", "validation") if (folder / name / MANIFEST_FILE).exists()]
+    if _is_shards(folder):
+        _show_shards(folder)
+    elif splits:
+        for split in splits:
+            _show_shards(split)
+    elif _is_checkpoints(folder):
+        # Imported here: it brings jax, seconds that a look at shards need not wait.
+        from phijax.checkpoint.reading import describe
+
+        print(describe(folder))
+    else:
+        raise UserError(
+            f"{folder} holds neither token shards ({MANIFEST_FILE} by phijax.prepare) nor checkpoints "
+            f"(numbered folders). It has: {', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'}."
+        )
+
+
+def _is_shards(folder: epath.Path) -> bool:
+    # A step of a checkpoint has a manifest too, but no tokenizer beside it.
+    return (folder / MANIFEST_FILE).exists() and not (folder / "state").exists()
+
+
+def _is_checkpoints(folder: epath.Path) -> bool:
+    """A step's folder, or one with steps in it."""
+    return (folder / MANIFEST_FILE).exists() or any(
+        path.name.isdigit() and (path / MANIFEST_FILE).exists() for path in folder.iterdir()
+    )
+
+
+def _show_shards(folder: epath.Path) -> None:
+    shards = Shards.open(folder)
+    print("\n".join(_table(os.fspath(folder), shards.manifest)))
+    if FLAGS.verify:
+        shards.verify()
+        print("Every shard has the sha256 of the manifest.")
+    for text in decoded_rows(shards, FLAGS.rows):
+        print(f"\n{text}")
+    sys.stdout.flush()
+
+
+def _table(folder: str, manifest: Manifest) -> list[str]:
+    """The manifest for people: a line a number, then the shards."""
+    dropped = "".join(f", {count:,} {reason}" for reason, count in manifest.documents_dropped.items()) or ", 0"
+    ignored = f", {len(manifest.ignored_files)} ignored" if manifest.ignored_files else ""
+    rows = [
+        ("shards", f"{folder} ({manifest.split})"),
+        ("records", f"{manifest.num_records:,} of {manifest.block} + 1 tokens, {manifest.dtype}"),
+        ("tokens", f"{manifest.num_tokens:,}, {manifest.num_tail_tokens:,} of them lost in the tails of shards"),
+        ("documents", f"{manifest.documents_kept:,} here, {manifest.documents_in_other_split:,} in the other split"),
+        ("dropped", f"{dropped[2:]}, of {manifest.documents_read:,} read"),
+        ("input", f"{len(manifest.inputs)} files, {sum(entry.bytes for entry in manifest.inputs):,} bytes{ignored}"),
+        ("tokenizer", f"{manifest.vocab_size:,} ids, fingerprint {manifest.tokenizer_fingerprint[:12]}"),
+        ("digest", manifest.digest[:12]),
+        ("seed", str(manifest.seed)),
+    ]
+    lines = [f"{name:<11}{value}" for name, value in rows]
+    lines += ["", f"{'file':<42}{'records':>10}{'documents':>11}{'tokens':>14}{'bytes':>14}"]
+    for shard in manifest.shards[:_SHARDS_LISTED]:
+        lines.append(f"{shard.file:<42}{shard.records:>10,}{shard.documents:>11,}{shard.tokens:>14,}{shard.bytes:>14,}")
+    if len(manifest.shards) > _SHARDS_LISTED:
+        lines.append(f"and {len(manifest.shards) - _SHARDS_LISTED} more")
+    return lines
+
+
+def decoded_rows(shards: Shards, count: int) -> Iterator[str]:
+    """Text of `count` records from all over the shards, each under a line that says which, documents marked."""
+    tokenizer = shards.tokenizer()
+    ends = np.cumsum(shards.records_per_shard)
+    count = min(count, shards.num_records)
+    for i in range(count):
+        record = i * shards.num_records // count
+        shard = int(np.searchsorted(ends, record, side="right"))
+        record -= int(ends[shard] - shards.records_per_shard[shard])
+        ((tokens, starts),) = shards.read(shard, [record])
+        head = f"--- record {record} of {shards.manifest.shards[shard].file}: {starts.sum()} documents begin ---"
+        yield f"{head}\n{_decoded(tokenizer, tokens, starts)}"
+
+
+def _decoded(tokenizer: Tokenizer, tokens: np.ndarray, starts: np.ndarray) -> str:
+    pieces = []
+    borders = np.flatnonzero(starts)
+    for ids in np.split(tokens, borders[borders > 0]):
+        text = tokenizer.decode(ids.tolist())
+        # Text of strangers may hold sequences that move the cursor or rename the terminal.
+        pieces.append("".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text))
+    first = "[document begins]\n" if starts[0] else "[document goes on]\n"
+    return first + "\n[document begins]\n".join(pieces)
+
+
+if __name__ == "__main__":
+    command.run(main, FLAGS)
