@@ -96,8 +96,7 @@ def entry() -> None:
     """Where the command starts, under either name."""
     from phijax.parallel import hardware
 
-    if hardware.only_cpu():
-        hardware.keep_freed_memory()
+    hardware.prepare_cpu()
     overrides: list[tuple[str, str]] = []
     try:
         rest, overrides = command.split_overrides(sys.argv[1:])

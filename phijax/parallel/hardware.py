@@ -51,3 +51,13 @@ def only_cpu() -> bool:
         return asked == "cpu"
     accelerators = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
     return not any(glob.glob(pattern) for pattern in accelerators)
+
+
+def prepare_cpu() -> None:
+    """Settings for a machine that computes on its CPU; nothing elsewhere. Call before jax is imported.
+
+    Naming the platform keeps jax from looking for chips, which libtpu, where installed to compile for, does at length.
+    """
+    if only_cpu():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        keep_freed_memory()
