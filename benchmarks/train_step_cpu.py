@@ -99,17 +99,12 @@ class Theirs:
         self._targets = torch.from_numpy(batch["targets"][0].astype(np.int64))
 
     def _copy(self, start: dict[str, np.ndarray]) -> None:
-        names = {
-            "self_attn.q_proj": "attention/q",
-            "self_attn.k_proj": "attention/k",
-            "self_attn.v_proj": "attention/v",
-        }
-        names |= {"self_attn.o_proj": "attention/o", "mlp.gate_proj": "mlp/gate", "mlp.up_proj": "mlp/up"}
-        names |= {"mlp.down_proj": "mlp/down"}
+        names = {f"self_attn.{x}_proj": f"attention/{x}" for x in "qkvo"}
+        names |= {f"mlp.{x}_proj": f"mlp/{x}" for x in ("gate", "up", "down")}
         state = self._model.state_dict()
         with self._torch.no_grad():
-            state["model.embed_tokens.weight"].copy_(self._torch.from_numpy(start["embedding"]))
-            state["lm_head.weight"].copy_(self._torch.from_numpy(start["head"]))
+            state["model.embed_tokens.weight"].copy_(self._torch.from_numpy(start["embedding"].copy()))
+            state["lm_head.weight"].copy_(self._torch.from_numpy(start["head"].copy()))
             for layer in range(MODEL.num_layers):
                 for theirs, ours in names.items():
                     value = start[f"blocks/{ours}"][layer]
@@ -123,7 +118,7 @@ class Theirs:
         loss.backward()
         self._torch.nn.utils.clip_grad_norm_(self._model.parameters(), OPTIMIZER.clip_norm)
         self._optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
 
 def timed(side) -> tuple[float, float]:
