@@ -10,6 +10,12 @@ def is_local(path: epath.Path) -> bool:
     return "://" not in str(path)
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path as Orbax wants it: it refuses relative ones."""
+    path = epath.Path(path)
+    return epath.Path(os.path.abspath(os.fspath(path))) if is_local(path) else path
+
+
 def sync_directory(path: epath.Path) -> None:
     """Makes the names in a local directory durable: a rename is not, until its directory is synced."""
     if not is_local(path):

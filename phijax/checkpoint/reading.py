@@ -8,7 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from phijax.checkpoint import manifest, steps
+from phijax.checkpoint import durable, manifest, steps
 from phijax.errors import UserError
 
 
@@ -20,7 +20,7 @@ def restore_arrays(folder: epath.PathLike, like: Any, *, partial: bool = False) 
       like: pytree of jax.ShapeDtypeStruct with shardings.
       partial: takes what `like` names and leaves the rest, as the weights without the optimizer's state.
     """
-    folder = epath.Path(folder)
+    folder = durable.absolute(folder)
     leaves = manifest.flatten(like)
     stored = read_manifest(folder)["leaves"]
     lines = manifest.differences(stored, manifest.describe_leaves(leaves), partial=partial)

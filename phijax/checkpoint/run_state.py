@@ -15,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from phijax.checkpoint import host_memory, manifest, reading, steps, upkeep
+from phijax.checkpoint import durable, host_memory, manifest, reading, steps, upkeep
 from phijax.checkpoint.agreement import any_process, from_process_zero
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
@@ -65,7 +65,7 @@ class RunCheckpoints:
         """
         if not lock.held:
             raise ValueError("RunCheckpoints removes leftovers and needs a WriterLock that is held")
-        self._directory = epath.Path(directory)
+        self._directory = durable.absolute(directory)
         self._config = config
         self._identity = json.loads(json.dumps(identity))
         self._lock = lock
@@ -160,7 +160,7 @@ class RunCheckpoints:
         except UserError:
             raise
         except Exception as error:
-            self._fail(step, error)
+            self._fail(step, error, writing_ended=False)
             self._raise_if_stopping()
             return
         if not self._config.asynchronous:
@@ -244,11 +244,11 @@ class RunCheckpoints:
         saving.thread.join(timeout=max(0.0, saving.started + limit - time.monotonic()))
         if saving.thread.is_alive():
             error = TimeoutError(f"not finished after {limit:.0f} s; the file system of {self._directory} is stuck")
-            self._fail(saving.step, error)
+            self._fail(saving.step, error, writing_ended=False)
             return
         self._saving = None
         if saving.error is not None:
-            self._fail(saving.step, saving.error)
+            self._fail(saving.step, saving.error, writing_ended=True)
             return
         self._failure = None
         self._verified.add(saving.step)
@@ -256,13 +256,13 @@ class RunCheckpoints:
         for line in saving.lines:
             self._log(line)
 
-    def _fail(self, step: int, error: BaseException) -> None:
+    def _fail(self, step: int, error: BaseException, *, writing_ended: bool) -> None:
         self.failed_saves += 1
         kept = []
         if jax.process_index() == 0:
             try:
                 folder = self._directory / str(step)
-                if self._saving is None and (folder / steps.UNFINISHED_FILE).exists():
+                if writing_ended and (folder / steps.UNFINISHED_FILE).exists():
                     steps.delete(folder)  # on a full disk its bytes are what the next save needs
                 kept = self.steps()
             except OSError as also:

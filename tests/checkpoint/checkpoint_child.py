@@ -16,6 +16,8 @@ if processes:
 
 from checkpoint_case import bits, like, mesh_of, state, writer  # noqa: E402
 
+from phijax.checkpoint import manifest  # noqa: E402
+from phijax.checkpoint.run_state import SaveFailed  # noqa: E402
 from phijax.errors import UserError  # noqa: E402
 
 
@@ -32,7 +34,7 @@ class Lines(list):
 
 def save_for_ever(checkpoints) -> None:
     """Saves state(step) at each step, on from the newest, checking that what is restored is what was saved."""
-    mesh = mesh_of(2)
+    mesh = mesh_of(len(jax.devices()))
     step = checkpoints.latest_verified() or 0
     if step:
         restored = checkpoints.restore(step, like(state(0, mesh, 4096)))
@@ -62,7 +64,7 @@ def hold(checkpoints) -> None:
 
 
 def across_processes(checkpoints) -> None:
-    """Two processes: save twice, restore onto the same devices, agree on an error."""
+    """Two processes: save twice, restore, agree on a refusal and on the failure of process 0."""
     mesh = mesh_of(len(jax.devices()))
     assert checkpoints.latest_verified() is None
     for step in (1, 2):
@@ -79,7 +81,18 @@ def across_processes(checkpoints) -> None:
     for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(state(2, mesh)), strict=True):
         for a, b in zip(ours.addressable_shards, theirs.addressable_shards, strict=True):
             assert bits(a.data) == bits(b.data)
-    say("all well")
+    if jax.process_index() == 0:
+        manifest.write = fail
+    checkpoints.save(3, state(3, mesh))
+    try:
+        checkpoints.save(4, state(4, mesh))
+        raise AssertionError("not stopped")
+    except SaveFailed:
+        say("all well")
+
+
+def fail(*_, **__) -> None:
+    raise OSError(28, "No space left on device")
 
 
 with writer(directory, log=Lines(), keep_last=2) as (checkpoints, _):

@@ -143,6 +143,9 @@ def test_leftovers_are_removed_with_their_size_and_strays_are_left_alone(copy):
 
 def test_half_deleted_old_step_is_never_offered(copy, monkeypatch):
     folder = steps.epath.Path(copy / "1")
+    listed = sorted(folder.iterdir(), key=str, reverse=True)
+    # State before manifest: the order in which a file system lists a folder must not be what saves us.
+    monkeypatch.setattr(type(folder), "iterdir", lambda _: iter(listed))
     monkeypatch.setattr(type(folder), "rmtree", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         steps.delete(folder)

@@ -104,11 +104,15 @@ def test_second_run_in_a_directory_is_refused_and_names_the_first(tmp_path):
     assert first.returncode == 0
 
 
-def test_two_processes_save_one_state_and_one_process_reads_it(tmp_path):
+def start_two(directory, what: str) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    both = [start(tmp_path, "processes", number, 2, port) for number in range(2)]
+    return [start(directory, what, number, 2, port) for number in range(2)]
+
+
+def test_two_processes_save_one_state_and_one_process_reads_it(tmp_path):
+    both = start_two(tmp_path, "processes")
     results = [process.communicate(timeout=180) for process in both]
     for process, (output, errors) in zip(both, results, strict=True):
         assert process.returncode == 0, errors
@@ -118,3 +122,22 @@ def test_two_processes_save_one_state_and_one_process_reads_it(tmp_path):
         assert checkpoints.latest_verified() == 2
         mesh = mesh_of(8)
         assert bits(checkpoints.restore(2, like(state(0, mesh)))) == bits(state(2, mesh))
+
+
+@pytest.mark.slow  # the survivor ends by heartbeat, after 10 s or more
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_processes_killed_in_mid_save(tmp_path, victim):
+    both = start_two(tmp_path, "for_ever")
+    read_until(both[0], "saved step 2")
+    both[victim].kill()
+    survivor = both[1 - victim]
+    survivor.communicate(timeout=180)
+    both[victim].communicate()
+    assert survivor.returncode != 0
+    with writer(tmp_path) as (checkpoints, _):
+        step = checkpoints.latest_verified()
+        assert step >= 2
+        mesh = mesh_of(8)
+        assert bits(checkpoints.restore(step, like(state(0, mesh, 4096)))) == bits(state(step, mesh, 4096))
+        checkpoints.save(step + 1, state(step + 1, mesh, 4096))
+        checkpoints.wait()

@@ -84,6 +84,13 @@ def test_step_saved_already_and_older_step_are_errors(tmp_path):
         assert bits(checkpoints.restore(4, like(state(1, mesh)))) == bits(state(2, mesh))
 
 
+def test_relative_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_steps("runs/checkpoints", {1: 0}, mesh_of(1))
+    restored = reading.restore_arrays("runs/checkpoints/1", like(state(0, mesh_of(1))))
+    assert bits(restored) == bits(state(0, mesh_of(1)))
+
+
 def test_keep_policy(tmp_path):
     save_steps(tmp_path, dict.fromkeys(range(1, 8), 0), mesh_of(1), keep_last=2, keep_every=3)
     with writer(tmp_path) as (checkpoints, _):
