@@ -234,20 +234,24 @@ def _parquet(file: InputFile, text_field: str) -> Iterator[Document]:
     except ImportError as error:
         raise UserError(f"Reading {file.path} needs pyarrow: pip install 'phijax[data]'") from error
     index = 0
-    try:
-        with epath.Path(file.path).open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as table:
-            names = table.schema_arrow.names
-            if text_field not in names:
-                nearest = nearest_name(text_field, names) or (names[0] if names else "")
-                raise UserError(
-                    f"{file.path} has no column {text_field!r}. It has: {', '.join(names)}. Try --text_field={nearest}"
-                )
-            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-                for value in batch.column(0):
-                    yield _parquet_document(index, value)
-                    index += 1
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{file.path} is broken after {index} rows ({error}). Fetch it again.") from error
+    with epath.Path(file.path).open("rb") as raw:
+        try:
+            with pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True) as table:
+                _require_column(file, text_field, table.schema_arrow.names)
+                for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+                    for value in batch.column(0):
+                        yield _parquet_document(index, value)
+                        index += 1
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{file.path} is broken after {index} rows ({error}). Fetch it again.") from error
+
+
+def _require_column(file: InputFile, text_field: str, names: list[str]) -> None:
+    if text_field not in names:
+        nearest = nearest_name(text_field, names) or (names[0] if names else "")
+        raise UserError(
+            f"{file.path} has no column {text_field!r}. It has: {', '.join(names)}. Try --text_field={nearest}"
+        )
 
 
 def _parquet_document(index: int, value: Any) -> Document:

@@ -1,0 +1,105 @@
+"""Work over processes: what is done is not done again, killed workers are named, no worker outlives its parent."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from phijax.curation import jobs
+from phijax.errors import UserError
+
+HERE = pathlib.Path(__file__).parent
+
+
+def square(number, output):
+    output.write_text(str(number**2))
+    return {"square": number**2}
+
+
+def kill_itself(number, output):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse(number, output):
+    raise UserError(f"number {number} is bad")
+
+
+def fill_the_disk(number, output):
+    raise OSError(28, "No space left on device")
+
+
+def sleep_for_ever(number, output):
+    (output.parent / f"pid-{os.getpid()}").touch()
+    time.sleep(600)
+
+
+def tasks_of(function, folder, count=3):
+    return [jobs.Task(function, (i, folder / f"{i}"), folder / f"{i}", folder / f"{i}.done") for i in range(count)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_done_is_not_done_again(tmp_path, workers):
+    tasks = tasks_of(square, tmp_path, 5)
+    assert dict(jobs.run(tasks[:3], workers)) == {i: {"square": i**2} for i in range(3)}
+    (tmp_path / "0").unlink()  # an output that is gone
+    (tmp_path / "1").write_text("longer")  # or is another
+    (tmp_path / "2").write_text("5")  # of the size that the marker says: it is believed
+    results = dict(jobs.run(tasks, workers))
+    assert results == {i: {"square": i**2} for i in range(5)}
+    assert [(tmp_path / str(i)).read_text() for i in range(5)] == ["0", "1", "5", "9", "16"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_errors_of_workers_arrive(tmp_path, workers):
+    with pytest.raises(UserError, match=r"number \d is bad"):
+        list(jobs.run(tasks_of(refuse, tmp_path), workers))
+    with pytest.raises(UserError, match=r"could not be written: .*No space left on device"):
+        list(jobs.run(tasks_of(fill_the_disk, tmp_path), workers))
+    assert not list(tmp_path.glob("*.done"))
+
+
+def test_a_killed_worker_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"A worker process was killed.*start the same command again"):
+        list(jobs.run(tasks_of(kill_itself, tmp_path), 2))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_no_worker_outlives_its_parent(tmp_path, how):
+    code = f"""
+import pathlib, sys
+sys.path.insert(0, {str(HERE)!r})
+import test_jobs
+if __name__ == "__main__":
+    tasks = test_jobs.tasks_of(test_jobs.sleep_for_ever, pathlib.Path({str(tmp_path)!r}))
+    list(test_jobs.jobs.run(tasks, 2))
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    parent = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": str(HERE.parent.parent)})
+    try:
+        wait_until(lambda: len(list(tmp_path.glob("pid-*"))) == 2)
+    finally:
+        parent.send_signal(how)
+        parent.wait()
+    pids = [int(path.name[4:]) for path in tmp_path.glob("pid-*")]
+    wait_until(lambda: not any(map(is_running, pids)))
+    assert not [json.loads(path.read_text()) for path in tmp_path.glob("*.done")]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen within a minute"
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False

@@ -1,0 +1,103 @@
+"""Exit codes and messages of every command, read from real processes."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
+
+SCRIPT = '''
+"""Does nothing, as an example."""
+import atexit, os, sys
+from absl import flags
+from phijax import command, errors
+
+FLAGS = flags.FlagValues() if "own" in sys.argv[-1] else flags.FLAGS
+flags.DEFINE_integer("count", 3, "how many", flag_values=FLAGS)
+flags.DEFINE_boolean("loud", False, "say more", flag_values=FLAGS)
+
+def main(arguments):
+    print("count", FLAGS.count, arguments)
+    match arguments[0] if arguments else None:
+        case "user": raise errors.UserError("the sky is green.\\nMake it blue.")
+        case "crash": raise ZeroDivisionError("oops")
+        case "stop": raise KeyboardInterrupt
+        case "restart": return errors.EXIT_RESTART
+        case "exit": sys.exit(3)
+        case "exit_text": sys.exit("text")
+        case "exit_none": sys.exit()
+
+if __name__ == "__main__":
+    command.run(main, FLAGS)
+'''
+
+
+def run(tmp_path, *arguments):
+    (tmp_path / "example.py").write_text(SCRIPT)
+    command = [sys.executable, tmp_path / "example.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "message"),
+    [
+        ("fine", 0, ""),
+        ("user", 2, "error: the sky is green.\nMake it blue.\n"),
+        ("stop", 75, "stopped from the keyboard; the same command can be started again\n"),
+        ("restart", 75, ""),
+        ("exit", 3, ""),
+        ("exit_text", 1, None),
+        ("exit_none", 0, ""),
+        ("--count=x", 2, "error: flag --count=x: invalid literal for int() with base 10: 'x'\nAll flags: --help\n"),
+        ("--countt=5", 2, "error: Unknown command line flag 'countt'. Did you mean: count ?\nAll flags: --help\n"),
+    ],
+)
+def test_exit_codes(tmp_path, argument, code, message):
+    result = run(tmp_path, argument)
+    assert result.returncode == code
+    assert message is None or result.stderr == message
+
+
+def test_a_crash_has_its_traceback(tmp_path):
+    result = run(tmp_path, "crash", "--count=5")
+    assert result.returncode == 1
+    assert result.stdout == "count 5 ['crash']\n"  # flushed, though the process left in a hurry
+    assert "Traceback" in result.stderr and "ZeroDivisionError: oops" in result.stderr
+
+
+@pytest.mark.parametrize("flags_of", ["own", "absl's"])
+def test_help_shows_the_commands_flags_alone(tmp_path, flags_of):
+    result = run(tmp_path, "--help", flags_of)
+    assert result.returncode == 0
+    assert result.stdout == (
+        "Does nothing, as an example.\n\nFlags:\n  --count: how many (default: 3)\n  --[no]loud: say more\n"
+    )
+
+
+def phijax(*arguments):
+    environment = {**ENVIRONMENT, "PYTHONPROFILEIMPORTTIME": "1"}
+    return subprocess.run([sys.executable, "-m", "phijax", *arguments], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("prepare", "--help"), ("show", "--help")])
+def test_help_needs_no_jax(arguments):
+    result = phijax(*arguments)
+    assert result.returncode == 0
+    assert "phijax" in result.stdout
+    assert "| phijax" in result.stderr  # the list of imports is there
+    assert "| jax" not in result.stderr and " jaxlib" not in result.stderr
+
+
+def test_an_unknown_verb(tmp_path):
+    result = phijax("prepar", "--input=x")
+    assert result.returncode == 2
+    assert "error: phijax has no verb 'prepar'. Did you mean `phijax prepare`?" in result.stderr
+
+
+def test_a_verb_is_the_module():
+    result = phijax("show", "/nowhere")
+    assert result.returncode == 2
+    assert "error: /nowhere is not a folder." in result.stderr
