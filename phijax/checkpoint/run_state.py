@@ -151,6 +151,7 @@ class RunCheckpoints:
         if not self._memory_checked:
             self.check_host_memory(tree)
         if not self._collect_previous():
+            self._log(f"ERROR: step {step} is not saved: the save before it is still stuck")
             return
         try:
             for line in from_process_zero(lambda: upkeep.make_room(self._directory, self._lock, step, overwrite)):
@@ -262,7 +263,7 @@ class RunCheckpoints:
         if jax.process_index() == 0:
             try:
                 folder = self._directory / str(step)
-                if writing_ended and (folder / steps.UNFINISHED_FILE).exists():
+                if writing_ended and not (folder / manifest.MANIFEST_FILE).exists():
                     steps.delete(folder)  # on a full disk its bytes are what the next save needs
                 kept = self.steps()
             except OSError as also:
