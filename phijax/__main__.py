@@ -3,6 +3,7 @@
 Verbs (`phijax VERB --help` lists the flags of one):
   main     train: --config=experiments/tiny.py --workdir=DIR
   prepare  raw text -> token shards: --input=GLOB --output=DIR
+  generate text from a run: --checkpoint=WORKDIR --prompt=TEXT
   show     print the manifest of shards or of checkpoints: DIR
 """
 
@@ -13,7 +14,7 @@ from typing import NoReturn
 from phijax import command
 from phijax.errors import UserError, nearest_name
 
-VERBS = ("main", "prepare", "show")
+VERBS = ("main", "prepare", "generate", "show")
 
 
 def main() -> NoReturn:

@@ -11,8 +11,8 @@ from etils import epath
 
 from phijax import config as configs
 from phijax.checkpoint.lock import WriterLock
-from phijax.checkpoint.reading import restore_arrays
 from phijax.checkpoint.run_state import RunCheckpoints
+from phijax.checkpoint.trained import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, load_params
 from phijax.config import Config
 from phijax.data import loader, mixture
 from phijax.data.batch import batch_shape, check_batch
@@ -107,12 +107,15 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     identity = {"model": dataclasses.asdict(recipe.model), "data": loader.fingerprint(plan)}
     with WriterLock(workdir, break_lock=config.checkpoint.break_lock, log=say) as lock:
-        checkpoints = RunCheckpoints(workdir / "checkpoints", config.checkpoint, identity=identity, lock=lock, log=say)
+        checkpoints = RunCheckpoints(
+            workdir / CHECKPOINTS_FOLDER, config.checkpoint, identity=identity, lock=lock, log=say
+        )
         first_step = checkpoints.latest_verified() or 0
         if first_step:
             check_identity(checkpoints.manifest(first_step)["identity"], identity, first_step)
         if jax.process_index() == 0:
             keep_config(config, workdir, first_step, say)
+            next(iter(plan.sources.values())).tokenizer().save(workdir / TOKENIZER_FOLDER)
         checkpoints.check_host_memory(program.abstract_state(recipe, mesh))
         state = begin(config, recipe, mesh, checkpoints, first_step, say)
         with open_report(config, workdir, recipe, plan, sets, first_step, mesh) as report:
@@ -126,10 +129,8 @@ def begin(config: Config, recipe: Recipe, mesh, checkpoints: RunCheckpoints, fir
         say(f"going on from step {first_step}")
         return checkpoints.restore(first_step, program.abstract_state(recipe, mesh))
     if config.init_from:
-        folder = epath.Path(config.init_from)
-        like = {"params": params.abstract(recipe.model, mesh)}
-        say(f"weights of {folder}; step, optimizer and data begin anew")
-        return program.initial_state(recipe, mesh, restore_arrays(folder, like, partial=True)["params"])
+        say(f"weights of {config.init_from}; step, optimizer and data begin anew")
+        return program.initial_state(recipe, mesh, load_params(config.init_from, recipe.model, mesh))
     return program.initial_state(recipe, mesh)
 
 

@@ -5,7 +5,8 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from phijax.checkpoint import manifest, reading, steps
+from phijax.checkpoint import manifest, reading, steps, upkeep
+from phijax.checkpoint.agreement import from_process_zero
 from phijax.errors import UserError
 from phijax.model import params
 from phijax.model.config import ModelConfig, model_from_dict
@@ -32,6 +33,11 @@ def open_trained(workdir: epath.PathLike, mesh: Mesh) -> tuple[ModelConfig, Any,
 
 
 def load_params(folder: epath.PathLike, model: ModelConfig, mesh: Mesh) -> Any:
-    """The parameters alone of one saved step, on `mesh`, bit for bit. Raises: UserError for another model."""
+    """The parameters alone of one saved step, on `mesh`, bit for bit.
+
+    Raises: UserError for a damaged step (file named), another model, or a parameter that the step lacks.
+    """
+    if problems := from_process_zero(lambda: manifest.verify(epath.Path(folder))):
+        raise UserError(upkeep.damage(epath.Path(folder), problems))
     like = {"params": params.abstract(model, mesh)}
     return reading.restore_arrays(folder, like, partial=True)["params"]

@@ -102,7 +102,7 @@ class ModelSection:
     max_position: int | Preset = "preset"
     rope_theta: float | Preset = "preset"
     partial_rotary_factor: float | Preset = "preset"
-    sliding_window: int | None | Preset = "preset"
+    sliding_window: int | Preset | None = "preset"
     tied_head: bool | Preset = "preset"
     norm_eps: float | Preset = "preset"
     long_rope_from: str | None = None  # a Hugging Face config.json whose rope_scaling lists are taken
@@ -151,3 +151,12 @@ def read_long_rope(path: str) -> LongRope:
         return LongRope(tuple(rope["short_factor"]), tuple(rope["long_factor"]), int(original))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"model.long_rope_from={path}: no LongRoPE lists found in it ({error!r}).") from error
+
+
+def model_from_dict(data: dict) -> ModelConfig:
+    """The inverse of `dataclasses.asdict`, also after a way through JSON."""
+    rope = data["long_rope"]
+    if rope is not None:
+        lists = {name: tuple(rope[name]) for name in ("short_factor", "long_factor")}
+        rope = LongRope(**lists, original_max_position=rope["original_max_position"])
+    return ModelConfig(**{**data, "long_rope": rope})
