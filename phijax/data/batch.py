@@ -31,20 +31,36 @@ def batch_shape(global_batch_size: int, micro_batches: int, length: int) -> tupl
     return micro_batches, global_batch_size // micro_batches, length
 
 
-def check_batch(where: str, global_batch_size: int, micro_batches: int, length: int, sizes: Mapping[str, int]) -> None:
-    """Raises: UserError, before memory is taken, for a batch that the mesh cannot share evenly."""
+def check_batch(
+    where: str,
+    global_batch_size: int,
+    micro_batches: int,
+    length: int,
+    sizes: Mapping[str, int],
+    *,
+    size_key: str = "global_batch_size",
+) -> None:
+    """
+    Args:
+      where: the config's section, in which `size_key` and `sequence_length` stand.
+    Raises: UserError, before memory is taken, for a batch that the mesh cannot share evenly.
+    """
     rows = sizes["data"] * sizes["fsdp"]
     unit = micro_batches * rows
     if global_batch_size % unit:
         low, high = global_batch_size // unit * unit, -(-global_batch_size // unit) * unit
         near = f"{low} or {high}" if low else f"{high}"
         raise UserError(
-            f"{where}.global_batch_size={global_batch_size} cannot be split over {micro_batches} micro-batches x data x "
+            f"{where}.{size_key}={global_batch_size} cannot be split over {micro_batches} micro-batches x data x "
             f"fsdp = {micro_batches} x {sizes['data']} x {sizes['fsdp']}.\n"
-            f"Nearest that can: {near}.  Try --config.{where}.global_batch_size={high}"
+            f"Nearest that can: {near}.  Try --config.{where}.{size_key}={high}"
         )
     if length % sizes["context"]:
-        raise UserError(f"{where}.sequence_length={length} cannot be split over mesh.context={sizes['context']}.")
+        high = -(-length // sizes["context"]) * sizes["context"]
+        raise UserError(
+            f"{where}.sequence_length={length} cannot be split over mesh.context={sizes['context']}.\n"
+            f"Try --config.{where}.sequence_length={high}"
+        )
 
 
 def local_rows(shape: Sequence[int], placed: NamedSharding) -> list[int]:
@@ -65,7 +81,7 @@ def assemble(shape: Sequence[int], placed: NamedSharding, rows: Mapping[int, Row
     Args:
       rows: index in the step -> arrays (T,), at least those of `local_rows`.
     """
-    _, per_micro, length = shape
+    per_micro = shape[1]
 
     def part(name: str) -> Callable:
         def values(index) -> np.ndarray:

@@ -24,6 +24,16 @@ class DataConfig:
     read_threads: int = 4
     read_ahead: int = 8  # steps held ready on the host; at least read_threads
 
+    def __post_init__(self):
+        if self.micro_batches < 1:
+            raise UserError(f"data.micro_batches={self.micro_batches} must be at least 1.")
+        if self.read_threads < 0 or self.read_ahead < self.read_threads:
+            raise UserError(
+                f"data.read_ahead={self.read_ahead} must be at least data.read_threads={self.read_threads}, and that "
+                f"at least 0: a thread holds the step that it reads.  Try --config.data.read_ahead="
+                f"{2 * max(self.read_threads, 1)}"
+            )
+
 
 def open_sources(phases: Sequence[Phase], *, vocab_size: int) -> dict[str, Shards]:
     """Path -> shards, all made with one tokenizer that fits the model.
@@ -106,7 +116,7 @@ def validation_batches(
     path: str, shards: Shards, *, length: int, batch_size: int, max_rows: int | None, mesh: Mesh
 ) -> Iterator[batches.Batch]:
     """Rows 0 .. n-1 in file order, once; the last batch is filled with rows of weight 0. Leaves (1, B, T)."""
-    rows = RowIndex(shards, length, f"evaluation of {path}", path)
+    rows = RowIndex(shards, length, "evaluation", path)
     count = len(rows) if max_rows is None else min(max_rows, len(rows))
     placed = batches.batch_sharding(mesh)
     shape = (1, batch_size, length)
@@ -160,7 +170,7 @@ def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -
         if number >= len(now["phases"]):
             raise UserError(f"data.phases[{number}] is gone, but the run is in it or past it (step {step}).")
         new = now["phases"][number]
-        ended = end <= step
+        ended = end < step  # one that ends just here can still be made longer: a finished run goes on
         for name in ("sequence_length", "global_batch_size", "mixture", *(("steps",) if ended else ())):
             if _content(old[name]) != _content(new[name]):
                 raise UserError(

@@ -6,6 +6,7 @@ before -> its epoch and place in it -> the row, by a keyed permutation. Each ste
 
 import dataclasses
 import functools
+import itertools
 import zlib
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from grain.experimental import index_shuffle
 from phijax.errors import UserError
 
 SHUFFLE_ROUNDS = 4  # of the block cipher behind index_shuffle
+MAX_PATTERN = 100_000  # slots: the pattern is kept in memory, and no share needs to be finer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +54,7 @@ def _before(weights: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """For each source: how many of its slots lie before slot 0, 1, ... n."""
     slots = pattern(weights)
     return tuple(
-        tuple(sum(1 for slot in slots[:i] if slot == source) for i in range(len(slots) + 1))
-        for source in range(len(weights))
+        tuple(itertools.accumulate((slot == source for slot in slots), initial=0)) for source in range(len(weights))
     )
 
 
@@ -115,3 +116,9 @@ def check_phases(phases: Sequence[Phase]) -> None:
                 raise UserError(f"{where}.mixture: weight {source.weight} of {source.path}: whole numbers from 1.")
             if paths.count(source.path) > 1:
                 raise UserError(f"{where}.mixture names {source.path} twice: add up its weights.")
+        total = sum(source.weight for source in phase.mixture)
+        if total > MAX_PATTERN:
+            raise UserError(
+                f"{where}.mixture: the weights add up to {total:,}; at most {MAX_PATTERN:,}. They are shares in rows: "
+                f"divide them all by {-(-total // MAX_PATTERN)}."
+            )
