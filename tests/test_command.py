@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
+# Buffered, as by default: what was printed before a hard exit must have been flushed.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent), "PYTHONUNBUFFERED": ""}
 
 SCRIPT = '''
 """Does nothing, as an example."""

@@ -93,6 +93,26 @@ def test_long_text_in_pieces_has_the_ids_of_the_whole(tokenizer, tmp_path, monke
         assert tokenizer.encode(text) == whole.encode(text)
 
 
+def test_long_text_where_pieces_hold_newlines(tmp_path, monkeypatch):
+    """Models of others may join newlines with words: such a text must not be cut."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CHAPTERS),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=1000,
+        model_type="bpe",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    whole = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert any("\n" in whole.id_to_piece(i) for i in range(1000))
+    monkeypatch.setattr(tokenizer_module, "_LONGEST_PIECE_OF_TEXT", 50)
+    tokenizer = Tokenizer.open(tmp_path / "tokenizer.model")
+    for text in CHAPTERS[:5]:
+        assert tokenizer.encode(text) == whole.encode(text)
+
+
 def test_a_lone_surrogate_is_no_text(tokenizer):
     with pytest.raises(ValueError):
         tokenizer.encode("a\ud800b")
