@@ -1,5 +1,7 @@
 """Attention on NVIDIA GPUs: cuDNN's flash kernel through jax.nn."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -7,11 +9,18 @@ from phijax.model.kernels.dense import visible
 
 
 def cudnn_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, window: int | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    window: int | None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
     """The same function as `dense_attention`: q (B, N, T, H), k and v (B, K, T, H) -> (B, N, T, H).
 
     cuDNN runs in bfloat16 or float16 only. Causality and window go to the kernel; packing goes in as a mask.
+    `implementation="xla"` gives jax.nn the same arguments on any backend, for tests.
     """
     index = jnp.arange(q.shape[2])
     mask = visible(index, index, segment_ids, segment_ids, window)[:, None]  # (B, 1, T, S)
@@ -23,6 +32,6 @@ def cudnn_attention(
         mask=mask,
         is_causal=True,
         local_window_size=None if window is None else (window - 1, 0),
-        implementation="cudnn",
+        implementation=implementation,
     )
     return jnp.swapaxes(out, 1, 2)
