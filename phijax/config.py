@@ -34,7 +34,7 @@ class Config:
 
     task: Literal["pretrain"] = "pretrain"
     seed: int = 0
-    init_from: str | None = None  # start weights: a run's checkpoints folder; optimizer and step begin anew
+    init_from: str | None = None  # start weights: a saved step, WORKDIR/checkpoints/STEP; all else begins anew
     model: ModelSection = ModelSection()
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
@@ -118,9 +118,11 @@ def keys(cls: type = Config, prefix: str = "") -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """ConfigDicts and tuples -> dicts and lists."""
+    """ConfigDicts, records and tuples -> dicts and lists."""
     if isinstance(value, ConfigDict):
         value = value.to_dict()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, dict):
         return {name: _plain(v) for name, v in value.items()}
     if isinstance(value, list | tuple):
@@ -148,11 +150,14 @@ def _override(tree: dict[str, Any], key: str, text: str) -> None:
             if step not in hints:
                 raise UserError(_unknown(f"--config.{key}", f"{walked}.{step}".lstrip("."), step, hints, walked))
             kind, slot = hints[step], step
-            if isinstance(node, dict) and step not in node and not last:
+            if not isinstance(node, dict):
+                raise UserError(f"--config.{key}: {walked} must be a section of keys, not {node!r}.")
+            if step not in node and not last:
                 node[step] = [] if _record_of(kind) else {}
         walked += step if index else f".{step}" if walked else step
         if last:
             node[slot] = _literal(text, kind, f"--config.{key}={text}")
+            _typed(kind, node[slot], walked, "command line")
         else:
             node = node[slot]
 
@@ -167,7 +172,7 @@ def _literal(text: str, kind: Any, where: str) -> Any:
         return text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         if any(typing.get_origin(k) is Literal for k in kinds):
             return text
         raise UserError(f"{where}: expected {_described(kind)}.") from error
@@ -176,8 +181,6 @@ def _literal(text: str, kind: Any, where: str) -> Any:
 def _typed(kind: Any, value: Any, key: str, where: str) -> Any:
     """`value` as `kind`, recursively. Raises: UserError naming the key."""
     if dataclasses.is_dataclass(kind):
-        if dataclasses.is_dataclass(value):
-            value = dataclasses.asdict(value)
         if not isinstance(value, dict):
             raise UserError(f"{where}: {key} must be a section of keys, not {value!r}.")
         hints = typing.get_type_hints(kind)
@@ -224,6 +227,8 @@ def _described(kind: Any) -> str:
 
 
 def _unknown(where: str, key: str, name: str, hints: dict[str, Any], section: str) -> str:
+    if not hints:
+        return f"{where}: there is no key {key!r}: {section} has no keys below it."
     near = nearest_name(name, hints)
     elsewhere = [known for known in keys() if known.split(".")[-1] == name]
     hint = (
