@@ -42,7 +42,7 @@ _SECONDS_BETWEEN_LINES = 10
 
 def main(arguments: list[str]) -> None:
     plan = preparation.make_plan(_request(arguments))
-    workers = FLAGS.workers if FLAGS.workers is not None else len(os.sched_getaffinity(0))
+    workers = FLAGS.workers if FLAGS.workers is not None else _cores()
     if workers < 1:
         raise UserError(f"--workers={workers} must be 1 or more.")
     already = preparation.finished(plan) is not None
@@ -53,6 +53,11 @@ def main(arguments: list[str]) -> None:
     manifests = preparation.prepare(plan, workers, _watch)
     print("\n".join(_summary(plan, manifests)))
     print("It was complete already." if already else f"Done in {time.monotonic() - started:.0f} s.")
+
+
+def _cores() -> int:
+    """Those this process may use, where the system tells (macOS does not)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _request(arguments: list[str]) -> preparation.Request:
