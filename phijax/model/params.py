@@ -115,9 +115,13 @@ def check_mesh(c: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
     for what, heads in (("num_kv_heads", c.num_kv_heads), ("num_heads", c.num_heads)):
         if heads % sizes["tensor"]:
             fits = [n for n in range(1, heads + 1) if heads % n == 0 and c.num_heads % n == 0]
+            usable = [n for n in fits if c.padded_vocab_size % n == 0]
+            vocabulary = (
+                f" Of them, the {c.padded_vocab_size} rows of the vocabulary allow: {', '.join(map(str, usable))}."
+            )
             raise UserError(
                 f"mesh.tensor={sizes['tensor']} cannot be used with model.{what}={heads}: tensor parallelism cuts at "
-                f"heads.\nSizes that do: {', '.join(map(str, fits))}."
+                f"heads.\nSizes that do: {', '.join(map(str, fits))}." + (vocabulary if usable != fits else "")
             )
     leaves = {path: (shape, names) for path, (shape, names, _) in _declared(c)[1].items()}
     for path, (shape, names) in leaves.items():

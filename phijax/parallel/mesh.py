@@ -41,7 +41,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
             f"mesh {sizes} needs {abs(math.prod(sizes.values()))} devices, but there are {num_devices}.\n"
             f"Set one axis to -1 to take what is left, e.g. --config.mesh.fsdp=-1, or change the sizes."
         )
-    if sizes["data"] % config.slices:
+    if config.slices < 1 or sizes["data"] % config.slices:
         raise UserError(
             f"mesh.data={sizes['data']} cannot be split over mesh.slices={config.slices}: slices join along data."
         )
@@ -49,9 +49,16 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence) -> Mesh:
-    """Lays the axes onto the devices' physical torus (and slices onto DCN); virtual and single devices in id order."""
+    """Lays the axes onto the devices' physical torus (and slices onto DCN); virtual and single devices in id order.
+
+    Raises: UserError when sizes or slices are not those of the devices.
+    """
     sizes = mesh_shape(config, len(devices))
     shape = tuple(sizes.values())
+    if config.slices > 1 or devices[0].platform == "tpu":
+        found = len({getattr(device, "slice_index", 0) for device in devices})
+        if found != config.slices:
+            raise UserError(f"mesh.slices={config.slices}, but the devices lie in {found}. Set mesh.slices={found}.")
     if config.slices > 1:
         within = (shape[0] // config.slices, *shape[1:])
         grid = mesh_utils.create_hybrid_device_mesh(

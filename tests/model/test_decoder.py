@@ -285,8 +285,8 @@ def test_meshes_equal_one_device(wide, shape, backend):
 
 
 def test_init_is_bit_equal_on_every_mesh():
-    """One leaf of each kind of row, to save compilation; compiled as in a run, since fusion could round differently."""
-    paths = ("embedding", "blocks/attention/q", "blocks/attention/k", "blocks/mlp/down")
+    """Two leaves, to save compilation, but compiled as in a run: fusion could round differently."""
+    paths = ("embedding", "blocks/attention/k")
 
     def make(mesh=None):
         placed = parameters.flat(parameters.shardings(WIDE, mesh)) if mesh else {}
