@@ -38,8 +38,10 @@ def check_sets(config: EvaluationConfig) -> None:
             raise UserError(f"evaluation.sets: every set needs a name and a path, not {held_out}.")
         if names.count(held_out.name) > 1:
             raise UserError(f"evaluation.sets: the name {held_out.name!r} is there twice.")
-    if config.every_steps < 1:
-        raise UserError(f"evaluation.every_steps={config.every_steps} must be at least 1.")
+    for name in ("every_steps", "sequence_length", "batch_size", "max_rows"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"evaluation.{name}={value} must be at least 1.")
 
 
 class HeldOut:

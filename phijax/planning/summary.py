@@ -33,27 +33,58 @@ def memory(recipe: Recipe, sizes: Mapping[str, int], shape: BatchShape) -> dict[
     compute = recipe.backend.dtype.itemsize
     tokens = shape[1] * shape[2] // (sizes["data"] * sizes["fsdp"] * sizes["context"])
     layer_rows = sum(n for path, n in elements.items() if path.startswith(f"{params.STACKED}/")) // c.num_layers
-    gathered = layer_rows * sizes["fsdp"] * compute
+    # A layer's, and the next one's on their way; with nothing recomputed the backward pass finds them all kept.
+    layers_gathered = c.num_layers if remat_names(recipe.backend.remat) is None else 2
+    gathered = layers_gathered * layer_rows * sizes["fsdp"] * compute
     head = c.padded_vocab_size // sizes["tensor"] * c.model_dim
     logits = min(cross_entropy.CHUNK, tokens) * c.padded_vocab_size // sizes["tensor"] * FLOAT32
     return {
         "parameters (float32)": weights,
         "optimizer moments (float32)": 2 * weights,
         "gradients (float32)": weights * (2 if shape[0] > 1 else 1),  # the sum, and a micro-batch's own
-        "saved activations (estimate)": tokens * saved_per_token(recipe, sizes["tensor"]) * compute,
-        "gathered weights (estimate)": 2 * gathered,
-        "loss: head, its gradient, logits of a chunk (estimate)": head * (compute + FLOAT32) + 2 * logits,
+        "saved activations (estimate)": tokens * saved_per_token(recipe, sizes["tensor"], shape[2]),
+        "one layer's backward pass (estimate)": tokens * recomputed_per_token(recipe, sizes["tensor"], shape[2]),
+        "gathered weights (estimate)": gathered,
+        "loss: head, logits of a chunk, gradients (estimate)": head * (compute + FLOAT32)
+        + 2 * logits
+        + 2 * tokens * c.model_dim * compute,
     }
 
 
-def saved_per_token(recipe: Recipe, tensor: int) -> int:
-    """Numbers kept for the backward pass for each token of this device, all layers."""
-    c = recipe.model
-    # On TPU the last dimension of a saved array fills whole lanes of 128.
-    head = -(-c.head_dim // 128) * 128 if recipe.backend.attention == "splash" else c.head_dim
-    rows, kv_rows = c.num_heads * head // tensor, c.num_kv_heads * head // tensor
+def saved_per_token(recipe: Recipe, tensor: int, length: int) -> int:
+    """Bytes kept for the backward pass for each token of this device: all layers, and what stands around them.
+
+    What autodiff keeps, before the compiler merges or recomputes any of it.
+    """
+    c, compute = recipe.model, recipe.backend.dtype.itemsize
+    names = remat_names(recipe.backend.remat)
+    if names is None:
+        # Scanned, dense attention's mask and its fill value are the same for all layers; unrolled, each has its own.
+        masks = 1 if recipe.backend.scan_layers else c.num_layers
+        layers = c.num_layers * _everything_per_token(recipe, tensor, length)
+        layers += masks * _mask_per_token(recipe, tensor, length)
+    else:
+        sizes = _named_per_token(c, tensor)
+        layers = c.num_layers * compute * (c.model_dim + sum(sizes[name] for name in names))
+    rope = 2 * c.rotary_dim * compute + 4
+    return layers + rope + _norm_per_token(c, compute)
+
+
+def recomputed_per_token(recipe: Recipe, tensor: int, length: int) -> int:
+    """Bytes that one layer's backward pass makes anew and drops again; 0 where nothing is recomputed."""
+    names = remat_names(recipe.backend.remat)
+    if names is None:
+        return 0
+    sizes = _named_per_token(recipe.model, tensor)
+    kept = recipe.backend.dtype.itemsize * sum(sizes[name] for name in names)
+    return _everything_per_token(recipe, tensor, length) + _mask_per_token(recipe, tensor, length) - kept
+
+
+def _named_per_token(c: ModelConfig, tensor: int) -> dict[str, int]:
+    """Name that a remat policy can save -> numbers a token and layer."""
+    rows, kv_rows = c.num_heads * c.head_dim // tensor, c.num_kv_heads * c.head_dim // tensor
     ffn = c.ffn_dim // tensor
-    sizes = {
+    return {
         "query": rows,
         "key": kv_rows,
         "value": kv_rows,
@@ -64,9 +95,29 @@ def saved_per_token(recipe: Recipe, tensor: int) -> int:
         "up": ffn,
         "activation": ffn,
     }
-    names = remat_names(recipe.backend.remat)
-    kept = sum(sizes[name] for name in (sizes if names is None else names))
-    return c.num_layers * (c.model_dim + kept)
+
+
+def _everything_per_token(recipe: Recipe, tensor: int, length: int) -> int:
+    """Bytes a token that autodiff keeps of one layer when nothing is recomputed."""
+    c, compute = recipe.model, recipe.backend.dtype.itemsize
+    heads = c.num_heads // tensor
+    rows, kv_rows, ffn = heads * c.head_dim, c.num_kv_heads * c.head_dim // tensor, c.ffn_dim // tensor
+    # Two norms and their results; attention's inputs; gate and what silu's derivative needs of it, their product with
+    # up, and up.
+    kept = 2 * (_norm_per_token(c, compute) + c.model_dim * compute) + compute * (2 * kv_rows + 6 * ffn)
+    if recipe.backend.attention == "dense":  # scores in float32 and probabilities, of every key
+        return kept + 2 * rows * compute + heads * (8 + (4 + compute) * length)
+    return kept + 3 * rows * compute + 4 * heads  # query, output, output as heads, logsumexp
+
+
+def _mask_per_token(recipe: Recipe, tensor: int, length: int) -> int:
+    """Bytes of dense attention's mask (bool) and the scores' fill value (float32) for every key and head."""
+    return 5 * length * recipe.model.num_heads // tensor if recipe.backend.attention == "dense" else 0
+
+
+def _norm_per_token(c: ModelConfig, compute: int) -> int:
+    """A norm's input and normalised value in float32, two numbers, and the value cast back."""
+    return 2 * c.model_dim * 4 + 2 * 4 + c.model_dim * compute
 
 
 def describe_model(c: ModelConfig) -> list[str]:
