@@ -13,6 +13,10 @@ class UserError(Exception):
     """Something the user can mend. The message stands alone: no traceback is shown with it."""
 
 
+class RunFailure(Exception):
+    """What ends a run and is neither a bug of ours nor a mistake in its config: exit code 1, no traceback."""
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """The known name closest to `name`, or None when nothing is close enough to be a typing slip."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

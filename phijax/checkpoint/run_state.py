@@ -20,10 +20,10 @@ from phijax.checkpoint.agreement import any_process, from_process_zero
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
 from phijax.checkpoint.manifest import Leaves
-from phijax.errors import UserError
+from phijax.errors import RunFailure, UserError
 
 
-class SaveFailed(RuntimeError):
+class SaveFailed(RunFailure):
     """A checkpoint could not be written. Steps saved before it are as they were."""
 
 

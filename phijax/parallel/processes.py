@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import jax
 from jax.experimental import multihost_utils
 
-from phijax.errors import EXIT_CRASH, EXIT_DONE, EXIT_RESTART, EXIT_USER_ERROR, UserError
+from phijax.errors import EXIT_CRASH, EXIT_DONE, EXIT_RESTART, EXIT_USER_ERROR, RunFailure, UserError
 from phijax.parallel import rendezvous
 from phijax.parallel.rendezvous import ProcessFailure
 
@@ -189,7 +189,7 @@ def finish(seconds: float = 300) -> None:
 def guard(main: Callable[[], int | None]) -> NoReturn:
     """Runs `main` and leaves with its exit code, so that no exception of one process lets the others hang.
 
-    UserError: its message, code 2. ProcessFailure: its message, code 1. Anything else: the traceback, code 1.
+    UserError: its message, code 2. RunFailure: its message, code 1. Anything else: the traceback, code 1.
     """
     try:
         code = main() or EXIT_DONE
@@ -197,13 +197,13 @@ def guard(main: Callable[[], int | None]) -> NoReturn:
             finish()
     except UserError as error:
         code = EXIT_USER_ERROR
-        _to_stderr(f"{_who()}{error}")
+        _to_stderr(_message(error))
         # Most often all have found the same mistake: leaving together lets each say so before process 0 is gone.
         with contextlib.suppress(ProcessFailure):
             barrier("user error", USER_ERROR_GRACE_SECONDS)
-    except ProcessFailure as error:
+    except RunFailure as error:
         code = EXIT_CRASH
-        _to_stderr(f"{_who()}{error}")
+        _to_stderr(_message(error))
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else (EXIT_DONE if leaving.code is None else EXIT_CRASH)
         if leaving.code is not None and not isinstance(leaving.code, int):
@@ -228,6 +228,10 @@ def _leave_now(code: int) -> NoReturn:
         with contextlib.suppress(Exception):
             stream.flush()
     os._exit(code)
+
+
+def _message(error: Exception) -> str:
+    return "\n".join([f"error: {_who()}{error}", *getattr(error, "__notes__", ())])
 
 
 def _who() -> str:

@@ -21,13 +21,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from phijax.errors import RunFailure
+
 LINE_LIMIT = 4096
 RETRY_SECONDS = 0.2
 REPORT_SECONDS = 10.0  # how often process 0 says who is still missing
 VERDICT_GRACE_SECONDS = 10.0  # process 0 started later than the others, so its time-out ends later than theirs
 
 
-class ProcessFailure(Exception):
+class ProcessFailure(RunFailure):
     """Another process or its machine failed. The message stands alone; a new start may well succeed (exit code 1)."""
 
 
