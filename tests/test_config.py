@@ -175,6 +175,11 @@ def test_slips_in_an_experiment_file_are_refused(experiment, line, message):
         config.load(experiment(line))
 
 
+def test_an_unknown_key_is_refused_where_it_is_set():
+    with pytest.raises(AttributeError, match="sliding_windw"):
+        config.defaults().model.sliding_windw = 1
+
+
 def test_an_override_below_what_is_no_section_is_refused(experiment):
     with pytest.raises(UserError, match="mesh must be a section of keys, not 3"):
         config.load(experiment("c.mesh = 3"), [("mesh.data", "2")])
