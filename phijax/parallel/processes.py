@@ -25,7 +25,8 @@ from phijax.errors import EXIT_CRASH, EXIT_DONE, EXIT_RESTART, EXIT_USER_ERROR, 
 from phijax.parallel import rendezvous
 from phijax.parallel.rendezvous import ProcessFailure
 
-USER_ERROR_GRACE_SECONDS = 5.0
+LEAVING_SECONDS = 5.0  # how long who ends in an error waits for the others to come to the same
+LAST_TO_LEAVE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -195,15 +196,11 @@ def guard(main: Callable[[], int | None]) -> NoReturn:
         code = main() or EXIT_DONE
         if code in (EXIT_DONE, EXIT_RESTART):
             finish()
-    except UserError as error:
-        code = EXIT_USER_ERROR
-        _to_stderr(_message(error))
-        # Most often all have found the same mistake: leaving together lets each say so before process 0 is gone.
-        with contextlib.suppress(ProcessFailure):
-            barrier("user error", USER_ERROR_GRACE_SECONDS)
-    except RunFailure as error:
-        code = EXIT_CRASH
-        _to_stderr(_message(error))
+    except (UserError, RunFailure) as error:
+        code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASH
+        _to_stderr("\n".join([f"error: {_who()}{error}", *getattr(error, "__notes__", ())]))
+        if not isinstance(error, ProcessFailure):
+            _leave_together()
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else (EXIT_DONE if leaving.code is None else EXIT_CRASH)
         if leaving.code is not None and not isinstance(leaving.code, int):
@@ -212,6 +209,16 @@ def guard(main: Callable[[], int | None]) -> NoReturn:
         code = EXIT_CRASH
         _to_stderr(f"{_who()}{traceback.format_exc()}")
     exit_hard(code)
+
+
+def _leave_together() -> None:
+    """Most often all have come to the same end; JAX aborts whoever still lives when process 0 is gone."""
+    if not jax.distributed.is_initialized():
+        return
+    with contextlib.suppress(Exception):
+        barrier("leaving", LEAVING_SECONDS)
+    if _world()[1] == 0:
+        time.sleep(LAST_TO_LEAVE_SECONDS)
 
 
 def exit_hard(code: int) -> NoReturn:
@@ -228,10 +235,6 @@ def _leave_now(code: int) -> NoReturn:
         with contextlib.suppress(Exception):
             stream.flush()
     os._exit(code)
-
-
-def _message(error: Exception) -> str:
-    return "\n".join([f"error: {_who()}{error}", *getattr(error, "__notes__", ())])
 
 
 def _who() -> str:

@@ -5,18 +5,19 @@ bit. JSON has no NaN: "NaN", "Infinity" and "-Infinity" are written as strings, 
 `read_metrics` understand; null means "not known here".
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from etils import epath
 
-from phijax.errors import UserError
+from phijax.errors import RunFailure, UserError
 
 REMOTE_SECONDS = 60.0
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
@@ -126,8 +127,9 @@ class LineFile:
 
     def append(self, line: str) -> None:
         if self._file is not None:
-            self._file.write(line + "\n")
-            self._file.flush()
+            with self._failing():
+                self._file.write(line + "\n")
+                self._file.flush()
             return
         self._text.append(line + "\n")
         self._unsent = True
@@ -136,7 +138,8 @@ class LineFile:
 
     def sync(self) -> None:
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with self._failing():
+                os.fsync(self._file.fileno())
         elif self._unsent:
             self._path.write_text("".join(self._text))
             self._sent_at, self._unsent = self._clock(), False
@@ -145,6 +148,15 @@ class LineFile:
         self.sync()
         if self._file is not None:
             self._file.close()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunFailure(
+                f"{self._path} cannot be written: {error}. The saved steps stay: make room, and start it again."
+            ) from error
 
 
 class JsonLines:

@@ -22,7 +22,6 @@ from phijax.data.batch import batch_sharding
 from phijax.data.loader import Loader
 from phijax.model import params
 from phijax.parallel.mesh import make_mesh
-from phijax.training import program
 from phijax.training.step import eval_step
 
 AT = 4 * EVERY  # in the second phase, two steps behind its start
