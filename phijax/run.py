@@ -33,6 +33,7 @@ from phijax.parallel.processes import StopSignal, Watchdog
 from phijax.report import baselines
 from phijax.report import report as reports
 from phijax.report.report import Report
+from phijax.report.summary import summarise
 from phijax.training import loop, program
 from phijax.training.program import BatchShape, Recipe
 from phijax.training.state import TrainState
@@ -79,12 +80,15 @@ def open_evaluation(config: Config, model: ModelConfig, plan: Plan, sizes: dict[
     first, sets = config.data.phases[0], []
     length = config.evaluation.sequence_length or first.sequence_length
     rows = config.evaluation.batch_size or first.global_batch_size // config.data.micro_batches
-    check_batch("evaluation", rows, 1, length, sizes)
+    check_batch("evaluation", rows, 1, length, sizes, size_key="batch_size")
+    if length > model.max_position:
+        raise UserError(f"evaluation.sequence_length={length} exceeds model.max_position={model.max_position}.")
     tokenizer = next(iter(plan.sources.values())).tokenizer_fingerprint
     for held_out in config.evaluation.sets:
         shards = loader.open_for_model(held_out.path, vocab_size=model.vocab_size)
         if shards.tokenizer_fingerprint != tokenizer:
             raise UserError(f"evaluation.sets: {held_out.path} was made with another tokenizer than the training data.")
+        RowIndex(shards, length, "evaluation", held_out.path)  # refuses a length that these shards cannot give
         sets.append(EvaluationSet(held_out.name, held_out.path, shards, (1, rows, length)))
     return sets
 
@@ -120,6 +124,10 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         state = begin(config, recipe, mesh, checkpoints, first_step, say)
         with open_report(config, workdir, recipe, plan, sets, first_step, mesh) as report:
             outcome = run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step)
+        if not outcome.stopped and jax.process_index() == 0:
+            say(f"done: {outcome.step} steps")
+            for line in summarise(workdir / "metrics.jsonl", guessing(recipe.model, sets)):
+                say(line)
         return outcome
 
 
@@ -210,17 +218,19 @@ def open_report(config: Config, workdir: epath.Path, recipe: Recipe, plan: Plan,
         peak_flops_per_device=peak_flops(device.device_kind),
         device_count=mesh.size,
         process_index=jax.process_index(),
-        baselines=baselines.uniform(recipe.model.vocab_size) | held_out_unigram(sets, recipe.model.vocab_size),
+        baselines=guessing(recipe.model, sets),
         run_config=configs.to_dict(config),
     )
 
 
-def held_out_unigram(sets: list[EvaluationSet], vocab_size: int) -> dict[str, float]:
-    """The unigram baseline of the first held-out set, counted over its first rows."""
+def guessing(model: ModelConfig, sets: list[EvaluationSet]) -> dict[str, float]:
+    """Losses of guessing: uniform, and unigram counted over the first rows of the first held-out set."""
+    uniform = baselines.uniform(model.vocab_size)
     if not sets:
-        return {}
+        return uniform
     rows = RowIndex(sets[0].shards, sets[0].shape[-1], "evaluation", sets[0].path)
-    return baselines.unigram((rows.read(i)["targets"] for i in range(min(len(rows), 512))), vocab_size)
+    counted = (rows.read(i)["targets"] for i in range(min(len(rows), 512)))
+    return uniform | baselines.unigram(counted, model.vocab_size)
 
 
 def tokens_before(plan: Plan, step: int) -> int:
