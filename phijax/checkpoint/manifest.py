@@ -85,13 +85,19 @@ def read(folder: epath.Path) -> dict:
     return content
 
 
-def verify(folder: epath.Path) -> list[str]:
-    """What is wrong with a saved step: one line per file, empty if all is as it was written. Reads every byte."""
+def verify(folder: epath.Path, *, by_step: bool = True) -> list[str]:
+    """What is wrong with a saved step: one line per file, empty if all is as it was written. Reads every byte.
+
+    Args:
+      by_step: the folder is one of a run's and must be named by its step; a copy elsewhere may have any name.
+    """
     try:
         content = read(folder)
     except DamagedManifest as error:
         return [str(error)]
-    problems = [] if folder.name == str(content["step"]) else [f"{MANIFEST_FILE} is of step {content['step']}"]
+    problems = (
+        [] if not by_step or folder.name == str(content["step"]) else [f"{MANIFEST_FILE} is of step {content['step']}"]
+    )
     readable = []
     for entry in content["files"]:
         path = folder / entry["path"]

@@ -37,7 +37,7 @@ def load_params(folder: epath.PathLike, model: ModelConfig, mesh: Mesh) -> Any:
 
     Raises: UserError for a damaged step (file named), another model, or a parameter that the step lacks.
     """
-    if problems := from_process_zero(lambda: manifest.verify(epath.Path(folder))):
+    if problems := from_process_zero(lambda: manifest.verify(epath.Path(folder), by_step=False)):
         raise UserError(upkeep.damage(epath.Path(folder), problems))
     like = {"params": params.abstract(model, mesh)}
     return reading.restore_arrays(folder, like, partial=True)["params"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -11,7 +12,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -116,7 +118,7 @@ class Runs:
         self.experiment = folder / "experiment.py"
         self.experiment.write_text(EXPERIMENT.replace("SHARDS", str(shards)).replace("EVERY", str(EVERY)))
         (folder / "compiled").mkdir()
-        self._count = 0
+        self._count = itertools.count()
 
     @contextlib.contextmanager
     def started(
@@ -131,8 +133,7 @@ class Runs:
         if workdir is not None:
             self.share_compiled(workdir)
             arguments = (f"--workdir={workdir}", *arguments)
-        self._count += 1
-        log = self.folder / f"output-{self._count}.txt"
+        log = self.folder / f"output-{next(self._count)}.txt"
         command = [sys.executable, "-m", "phijax.main", f"--config={config or self.experiment}", *arguments]
         with open(log, "wb") as file:
             child = subprocess.Popen(
@@ -149,6 +150,11 @@ class Runs:
         """Starts one and waits for its end."""
         with self.started(workdir, *arguments, **how) as process:
             return process.end()
+
+    def run_all(self, commands: Sequence[tuple[pathlib.Path, Sequence[str], int]]) -> list[Ended]:
+        """Runs (workdir, arguments, devices) each, two at a time: most of a refusal is one core's importing."""
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(lambda c: self.run(c[0], *c[1], devices=c[2]), commands))
 
     def share_compiled(self, workdir: pathlib.Path) -> None:
         # A life of two seconds would otherwise compile for ten.

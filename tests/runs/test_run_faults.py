@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import synthetic_shards
-from run_case import ROOT, environment, flip_byte, last_step, learned, saved_steps, state
+from run_case import ROOT, Ended, environment, flip_byte, last_step, learned, saved_steps, state
 
 from phijax import config as configs
 from phijax.data.shards import Shards
@@ -45,11 +45,19 @@ REFUSED = {
 }
 
 
+@pytest.fixture(scope="module")
+def refusals(runs, tmp_path_factory) -> dict[str, tuple[pathlib.Path, Ended]]:
+    """What -> (workdir, how a start with that mistake ended)."""
+    folder = tmp_path_factory.mktemp("refusals")
+    commands = [(folder / str(i), arguments, devices) for i, (arguments, devices, _) in enumerate(REFUSED.values())]
+    ended = runs.run_all(commands)
+    return {what: (command[0], end) for what, command, end in zip(REFUSED, commands, ended, strict=True)}
+
+
 @pytest.mark.parametrize("what", REFUSED)
-def test_a_mistake_is_refused_before_anything_is_written(runs, tmp_path, what):
-    arguments, devices, texts = REFUSED[what]
-    workdir = tmp_path / "run"
-    runs.run(workdir, *arguments, devices=devices).refused(*texts)
+def test_a_mistake_is_refused_before_anything_is_written(refusals, what):
+    workdir, ended = refusals[what]
+    ended.refused(*REFUSED[what][2])
     assert [path.name for path in workdir.iterdir()] == ["compile_cache"]
 
 
@@ -123,9 +131,6 @@ def test_a_save_that_cannot_be_written_ends_the_run_and_keeps_the_steps_before(r
     ended = run_with_files_up_to(runs, workdir, 50_000)  # metrics.jsonl fits, the state does not
     ended.failed(1, "The save of step 16", "failed:", "Saved steps are untouched: [4, 8, 12]", others_speak=True)
     assert saved_steps(workdir) == [4, 8, 12] and state(workdir, 12) == before
-    again = runs.run(workdir)
-    assert again.code == 0 and "going on from step 12" in again.output, again.output
-    assert learned(workdir) == learned(unbroken)
 
 
 @pytest.fixture

@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from quick_compilation import QUICK
-from run_case import EVERY, STEPS, flip_byte, learned, metrics, saved_steps
+from run_case import EVERY, STEPS, Ended, flip_byte, learned, metrics, saved_steps
 
 from phijax import config as configs
 from phijax import run
@@ -62,12 +63,21 @@ PHASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def other_pasts(runs, unbroken, tmp_path_factory) -> dict[str, tuple[pathlib.Path, Ended]]:
+    """What -> (workdir, how a start with that change ended)."""
+    folder = tmp_path_factory.mktemp("pasts")
+    workdirs = [runs.copy(unbroken, folder / str(number), AT) for number in range(len(PHASES))]
+    changes = [[f"--config.{change}".replace("SHARDS", str(runs.shards)) for change in c] for c, _ in PHASES.values()]
+    ended = runs.run_all([(workdir, change, 1) for workdir, change in zip(workdirs, changes, strict=True)])
+    return dict(zip(PHASES, zip(workdirs, ended, strict=True), strict=True))
+
+
 @pytest.mark.parametrize("what", PHASES)
-def test_another_past_is_refused(runs, halfway, what):
-    changes, texts = PHASES[what]
-    changes = [f"--config.{change}".replace("SHARDS", str(runs.shards)) for change in changes]
-    runs.run(halfway, *changes).refused(*texts)
-    assert unchanged(halfway)
+def test_another_past_is_refused(other_pasts, what):
+    workdir, ended = other_pasts[what]
+    ended.refused(*PHASES[what][1])
+    assert unchanged(workdir)
 
 
 def test_an_added_phase_is_taken(runs, unbroken, halfway):
@@ -139,8 +149,6 @@ def test_init_from_begins_at_step_0_with_those_weights(runs, unbroken, tmp_path)
     # Another program than the train step's: the order of sums differs. The weights of step 20 are 1e-2 away.
     np.testing.assert_allclose(first["loss"], float(nll / weight), rtol=2e-6)
     assert first["learning_rate"] == metrics(unbroken)[0]["learning_rate"], "the schedule begins anew"
-    again = runs.run(tmp_path / "run", f"--config.init_from={step}")
-    assert f"going on from step {STEPS}" in again.output, "a run that has begun does not begin again"
 
 
 def weights_only(folder: pathlib.Path, source: pathlib.Path, change) -> pathlib.Path:
@@ -174,18 +182,26 @@ def test_init_from_refuses_what_is_not_these_weights(runs, unbroken, tmp_path):
     """A parameter without a value in the file, one of another shape, a flipped byte, no checkpoint at all."""
     source = unbroken / "checkpoints" / str(STEPS)
     lacking = weights_only(tmp_path / "lacking", source, without_head)
-    runs.run(tmp_path / "1", f"--config.init_from={lacking}").refused("params/head: not in the checkpoint")
-    runs.run(tmp_path / "2", f"--config.init_from={source}", "--config.model.ffn_dim=72").refused(
-        "is the checkpoint of another model: 3 differences",
-        "params/blocks/mlp/gate: float32 (1, 64, 32) in the checkpoint, float32 (1, 72, 32) wanted",
-    )
-    flipped = flip_byte(lacking / "state")
-    runs.run(tmp_path / "3", f"--config.init_from={lacking}").refused(
-        f"{lacking} is damaged: {flipped.relative_to(lacking)} has changed"
-    )
-    runs.run(tmp_path / "4", f"--config.init_from={source.parent}").refused(str(source.parent), "manifest.json")
-    for number in "1234":
-        assert not (tmp_path / number / "metrics.jsonl").exists() and not saved_steps(tmp_path / number)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(source, damaged)
+    flipped = flip_byte(damaged / "state")
+    cases = [
+        (lacking, [], ["params/head: not in the checkpoint"]),
+        (
+            source,
+            ["--config.model.ffn_dim=72"],
+            ["is the checkpoint of another model: 3 differences", "(1, 72, 32) wanted"],
+        ),
+        (damaged, [], [f"{flipped.relative_to(damaged)} has changed since it was written"]),
+        (source.parent, [], [str(source.parent), "manifest.json"]),
+    ]
+    commands = [
+        (tmp_path / str(number), [f"--config.init_from={folder}", *more], 1)
+        for number, (folder, more, _) in enumerate(cases)
+    ]
+    for (workdir, _, _), ended, (_, _, texts) in zip(commands, runs.run_all(commands), cases, strict=True):
+        ended.refused(*texts)
+        assert not (workdir / "metrics.jsonl").exists() and not saved_steps(workdir)
 
 
 def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(runs, unbroken, tmp_path):
