@@ -27,13 +27,27 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         c = self.c
         layout = ("act_batch", "act_heads", "act_time", None)
-        q = project(x, self.q, heads=c.num_heads)
-        k = project(x, self.k, heads=c.num_kv_heads)
-        v = project(x, self.v, heads=c.num_kv_heads)
+        split = _split_flat if backend.flat_tokens else project
+        q = split(x, self.q, heads=c.num_heads)
+        k = split(x, self.k, heads=c.num_kv_heads)
+        v = split(x, self.v, heads=c.num_kv_heads)
         q = apply_rope(q, rope, c, by_matmul=backend.rope_by_matmul)
         k = apply_rope(k, rope, c, by_matmul=backend.rope_by_matmul)
         q, k, v = (
             checkpoint_name(sharding.constrain(a, layout), name) for a, name in ((q, "query"), (k, "key"), (v, "value"))
         )
         out = ATTENTION[backend.attention](q, k, v, segment_ids, window=c.sliding_window)
-        return project_back(checkpoint_name(out, "attention"), self.o, heads=c.num_heads)
+        out = checkpoint_name(out, "attention")
+        return _join_flat(out, self.o) if backend.flat_tokens else project_back(out, self.o, heads=c.num_heads)
+
+
+def _split_flat(x: jax.Array, w: nnx.Param, *, heads: int) -> jax.Array:
+    """`project` into heads for Backend.flat_tokens: (B, T, D) -> (B, N, T, H)."""
+    b, t, d = x.shape
+    return project(x.reshape(-1, d), w).reshape(b, t, heads, -1).swapaxes(1, 2)
+
+
+def _join_flat(h: jax.Array, w: nnx.Param) -> jax.Array:
+    """`project_back` from heads for Backend.flat_tokens: (B, N, T, H) -> (B, T, D)."""
+    b, n, t, size = h.shape
+    return project_back(h.swapaxes(1, 2).reshape(-1, n * size), w).reshape(b, t, -1)

@@ -48,7 +48,10 @@ class Block(nnx.Module):
         residual = ("act_batch", "act_time", "act_embed")
         x = x + self.attention(self.attention_norm(x), rope, segment_ids, backend)
         x = checkpoint_name(sharding.constrain(x, residual), "mid")
-        return sharding.constrain(x + self.mlp(self.mlp_norm(x)), residual)
+        h = self.mlp_norm(x)
+        if backend.flat_tokens:
+            h = h.reshape(-1, h.shape[-1])
+        return sharding.constrain(x + self.mlp(h).reshape(x.shape), residual)
 
 
 class Decoder(nnx.Module):

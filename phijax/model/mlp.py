@@ -9,7 +9,7 @@ from phijax.model.weights import project, project_back, weight
 
 
 class Mlp(nnx.Module):
-    """SwiGLU: (B, T, D) -> (B, T, D). Shazeer 2020, arXiv:2002.05202."""
+    """SwiGLU: (..., D) -> (..., D). Shazeer 2020, arXiv:2002.05202."""
 
     def __init__(self, c: ModelConfig):
         into, back = c.model_dim**-0.5, c.residual_std(c.ffn_dim)

@@ -1,7 +1,7 @@
 """The table from logical axes to mesh axes, and the three things done with it: spec, check, constrain."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -31,7 +31,7 @@ TILE_ROWS = 8  # a shard of a multiple of 8 rows is gathered straight into the m
 
 
 def spec(axes: Sequence[str | None], *, gathered: bool = False) -> PartitionSpec:
-    """PartitionSpec of an array whose dimensions carry these logical axes.
+    """PartitionSpec of an array whose dimensions carry these logical axes; inside a shard_map, of its local part.
 
     Args:
       axes: one logical name (or None) a dimension.
@@ -49,7 +49,7 @@ def spec(axes: Sequence[str | None], *, gathered: bool = False) -> PartitionSpec
             )
         rule = RULES[axis] if axis is not None else None
         names = () if rule is None else (rule,) if isinstance(rule, str) else rule
-        names = tuple(name for name in names if not (gathered and name == "fsdp"))
+        names = open_axes(name for name in names if not (gathered and name == "fsdp"))
         for name in names:
             if name in used:
                 raise UserError(
@@ -95,6 +95,15 @@ def constrain(x: jax.Array, axes: Sequence[str | None], *, gathered: bool = Fals
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, gathered=gathered))
+
+
+def open_axes(names: Iterable[str]) -> tuple[str, ...]:
+    """Those mesh axes that no shard_map around the code being traced has cut already; over the others it sees one part.
+
+    The train step is inside of one over `data` while it accumulates gradients.
+    """
+    outer = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(name for name in names if name not in outer)
 
 
 def mesh_sizes() -> dict[str, int]:

@@ -6,13 +6,14 @@ from typing import Any, Protocol
 
 import jax
 
+from phijax.errors import RunFailure
 from phijax.training.state import TrainState
 
 Program = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 Evaluator = Callable[[Any, Any], dict[str, float]]
 
 
-class Diverged(RuntimeError):
+class Diverged(RunFailure):
     """Too many steps in a row had no finite loss or gradient."""
 
 
@@ -87,7 +88,7 @@ def train(
     Args:
       batches: (step, batch) in order.
       program_of: step -> the compiled step for its phase; compiles when a phase begins.
-    Raises: Diverged after pace.max_skipped updates in a row that were not finite. The checkpoints before it stay.
+    Raises: Diverged after pace.max_skipped updates in a row that were not finite, at the end too. Checkpoints stay.
     """
     outcome = Outcome(int(state.step), False, state)
     del state  # donated step by step: only the newest is alive
@@ -113,6 +114,8 @@ def train(
                 report.event("save_started", step=step + 1)
             if stopping and not pace.last(step):
                 return dataclasses.replace(outcome, stopped=True)
+        last = {"skipped_in_a_row": outcome.state.skipped_in_a_row}  # no step follows in which it would be read
+        _check((outcome.step - 1, last), pace)
         return outcome
     finally:
         checkpoints.wait()  # an asynchronous save that is not awaited is lost
@@ -122,14 +125,15 @@ def _named(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {{"skipped": "skipped_steps", "weight": "predicted_tokens"}.get(k, k): v for k, v in metrics.items()}
 
 
-def _check(previous: tuple[int, dict[str, float]] | None, pace: Pace) -> None:
+def _check(previous: tuple[int, Mapping[str, Any]] | None, pace: Pace) -> None:
     if previous is None:
         return
     step, values = previous
     count = int(values["skipped_in_a_row"])
     if count >= pace.max_skipped:
+        good = f"step {step - count} was the last good one" if count <= step else "no step was good"
         raise Diverged(
             f"{count} updates in a row, up to step {step}, had a loss or gradient that is not finite and were skipped; "
-            f"step {step - count} was the last good one. Nothing later than it is worth keeping: lower the learning "
-            f"rate, or look at the data of those steps, and start again from a checkpoint at or before it."
+            f"{good}. Nothing later is worth keeping: lower the learning rate, or look at the data of those steps, and "
+            f"start again from a checkpoint before them."
         )

@@ -45,7 +45,7 @@ def learning_rate(config: OptimizerConfig, step: jax.Array, total_steps: int) ->
     """The rate of step 0, 1, ... total_steps - 1: linear warmup, then cosine, warmup-stable-decay, linear, or flat.
 
     Warmup reaches the peak at step `warmup_steps`. WSD: Hu et al. 2024, arXiv:2404.06395, section 4, with the linear
-    decay of SmolLM2. Whatever the schedule, the last step has final_fraction of the peak.
+    decay of SmolLM2. The last step has final_fraction of the peak, exactly, unless flat or still warming up.
     """
     step = jnp.asarray(step, jnp.float32)
     warmup = jnp.minimum(1.0, (step + 1) / (config.warmup_steps + 1))
@@ -53,13 +53,14 @@ def learning_rate(config: OptimizerConfig, step: jax.Array, total_steps: int) ->
     start = config.warmup_steps
     if config.schedule == "wsd":
         start = max(start, last - round(config.decay_fraction * total_steps))
-    done = jnp.clip((step - start) / max(last - start, 1), 0.0, 1.0)
+    # XLA divides by multiplying with the reciprocal, so n / n need not be 1: both ends are made exact by themselves.
+    left = jnp.where(step <= start, 1.0, jnp.clip((last - step) / max(last - start, 1), 0.0, 1.0))
     if config.schedule == "constant":
         remaining = 1.0
     elif config.schedule == "cosine":
-        remaining = 0.5 * (1 + jnp.cos(jnp.pi * done))
+        remaining = 0.5 * (1 - jnp.cos(jnp.pi * left))
     else:
-        remaining = 1 - done
+        remaining = left
     fraction = config.final_fraction + (1 - config.final_fraction) * remaining
     return config.learning_rate * warmup * fraction
 

@@ -34,7 +34,7 @@ def train_step(
     # Divided once at the end: packed rows hold unequal counts, so a mean of means would favour short rows.
     weight = jnp.maximum(weight_sum, 1.0)
     grads = jax.tree.map(lambda g: g / weight, grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
     new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
     # Decided here, not on the host: metrics are read one step late, when a NaN would be in the donated state already.
@@ -55,27 +55,49 @@ def train_step(
 
 
 def accumulate(objective: Objective, state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, ...]:
-    """Sums of gradients, loss, weight and auxiliaries over the A micro-batches of `batch`, leaves (A, B, T)."""
+    """Sums of gradients, loss, weight and auxiliaries over the A micro-batches of `batch`, leaves (A, B, T).
+
+    Of more than one, each replica sums its own rows and the sums cross `data` once, at the end: left to itself the
+    partitioner makes every layer's gradients cross in every micro-batch, and between slices `data` is a slow network.
+    """
+    count = next(iter(batch.values())).shape[0]
+    if count == 1 or sharding.mesh_sizes()["data"] == 1:
+        return _accumulate(objective, state.params, state.frozen, batch, key)
+
+    def replica(*arguments):
+        return jax.lax.psum(_accumulate(objective, *arguments), "data")
+
+    whole = jax.sharding.PartitionSpec()
+    rows = jax.sharding.PartitionSpec(None, "data")
+    return jax.shard_map(
+        replica, in_specs=(whole, whole, rows, whole), out_specs=whole, axis_names={"data"}, check_vma=False
+    )(state.params, state.frozen, batch, key)
+
+
+def _accumulate(objective, params, frozen, batch, key):
+    """As `accumulate`; inside the shard_map `batch` is one replica's rows."""
 
     def gradients(micro, index):
         def loss(params):
             read = ReadBatch(micro)
-            loss_sum, weight_sum, auxiliary = objective(params, state.frozen, read, jax.random.fold_in(key, index))
+            loss_sum, weight_sum, auxiliary = objective(params, frozen, read, jax.random.fold_in(key, index))
             read.check_all_read()
             return loss_sum, (weight_sum, auxiliary)
 
-        (loss_sum, (weight_sum, auxiliary)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        (loss_sum, (weight_sum, auxiliary)), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, loss_sum, weight_sum, auxiliary
 
-    count = next(iter(batch.values())).shape[0]
     first = gradients({name: leaf[0] for name, leaf in batch.items()}, 0)
+    count = next(iter(batch.values())).shape[0]
     if count == 1:
         return first
 
     def add(sums, part):
         micro, index = part
         micro = {name: sharding.constrain(leaf, ("act_batch", "act_time")) for name, leaf in micro.items()}
-        return jax.tree.map(jnp.add, sums, gradients(micro, index)), None
+        # Behind a barrier, or the TPU compiler tries to move sums over chips out of the loop and on some meshes fails
+        # with an internal error of that pass (while_loop_all_reduce_code_motion; the libtpu that jax 0.10.2 takes).
+        return jax.tree.map(jnp.add, sums, jax.lax.optimization_barrier(gradients(micro, index))), None
 
     rest = {name: leaf[1:] for name, leaf in batch.items()}
     sums, _ = jax.lax.scan(add, first, (rest, jnp.arange(1, count)))

@@ -52,7 +52,8 @@ def _under_mesh(splash, sizes):
     """The kernel in a shard_map: batch over data and fsdp, heads over tensor, queries over context."""
     heads = sharding.spec(("act_batch", "act_heads", "act_time", None))
     segments = sharding.spec(("act_batch", "act_time"))
-    mesh = jax.sharding.get_abstract_mesh()
+    # Only its sizes are read; the mesh in context may be partly manual, for which jax computes no shard shape.
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     manual = splash.manual_sharding_spec(jax.sharding.NamedSharding(mesh, PartitionSpec(None, "context")))
 
     def local(splash, q, k, v, q_segments, kv_segments):
