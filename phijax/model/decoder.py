@@ -121,11 +121,11 @@ def remat_names(policy: str) -> tuple[str, ...] | None:
 
 
 def unstack(tree: Any, count: int) -> list[Any]:
-    """A stacked tree -> `count` trees. Its gradient is one stack; sliced one by one, each layer would add into zeros."""
+    """A stacked tree -> `count` trees. Its gradient is one stack; sliced singly, each layer would add into zeros."""
 
     @jax.custom_vjp
     def split(tree):
-        return [jax.tree.map(lambda a: a[i], tree) for i in range(count)]
+        return [jax.tree.map(lambda a, i=i: a[i], tree) for i in range(count)]
 
     def backward(_, cotangents):
         return (jax.tree.map(lambda *rows: jnp.stack(rows), *cotangents),)

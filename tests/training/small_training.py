@@ -72,7 +72,7 @@ def compiled(which: Recipe, mesh: Mesh, shape: BatchShape) -> jax.stages.Compile
 
 
 def losses(which: Recipe, mesh: Mesh, shape: BatchShape, steps: int = STEPS) -> tuple[np.ndarray, TrainState]:
-    """The losses of `steps` steps from the seed, on rows that do not depend on how `shape` cuts them; the last state."""
+    """Losses of `steps` steps from the seed, on rows that do not depend on how `shape` cuts them; the last state."""
     program, state, seen = compiled(which, mesh, shape), initial_state(which, mesh), []
     for step in range(steps):
         rows = host_batch((1, shape[0] * shape[1], shape[2]), seed=step)

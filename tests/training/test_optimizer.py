@@ -118,7 +118,7 @@ def test_updates_equal_torch(clip):
         for group in reference.param_groups:
             group["lr"] = float(scheduled[step])
         reference.step()
-        # float32 against float64 at weights of about 1: 12 steps of rounding; torch adds 1e-6 to the norm it divides by.
+        # float32 against float64 at weights near 1: 12 steps of rounding; torch adds 1e-6 to the norm it divides by.
         for path, value in params.flat(ours).items():
             np.testing.assert_allclose(value, theirs[path].detach().numpy(), rtol=0, atol=3e-6, err_msg=path)
     assert min(norms_seen) < 1.0 < max(norms_seen)

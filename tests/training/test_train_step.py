@@ -243,7 +243,7 @@ def test_a_key_too_many_or_too_few_is_refused_while_tracing(micro_batches):
 
     def both(batch):
         for function, arguments in ((step, (state,)), (evaluate, (params, {}))):
-            yield lambda: jax.eval_shape(function, *arguments, batch)
+            yield functools.partial(jax.eval_shape, function, *arguments, batch)
 
     for run in both(batch):
         run()

@@ -193,14 +193,14 @@ def test_fewer_in_a_row_go_on():
 def test_diverged_at_the_very_end_is_no_success():
     """The last step's metrics have no step after them in which they would be read."""
     recorded = Recorded(in_a_row={3: 1, 4: 2, 5: 3})
-    with pytest.raises(Diverged, match="up to step 5.*step 2 was the last good one"):
+    with pytest.raises(Diverged, match=r"up to step 5.*step 2 was the last good one"):
         run(recorded)
     assert recorded.events[-1] == "wait"
 
 
 def test_diverged_from_the_start_names_no_good_step():
     pace = dataclasses.replace(PACE, max_skipped=2)
-    with pytest.raises(Diverged, match="up to step 1.*no step was good"):
+    with pytest.raises(Diverged, match=r"up to step 1.*no step was good"):
         run(Recorded(in_a_row={0: 1, 1: 2, 2: 3}), pace)
 
 

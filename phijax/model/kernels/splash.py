@@ -84,5 +84,8 @@ def check_splash(length: int, context: int) -> str | None:
     """Why these lengths cannot run in the kernel, or None."""
     local = length // context
     if length % context or local % min(BLOCK, local) or length % min(BLOCK, length) or local % 128:
-        return f"splash attention needs T / context to be a multiple of 128 and of {BLOCK} above it: T={length}, context={context}"
+        return (
+            f"splash attention needs T / context to be a multiple of 128, and of {BLOCK} above it: T={length}, "
+            f"context={context}"
+        )
     return None
