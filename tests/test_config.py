@@ -300,7 +300,7 @@ def test_a_dry_run_with_its_data_reads_one_batch_and_trains_nothing(tmp_path, ca
     assert run_main([*arguments, *(f"--config.{k}={v}" for k, v in overrides.items())]) == EXIT_DONE
     printed = capsys.readouterr().out
     assert re.search(rf"data: {shards}: \d+ records, seen [\d.]+ times", printed)
-    assert re.search(r"read step 0: 16 rows, [\d,]+ tokens to predict. Nothing was trained.", printed)
+    assert re.search(r"read step 0: 8 rows, [\d,]+ tokens to predict. Nothing was trained.", printed)
     assert not (tmp_path / "run").exists()
 
 
