@@ -45,6 +45,13 @@ def kill_during_save(process, workdir: pathlib.Path, chance: random.Random) -> N
     process.kill()
 
 
+def kill_behind_save(process, workdir: pathlib.Path, chance: random.Random) -> None:
+    """As soon as a step is saved: the lines of the steps that it holds must be on the disk already."""
+    before = saved_steps(workdir)
+    process.wait_for(lambda: saved_steps(workdir) != before, "a saved step")
+    process.kill()
+
+
 def kill_during_start(process, workdir: pathlib.Path, chance: random.Random) -> None:
     process.wait_for((workdir / "writer.lock").exists, "at work")
     time.sleep(chance.uniform(0, 1.5))
@@ -54,7 +61,8 @@ def kill_during_start(process, workdir: pathlib.Path, chance: random.Random) -> 
 def killed_again_and_again(runs: Runs, workdir: pathlib.Path, unbroken: pathlib.Path, seed: int, kills: list) -> None:
     chance, lives = random.Random(seed), 1
     for kill in kills:
-        with runs.started(workdir) as process:
+        # Asynchronous or not is for every life to choose; not: the next step begins only when the save has ended.
+        with runs.started(workdir, f"--config.checkpoint.asynchronous={kill is not kill_behind_save}") as process:
             kill(process, workdir, chance)
             assert (workdir / "writer.lock").exists()
         lives += 1
@@ -71,14 +79,14 @@ def killed_again_and_again(runs: Runs, workdir: pathlib.Path, unbroken: pathlib.
 
 
 def test_killed_three_times(runs, unbroken, tmp_path):
-    kills = [kill_during_steps, kill_during_save, kill_during_steps]
+    kills = [kill_during_steps, kill_during_save, kill_behind_save]
     killed_again_and_again(runs, tmp_path / "run", unbroken, seed=5, kills=kills)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_killed_many_times(runs, unbroken, tmp_path, seed):
-    kinds = [kill_during_start, kill_during_steps, kill_during_save, kill_during_save]
+    kinds = [kill_during_start, kill_during_steps, kill_during_save, kill_behind_save]
     kills = random.Random(seed).choices(kinds, k=10)
     killed_again_and_again(runs, tmp_path / "run", unbroken, seed, kills)
 
