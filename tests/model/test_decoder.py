@@ -21,7 +21,7 @@ from small_models import (
 
 from phijax.errors import UserError
 from phijax.model import params as parameters
-from phijax.model.backend import ATTENTION, Backend
+from phijax.model.backend import ATTENTION, CHOICES, Backend
 from phijax.model.decoder import REMAT_POLICIES
 from phijax.model.kernels.splash import splash_attention
 from phijax.model.rope import apply_rope, rope_table
@@ -56,9 +56,9 @@ def plain(params):
 # --- one device -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["dense", "blocked"])
-def test_unrolled_equals_scanned(params, plain, attention):
-    (loss, logits), gradients = run(SMALL, Backend(attention, scan_layers=False), params, packed_rows())
+@pytest.mark.parametrize("backend", [Backend(scan_layers=False), CHOICES["cpu"]], ids=["dense", "cpu"])
+def test_unrolled_equals_scanned(params, plain, backend):
+    (loss, logits), gradients = run(SMALL, backend, params, packed_rows())
     (expected, expected_logits), expected_gradients = plain
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=2e-5)  # float32, sums in another order
@@ -274,7 +274,7 @@ def wide():
         ((8, 1, 1, 1), Backend(remat="save_all")),
         ((1, 8, 1, 1), Backend(remat="save_all", rope_by_matmul=True)),
         ((1, 2, 2, 2), Backend(remat="save_attention")),
-        ((1, 1, 1, 8), Backend("blocked", scan_layers=False)),
+        ((1, 1, 1, 8), CHOICES["cpu"]),
     ],
     ids=str,
 )

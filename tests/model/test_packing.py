@@ -11,7 +11,7 @@ from quick_compilation import QUICK
 from small_models import SMALL, assert_leaves_close, pack, random_documents, random_params
 
 from phijax.model import params as parameters
-from phijax.model.backend import ATTENTION, Backend
+from phijax.model.backend import ATTENTION, CHOICES, Backend
 from phijax.model.kernels import splash
 from phijax.model.kernels.cudnn import cudnn_attention
 
@@ -42,7 +42,7 @@ def params():
 @pytest.fixture(scope="module", params=PATHS)
 def program(request, on_cpu):
     """Compiled once a path: (params, rows) -> (loss, logits), gradients."""
-    return small_models.program(SMALL, Backend(request.param, scan_layers=request.param != "blocked"), LENGTH)
+    return small_models.program(SMALL, CHOICES["cpu"] if request.param == "blocked" else Backend(request.param), LENGTH)
 
 
 def test_changing_a_document_changes_no_other(program, params):

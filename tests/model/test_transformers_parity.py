@@ -12,7 +12,7 @@ import pytest
 from small_models import SMALL, Rows, assert_leaves_close, pack, random_documents, run
 
 from phijax.model import params as parameters
-from phijax.model.backend import Backend
+from phijax.model.backend import CHOICES, Backend
 from phijax.model.config import LongRope, ModelConfig
 
 torch = pytest.importorskip("torch")
@@ -205,7 +205,7 @@ def test_partial_rotary_with_tied_head(length):
     compare(PARTIAL, phi3(PARTIAL), whole_rows(PARTIAL, length), Backend(rope_by_matmul=True))
 
 
-@pytest.mark.parametrize("backend", [Backend("blocked", scan_layers=False), Backend(remat="save_all")], ids=str)
+@pytest.mark.parametrize("backend", [CHOICES["cpu"], Backend(remat="save_all")], ids=["cpu", "scanned"])
 def test_packed_rows_equal_separate_calls(backend):
     """Documents of a packed row against one call a document: positions restart, the window stays inside."""
     c = dataclasses.replace(GROUPED, sliding_window=7)
