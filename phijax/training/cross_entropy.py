@@ -90,8 +90,8 @@ def _fused(vocab_size: int, loss: LossConfig):
 
 
 def _sharded(x, head, targets, weights, vocab_size, loss, *, gradients):
-    apart = sharding.open_axes(("data", "context"))  # chips along these have other tokens and the same rows of the head
-    local = functools.partial(_local, vocab_size=vocab_size, loss=loss, gradients=gradients, apart=apart)
+    others = sharding.open_axes(("data", "fsdp", "context"))  # along these lie the chips that have other tokens
+    local = functools.partial(_local, vocab_size=vocab_size, loss=loss, gradients=gradients, others=others)
     if jax.sharding.get_abstract_mesh().empty:
         return local(x, head, targets, weights)
     hidden, rows = sharding.spec(("act_batch", "act_time", "act_embed")), sharding.spec(("vocab", "embed"))
@@ -104,7 +104,7 @@ def _sharded(x, head, targets, weights, vocab_size, loss, *, gradients):
     )(x, head, targets, weights)
 
 
-def _local(x, shard, targets, weights, *, vocab_size, loss, gradients, apart):
+def _local(x, shard, targets, weights, *, vocab_size, loss, gradients, others):
     """On one chip: x (b, t, D), shard (rows, D). -> (loss sum, nll sum[, d_x, d_shard])."""
     w, columns = _gather_head(shard, x.dtype, vocab_size)
     flat, chunks = _chunks(x.reshape(-1, x.shape[-1]), targets.reshape(-1), weights.reshape(-1))
@@ -128,10 +128,10 @@ def _local(x, shard, targets, weights, *, vocab_size, loss, gradients, apart):
 
     start = (jnp.float32(0), jnp.float32(0), *((jnp.zeros(w.shape, jnp.float32),) if gradients else ()))
     carry, d_x = jax.lax.scan(step, start, chunks)
-    sums = _sum(carry[0], ("fsdp", *apart)), _sum(carry[1], ("fsdp", *apart))
+    sums = _sum(carry[0], others), _sum(carry[1], others)
     if not gradients:
         return sums
-    return *sums, d_x.reshape(-1, x.shape[-1])[:flat].reshape(x.shape), _scatter_head(carry[2], x.dtype, apart)
+    return *sums, d_x.reshape(-1, x.shape[-1])[:flat].reshape(x.shape), _scatter_head(carry[2], x.dtype, others)
 
 
 def _in_mesh() -> bool:
@@ -152,12 +152,12 @@ def _gather_head(shard, dtype, vocab_size):
     return w, first + jax.lax.broadcasted_iota(jnp.int32, (1, w.shape[0]), 1)
 
 
-def _scatter_head(d_w, dtype, apart):
+def _scatter_head(d_w, dtype, others):
     """Sums over the chips that share rows, once, in the dtype of the gather; each keeps its own rows, float32."""
     if not _in_mesh():
         return d_w
     d_w = jax.lax.psum_scatter(d_w.astype(dtype), "fsdp", scatter_dimension=0, tiled=True)
-    return jax.lax.psum(d_w, apart).astype(jnp.float32)
+    return jax.lax.psum(d_w, tuple(axis for axis in others if axis != "fsdp")).astype(jnp.float32)
 
 
 def _chunks(*arrays):

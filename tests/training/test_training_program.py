@@ -1,4 +1,4 @@
-"""The compiled programs on the small model: the same numbers on every mesh, in place, and what crosses `data` when."""
+"""The compiled programs on the small model: the same numbers on every mesh, and in place."""
 
 import re
 
@@ -23,7 +23,6 @@ from small_training import (
 )
 
 from phijax.model import params
-from phijax.parallel import hlo
 from phijax.training.program import abstract_state, initial_state, lower_eval_step
 
 ONE = (1, 1, 1, 1)
@@ -156,85 +155,3 @@ def test_evaluation_is_the_training_loss_without_its_extra_terms():
     _, metrics = compiled(recipe(), mesh, SHAPE)(state, batch)
     np.testing.assert_allclose(float(nll) / float(weight), float(metrics["nll"]), rtol=1e-6)
     assert weight == metrics["weight"]
-
-
-ACCUMULATED = (4, ROWS // 2, LENGTH)  # 16 rows in all
-REPLICAS = (2, 2, 1, 1)
-
-
-def test_micro_batches_on_replicas():
-    """Four micro-batches on two replicas of two: the steps of one device that takes all rows at once."""
-    expected, _ = losses(recipe(), mesh_of(*ONE), (1, 2 * ROWS, LENGTH), steps=4)
-    got, state = losses(recipe(), mesh_of(*REPLICAS), ACCUMULATED, steps=4)
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
-    assert state.skipped == 0
-
-
-def device_groups(instruction: hlo.Instruction) -> list[list[int]]:
-    """Which devices exchange data, in any of the three ways in which XLA writes it."""
-    listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", instruction.rest)
-    if listed:
-        return [[int(d) for d in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.rest)
-    if iota:
-        return _iota(iota[2], iota[3]).reshape(_numbers(iota[1])).tolist()
-    mesh = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
-        instruction.rest,
-    )
-    assert mesh, instruction
-    axes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-    sizes, over = [int(size) for size in axes.values()], re.findall(r"'(\w+)'", mesh[4])
-    devices = (_iota(mesh[2], mesh[3]) if mesh[2] else np.arange(np.prod(sizes))).reshape(sizes)
-    summed = [i for i, axis in enumerate(axes) if axis in over]
-    moved = np.moveaxis(devices, summed, range(-len(summed), 0))
-    return moved.reshape(-1, int(np.prod([sizes[i] for i in summed]))).tolist()
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(n) for n in text.split(",")]
-
-
-def _iota(sizes: str, order: str | None) -> np.ndarray:
-    devices = np.arange(np.prod(_numbers(sizes))).reshape(_numbers(sizes))
-    return devices.transpose(_numbers(order)) if order else devices
-
-
-def collectives_over_data(text: str, shape: tuple[int, ...]) -> list[tuple[str, bool]]:
-    """(line, whether it stands in a loop) of each exchange between devices of different `data` coordinate."""
-    replica = np.unravel_index(np.arange(np.prod(shape)), shape)[0]
-    inside, found, computation = hlo.loop_computations(text), [], ""
-    for line in text.splitlines():
-        started = re.match(r"^(?:ENTRY )?%([\w.\-]+) \(", line)
-        computation = started[1] if started else computation
-        opcode = re.search(r" (all-reduce|reduce-scatter|all-gather|all-to-all)(-start)?\(", line)
-        if not opcode:
-            continue
-        groups = device_groups(hlo.Instruction(computation, "", "", (), "", opcode[1], line))
-        if any(len({replica[d] for d in group}) > 1 for group in groups):
-            found.append((line, computation in inside))
-    return found
-
-
-def test_gradients_cross_data_once_after_accumulation():
-    """Between slices `data` is a slow network: once a step, not once a micro-batch and layer."""
-    text = compiled(recipe(), mesh_of(*REPLICAS), ACCUMULATED).as_text()
-    found = collectives_over_data(text, REPLICAS)
-    assert [line for line, in_loop in found if in_loop] == []
-    # All leaves' gradients, cut over fsdp as they lie, cross there.
-    crossing = sum(
-        int(np.prod([int(n) for n in dimensions.split(",") if n] or [1]))
-        for line, _ in found
-        for dimensions in re.findall(r"f32\[([\d,]*)\]", line.split(" all-reduce(")[0])
-    )
-    norms = sum(np.prod(s) for p, s in params.shapes(SMALL).items() if p.endswith("scale"))
-    matrices = sum(np.prod(s) for p, s in params.shapes(SMALL).items() if not p.endswith("scale"))
-    # Some scalars (sums, the norm's squares) beside them.
-    assert 0 <= crossing - (norms + matrices // REPLICAS[1]) < 64
-
-
-def test_the_reader_of_collectives_sees_those_in_loops():
-    """One micro-batch sums each layer's gradients over `data` where they are made: in the loop over layers."""
-    shape = (8, 1, 1, 1)
-    found = collectives_over_data(compiled(recipe(), mesh_of(*shape), SHAPE).as_text(), shape)
-    assert any(in_loop for _, in_loop in found)
