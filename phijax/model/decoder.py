@@ -101,6 +101,9 @@ def rematerialised(body: Callable, backend: Backend) -> Callable:
     names = remat_names(backend.remat)
     if names is None:
         return body
+    if backend.attention == "splash" and RESIDUALS in names:
+        # The kernel's output is among its residuals: under both names it is kept twice (seen on the TPU compiler).
+        names = tuple(name for name in names if name != "attention")
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     # Inside a scan nothing can be merged across iterations, and the barriers that prevent it cost copies.
     return jax.checkpoint(body, policy=policy, prevent_cse=not backend.scan_layers)

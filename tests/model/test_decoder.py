@@ -11,6 +11,7 @@ import pytest
 from quick_compilation import QUICK
 from small_models import (
     SMALL,
+    Rows,
     assert_leaves_close,
     nll_sum,
     pack,
@@ -76,10 +77,9 @@ def test_remat_changes_no_gradient(params, plain, remat, scan_layers):
     assert_leaves_close(gradients, plain[1], relative=1e-5)
 
 
-def residual_bytes(remat: str, scan_layers: bool = True) -> int:
+def residual_bytes(backend: Backend, rows: Rows) -> int:
     """Bytes of what the backward pass keeps from the forward pass (weights and inputs included, for all alike)."""
-    loss = nll_sum(SMALL, Backend(remat=remat, scan_layers=scan_layers), LENGTH)
-    rows = packed_rows()
+    loss = nll_sum(SMALL, backend, rows.tokens.shape[1])
 
     def backward(params):
         return jax.vjp(lambda params: loss(params, *rows.arrays())[0], params)[1]
@@ -92,7 +92,8 @@ def test_remat_policies_keep_what_they_say():
     """Counted from the residuals themselves: a name that no layer gives would leave two policies equal."""
     c = SMALL
     places = 4 * c.num_layers * BATCH * LENGTH  # bytes of one float32 a token and layer
-    kept = {name: residual_bytes(name) for name in REMAT_POLICIES}
+    rows = packed_rows()
+    kept = {name: residual_bytes(Backend(remat=name), rows) for name in REMAT_POLICIES}
     attention = places * c.num_heads * c.head_dim
     mid, gate, up, activation = (places * n for n in (c.model_dim, c.ffn_dim, c.ffn_dim, c.ffn_dim))
     projections = places * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
@@ -101,8 +102,18 @@ def test_remat_policies_keep_what_they_say():
     assert kept["save_all_but_activation"] - kept["save_mid_gate_up"] == projections
     assert kept["save_all"] - kept["save_all_but_activation"] == activation
     assert kept["none"] > kept["save_all"]
-    assert residual_bytes("mid+gate") - kept["full"] == mid + gate
-    assert residual_bytes("full", scan_layers=False) < residual_bytes("none", scan_layers=False)
+    assert residual_bytes(Backend(remat="mid+gate"), rows) - kept["full"] == mid + gate
+    unrolled = {name: residual_bytes(Backend(remat=name, scan_layers=False), rows) for name in ("none", "full")}
+    assert unrolled["full"] < unrolled["none"]
+
+
+def test_splash_keeps_its_output_once(monkeypatch):
+    """It is named twice, as attention and among the kernel's residuals; with it goes one number a head, log-sum-exp."""
+    monkeypatch.setitem(ATTENTION, "splash", functools.partial(splash_attention, interpret=True))
+    rows = packed_rows(1, 128)
+    kept = {name: residual_bytes(Backend("splash", remat=name), rows) for name in ("save_attention", "full")}
+    places = 4 * SMALL.num_layers * 128  # bytes of one float32 a token and layer
+    assert kept["save_attention"] - kept["full"] == places * SMALL.num_heads * (SMALL.head_dim + 1)
 
 
 def kernel_calls(jaxpr) -> int:
