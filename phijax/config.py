@@ -34,7 +34,7 @@ class Config:
 
     task: Literal["pretrain"] = "pretrain"
     seed: int = 0
-    init_from: str | None = None  # start weights: a saved step, WORKDIR/checkpoints/STEP; all else begins anew
+    init_from: str | None = None  # start weights: any checkpoint (checkpoint/open.py); all else begins anew
     model: ModelSection = ModelSection()
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()

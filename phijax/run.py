@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import reprlib
 import time
 from typing import Any
 
@@ -11,8 +12,9 @@ from etils import epath
 
 from phijax import config as configs
 from phijax.checkpoint.lock import WriterLock
+from phijax.checkpoint.open import load_params, open_checkpoint
+from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER
 from phijax.checkpoint.run_state import RunCheckpoints
-from phijax.checkpoint.trained import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, load_params
 from phijax.config import Config
 from phijax.data import loader, mixture
 from phijax.data.batch import batch_shape, check_batch
@@ -37,6 +39,9 @@ from phijax.report.summary import summarise
 from phijax.training import loop, program
 from phijax.training.program import BatchShape, Recipe
 from phijax.training.state import TrainState
+
+# Longer context is trained from weights of a shorter one: these may differ between start weights and the run.
+CHANGED_BY_CONTEXT = ("max_position", "rope_theta", "sliding_window", "long_rope", "requires_long_rope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +142,34 @@ def begin(config: Config, recipe: Recipe, mesh, checkpoints: RunCheckpoints, fir
         say(f"going on from step {first_step}")
         return checkpoints.restore(first_step, program.abstract_state(recipe, mesh))
     if config.init_from:
+        opened = open_checkpoint(config.init_from)
+        for line in check_start(opened.model, recipe.model, config.init_from):
+            say(line)
         say(f"weights of {config.init_from}; step, optimizer and data begin anew")
-        return program.initial_state(recipe, mesh, load_params(config.init_from, recipe.model, mesh))
+        return program.initial_state(recipe, mesh, load_params(opened, mesh))
     return program.initial_state(recipe, mesh)
+
+
+def check_start(stored: ModelConfig, model: ModelConfig, path: str) -> list[str]:
+    """Whether weights of `stored` can start `model`. -> lines about differences that a run may want.
+
+    Raises: UserError naming every field that differs and is not of CHANGED_BY_CONTEXT.
+    """
+    changed = configs.differences(dataclasses.asdict(stored), dataclasses.asdict(model))
+    wanted = {key: pair for key, pair in changed.items() if key.split(".")[0] in CHANGED_BY_CONTEXT}
+    refused = [
+        f"model.{key} is {old!r} there, {new!r} here" for key, (old, new) in changed.items() if key not in wanted
+    ]
+    if refused:
+        raise UserError(
+            f"init_from={path} is the checkpoint of another model:\n  "
+            + "\n  ".join(refused)
+            + "\nNothing is cast, cut or reshaped: set the config to the checkpoint's, or take other weights."
+        )
+    return [
+        f"init_from: model.{key} was {reprlib.repr(old)}, goes on with {reprlib.repr(new)}"
+        for key, (old, new) in wanted.items()
+    ]
 
 
 def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step) -> loop.Outcome:

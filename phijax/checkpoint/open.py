@@ -1,0 +1,84 @@
+"""Opens any checkpoint, recognised by looking: a run of ours, a Hugging Face folder, a GGUF file."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from phijax.checkpoint.opened import Opened
+from phijax.checkpoint.ours import is_ours, open_ours
+from phijax.checkpoint.weight_source import WeightSource
+from phijax.errors import UserError
+from phijax.model import params
+
+__all__ = ["Opened", "load_params", "open_checkpoint"]
+
+
+def open_checkpoint(path: epath.PathLike) -> Opened:
+    """A checkpoint of whatever kind, checked as far as can be without reading its weights.
+
+    Raises: UserError that names what was looked for; for what is damaged, hostile, or of an unknown architecture.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise UserError(f"No checkpoint at {path}: it does not exist.")
+    if not path.is_dir():
+        if path.suffix == ".gguf":
+            from phijax.checkpoint.gguf import open_gguf  # the format's package is an extra
+
+            return open_gguf(path)
+        raise UserError(f"{path} is no checkpoint. {LOOKED_FOR}")
+    if is_ours(path):
+        return open_ours(path)
+    raise UserError(f"{path} is no checkpoint: it has {_listing(path)}.\n{LOOKED_FOR}")
+
+
+LOOKED_FOR = (
+    "A checkpoint is: the workdir of a run (checkpoints/), the folder of one of its steps (manifest.json), a Hugging "
+    "Face folder (config.json and *.safetensors), or a file *.gguf."
+)
+
+
+def load_params(opened: Opened, mesh: Mesh, *, dtype: Any = jnp.float32) -> params.Params:
+    """The parameters on `mesh`, the vocabulary padded with rows of zeros.
+
+    Each process reads only what its devices hold. Values are those of the file: float32 holds every bfloat16 and
+    float16; a narrower `dtype` rounds to the nearest.
+
+    Raises: UserError for weights that cannot be read.
+    """
+    shardings = params.flat(params.shardings(opened.model, mesh))
+    return params.nested(
+        {
+            path: _load_leaf(opened.weights, path, shape, shardings[path], np.dtype(dtype))
+            for path, shape in params.shapes(opened.model).items()
+        }
+    )
+
+
+def _load_leaf(
+    source: WeightSource, path: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding, dtype: np.dtype
+) -> jax.Array:
+    stored = source.shapes()[path]
+    read: dict[tuple, np.ndarray] = {}  # devices that hold copies of a piece share one reading of it
+
+    def piece(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        if bounds not in read:
+            inside = tuple(
+                slice(min(start, size), min(stop, size)) for (start, stop), size in zip(bounds, stored, strict=True)
+            )
+            values = source.read(path, inside).astype(dtype, copy=False)
+            surplus = [(0, stop - start - got) for (start, stop), got in zip(bounds, values.shape, strict=True)]
+            read[bounds] = np.pad(values, surplus) if any(after for _, after in surplus) else values
+        return read[bounds]
+
+    return jax.make_array_from_callback(shape, sharding, piece)
+
+
+def _listing(folder: epath.Path) -> str:
+    names = sorted(child.name for child in folder.iterdir())
+    return (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")) if names else "no files"

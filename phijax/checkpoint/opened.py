@@ -1,0 +1,34 @@
+"""What an opened checkpoint is, of whatever kind; open.py makes it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+from etils import epath
+
+from phijax.checkpoint.weight_source import WeightSource
+from phijax.model.config import ModelConfig
+
+Kind = Literal["phijax", "huggingface", "gguf"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint, checked but not read.
+
+    path: the folder or file that was recognised; of a run, the folder of its step.
+    tokenizer: opens it when asked; raises UserError if there is none or it cannot be read.
+    chat_template: the Jinja text that the checkpoint carries.
+    stop_ids: every id that ends a text, of generation_config.json or GGUF's eos and end-of-turn; () if it says none.
+    extra: facts for whoever writes it out again; keys that all kinds share: "architecture" (transformers' name of
+      the class), "tokenizer_folder" (a path, or absent), "bos_id", "eos_id", "pad_id", "name".
+    """
+
+    path: epath.Path
+    kind: Kind
+    model: ModelConfig
+    weights: WeightSource
+    tokenizer: Callable[[], Any]
+    chat_template: str | None = None
+    stop_ids: tuple[int, ...] = ()
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
