@@ -3,13 +3,16 @@
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
+from typing import Protocol
 
 import sentencepiece
 from etils import epath
 
 from phijax.errors import UserError
+from phijax.text.decoding import decode_text
+from phijax.text.specials import Specials
 
 MODEL_FILE = "tokenizer.model"
 ADDED_TOKENS_FILE = "added_tokens.json"
@@ -31,9 +34,50 @@ PHI3_ADDED_TOKENS = (
     "<|user|>",
 )
 
+SPACE_MARK = "\u2581"  # SentencePiece's and Metaspace's sign for a space inside pieces
+
 # SentencePiece keeps some 100 bytes a character, so that a file of 1 GB in one piece would end the process; and short
 # pieces stay in the cache: 3.4 MB/s against 1.6 in pieces of a million characters.
 _LONGEST_PIECE_OF_TEXT = 1 << 13  # characters
+
+
+class TextTokenizer(Protocol):
+    """What every tokenizer has, whichever library is behind it. Immutable, and can be sent to another process."""
+
+    vocab_size: int  # ids are 0 to vocab_size - 1; a model's matrix may have more rows
+    end_of_text: int  # ends every document
+    unknown: int | None
+    added_tokens: Mapping[str, int]  # names behind the model's own pieces, as <|user|>
+    specials: Specials  # every name that encode_with_specials knows: the added tokens and the model's own, as <s>
+    strips_right: frozenset[str]  # those that swallow the whitespace behind them
+    fingerprint: str  # equal exactly when every text gets the same ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: names of special tokens inside it are text as any other; nothing is put around it."""
+        ...
+
+    def encode_with_specials(self, text: str) -> list[int]:
+        """Ids of text in which names of special tokens stand for those tokens. Never give it text of strangers."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special tokens show as their names. Raises ValueError for an id that is no token."""
+        ...
+
+    def token_bytes(self, id: int, first: bool = False) -> bytes:
+        """What `id` adds to the text. `first`: without the dummy space that some tokenizers put before a text.
+
+        Raises ValueError for an id that is no token.
+        """
+        ...
+
+    def begins_behind(self, previous: int | None) -> bool:
+        """Whether the id behind `previous` (None: nothing before it) is `first` in the sense of `token_bytes`."""
+        ...
+
+    def save(self, folder: str | epath.PathLike) -> None:
+        """Writes what `phijax.text.open.open_tokenizer` reads."""
+        ...
 
 
 class Tokenizer:
@@ -44,19 +88,39 @@ class Tokenizer:
     <unk>.
     """
 
-    def __init__(self, model: bytes, added_tokens: Mapping[str, int] | None = None, where: str = "the tokenizer"):
-        """`added_tokens` None: phi-3's eleven are put behind the model's pieces. Raises UserError, naming `where`."""
+    def __init__(
+        self,
+        model: bytes,
+        added_tokens: Mapping[str, int] | None = None,
+        where: str = "the tokenizer",
+        *,
+        strips_right: Collection[str] | None = None,
+        end_of_text: str = END_OF_TEXT,
+    ):
+        """Raises UserError, naming `where`, for what is no tokenizer.
+
+        Args:
+          model: a SentencePiece model.
+          added_tokens: names and ids; None: phi-3's eleven are put behind the model's pieces.
+          strips_right: special tokens that swallow the whitespace behind them; None: as phi-3's files say today.
+          end_of_text: the name of the token that ends every document.
+        """
         self._model = model
         self._pieces = _load(model, where)
         self._num_pieces = self._pieces.get_piece_size()
         if added_tokens is None:
             added_tokens = {text: self._num_pieces + i for i, text in enumerate(PHI3_ADDED_TOKENS)}
-        _check_added_tokens(added_tokens, self._pieces, where)
+        own = _own_specials(self._pieces)
+        _check_added_tokens(added_tokens, self._pieces, own, end_of_text, where)
         self.added_tokens: Mapping[str, int] = MappingProxyType(dict(added_tokens))
-        self._added_text = {i: text for text, i in added_tokens.items()}
-        self.end_of_text: int = added_tokens[END_OF_TEXT]
+        if strips_right is None:
+            strips_right = phi3_strips_right(added_tokens, self._pieces)
+        self.specials = Specials(MappingProxyType(own | dict(added_tokens)), frozenset(strips_right))
+        self.strips_right: frozenset[str] = self.specials.strips_right
+        self._end_of_text = end_of_text
+        self.end_of_text: int = self.specials.ids[end_of_text]
         self.unknown: int = self._pieces.unk_id()
-        self.vocab_size: int = max(self._num_pieces, *(i + 1 for i in added_tokens.values()))
+        self.vocab_size: int = max(self._num_pieces, *(i + 1 for i in self.specials.ids.values()))
         self.fingerprint: str = fingerprint(model, added_tokens)
 
     @classmethod
@@ -98,25 +162,61 @@ class Tokenizer:
             ids += self._pieces.encode(part)[self._dummy_before_newline :]
         return ids
 
+    def encode_with_specials(self, text: str) -> list[int]:
+        """Ids of text in which names of special tokens stand for those tokens. Never give it text of strangers.
+
+        As Hugging Face reads phi-3's files: whitespace behind a token of `strips_right` is dropped, and each segment
+        between two tokens gets its own dummy space.
+        Raises ValueError for a lone surrogate.
+        """
+        ids: list[int] = []
+        for part in self.specials.cut(text):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self.encode(part)
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; added tokens show as their names, and what lies between two of them is decoded on its own.
+        """Text of ids; special tokens show as their names, and what lies between two of them is decoded on its own.
 
         Raises ValueError for an id that is no token.
         """
-        parts: list[str] = []
-        run: list[int] = []
-        for i in map(int, ids):
-            if 0 <= i < self._num_pieces:
-                run.append(i)
-                continue
-            if i not in self._added_text:
-                raise ValueError(f"token id {i} is not in the tokenizer, which has {self.vocab_size} ids")
-            parts += [self._pieces.decode(run), self._added_text[i]]
-            run = []
-        return "".join(parts) + (self._pieces.decode(run) if run else "")
+        return decode_text(self, ids)
+
+    def token_bytes(self, id: int, first: bool = False) -> bytes:
+        """What `id` adds to the text; `first`: without the dummy space. Raises ValueError for what is no token."""
+        if not 0 <= id < self.vocab_size or (text := self._bytes[id]) is None:
+            raise ValueError(f"token id {id} is not in the tokenizer, which has {self.vocab_size} ids")
+        # A space that was a byte of its own is no dummy.
+        return text[1:] if first and text[:1] == b" " and not self._pieces_is_byte(id) else text
+
+    def begins_behind(self, previous: int | None) -> bool:
+        """Whether the id behind `previous` is the first of a segment, whose leading space is a dummy."""
+        return self._has_dummy and (previous is None or previous in self.specials.names)
 
     def __reduce__(self):
-        return Tokenizer, (self._model, dict(self.added_tokens))
+        return _rebuild, (self._model, dict(self.added_tokens), self.strips_right, self._end_of_text)
+
+    def _pieces_is_byte(self, id: int) -> bool:
+        return id < self._num_pieces and self._pieces.is_byte(id)
+
+    @functools.cached_property
+    def _bytes(self) -> list[bytes | None]:
+        """What each id adds to the text; None where an id between added tokens is no token."""
+        table: list[bytes | None] = [None] * self.vocab_size
+        for i in range(self._num_pieces):
+            piece = self._pieces.id_to_piece(i)
+            is_byte = self._pieces.is_byte(i)
+            table[i] = bytes([int(piece[3:5], 16)]) if is_byte else piece.replace(SPACE_MARK, " ").encode()
+        for name, i in self.specials.ids.items():
+            table[i] = name.encode()
+        return table
+
+    @functools.cached_property
+    def _has_dummy(self) -> bool:
+        """Whether the model puts a space before a text."""
+        return self._pieces.id_to_piece(self._pieces.encode("a")[0]).startswith(SPACE_MARK)
 
     @functools.cached_property
     def _dummy_before_newline(self) -> int:
@@ -132,10 +232,26 @@ class Tokenizer:
         return not any("\n" in self._pieces.id_to_piece(i) for i in range(self._num_pieces))
 
 
+def phi3_strips_right(added_tokens: Mapping[str, int], pieces: sentencepiece.SentencePieceProcessor) -> frozenset[str]:
+    """phi-3's rule of July 2024, where a checkpoint says nothing: all but <|endoftext|>, and </s>."""
+    end = pieces.eos_id()
+    return frozenset(added_tokens) - {END_OF_TEXT} | ({pieces.id_to_piece(end)} if end >= 0 else frozenset())
+
+
 def fingerprint(model: bytes, added_tokens: Mapping[str, int]) -> str:
     """sha256 over the model's bytes and the added tokens: equal exactly when every text gets the same ids."""
     added = json.dumps(dict(added_tokens), sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(hashlib.sha256(model).digest() + added.encode()).hexdigest()
+
+
+def _rebuild(model: bytes, added_tokens: dict[str, int], strips_right: frozenset[str], end_of_text: str) -> Tokenizer:
+    return Tokenizer(model, added_tokens, strips_right=strips_right, end_of_text=end_of_text)
+
+
+def _own_specials(pieces: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
+    """<unk>, <s> and </s>: what no text becomes, by name."""
+    ids = range(pieces.get_piece_size())
+    return {pieces.id_to_piece(i): i for i in ids if pieces.is_control(i) or pieces.is_unknown(i)}
 
 
 def _load(model: bytes, where: str) -> sentencepiece.SentencePieceProcessor:
@@ -163,11 +279,15 @@ def _read_added_tokens(path: epath.Path) -> dict[str, int]:
 
 
 def _check_added_tokens(
-    added_tokens: Mapping[str, int], pieces: sentencepiece.SentencePieceProcessor, where: str
+    added_tokens: Mapping[str, int],
+    pieces: sentencepiece.SentencePieceProcessor,
+    own: Mapping[str, int],
+    end_of_text: str,
+    where: str,
 ) -> None:
-    if END_OF_TEXT not in added_tokens:
+    if end_of_text not in added_tokens and end_of_text not in own:
         raise UserError(
-            f"The added tokens of {where} have no {END_OF_TEXT}, which must end every document.\n"
+            f"The added tokens of {where} have no {end_of_text}, which must end every document.\n"
             f"They are: {', '.join(added_tokens) or 'none'}. Add it to {ADDED_TOKENS_FILE} beside the model; "
             "without that file phi-3's eleven tokens are put behind the model's pieces."
         )

@@ -1,0 +1,293 @@
+"""Text <-> token ids with a merge table from tokenizer.json or GGUF, through the `tokenizers` package (an extra)."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from etils import epath
+
+from phijax.errors import UserError, nearest_name
+from phijax.text.byte_level import bytes_of_token
+from phijax.text.decoding import decode_text
+from phijax.text.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer
+from phijax.text.specials import Specials
+from phijax.text.tokenizer import SPACE_MARK
+
+JSON_FILE = "tokenizer.json"
+
+# What ends a document, by the names that published vocabularies give to it; the first that a vocabulary has.
+_END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # GGUF's token types
+
+
+class BpeTokenizer:
+    """A vocabulary with merges: byte-level (GPT-2, SmolLM2, Llama 3, phi-4) or Llama's with byte fallback. Immutable.
+
+    Encoding then decoding gives the same text, byte for byte, unless the file has a normalizer that changes text.
+    """
+
+    def __init__(self, spec: str, where: str = "the tokenizer", *, end_of_text: str | None = None):
+        """Raises UserError, naming `where`, for what is no tokenizer of these kinds.
+
+        Args:
+          spec: the text of a tokenizer.json.
+          end_of_text: the name of the token that ends every document, where the vocabulary has neither <|endoftext|>
+            nor what other publishers call it. (A chat model's eos_token ends a turn.)
+        """
+        self._where = where
+        parsed = _parse(spec, where)
+        self._spec = _canonical(parsed)
+        self._byte_level = _is_byte_level(parsed, where)
+        self.specials = _specials(parsed, where)
+        self.strips_right: frozenset[str] = self.specials.strips_right
+        self.added_tokens: Mapping[str, int] = self.specials.ids
+        # Without its added tokens: their names in plain text are text.
+        plain = parsed | {"added_tokens": [], "post_processor": None}
+        self._plain = _load(_canonical(plain), where)
+        self._tokens: dict[int, str] = {i: token for token, i in parsed["model"]["vocab"].items()}
+        self.vocab_size: int = 1 + max(*self._tokens, *self.specials.ids.values(), -1)
+        self._end_of_text = next((name for name in _END_OF_TEXT_NAMES if name in self.specials.ids), end_of_text)
+        if self._end_of_text not in self.specials.ids:
+            raise UserError(
+                f"{where} has no token {end_of_text or 'that ends a document'} among its special tokens: "
+                f"{', '.join(self.specials.ids) or 'it has none'}.\nSet eos_token in tokenizer_config.json beside it."
+            )
+        self.end_of_text: int = self.specials.ids[self._end_of_text]
+        unknown = parsed["model"].get("unk_token")
+        self.unknown: int | None = parsed["model"]["vocab"].get(unknown) if unknown else None
+        self.fingerprint: str = hashlib.sha256(self._spec.encode()).hexdigest()
+
+    @classmethod
+    def from_gguf(
+        cls,
+        tokens: Sequence[str],
+        merges: Sequence[str],
+        types: Sequence[int],
+        pre: str,
+        where: str = "the GGUF file",
+        *,
+        end_of_text: str | None = None,
+    ) -> "BpeTokenizer":
+        """From the arrays of a GGUF file whose tokenizer.ggml.model is "gpt2".
+
+        Args:
+          tokens: the vocabulary, in GPT-2's characters for bytes, control tokens by name.
+          merges: "left right", the first is merged first.
+          types: GGUF's: 1 normal, 3 control, 4 user-defined, 5 unused (padding of the matrix).
+          pre: tokenizer.ggml.pre, the name of the rule that cuts text before merging.
+          end_of_text: as for the class.
+        Raises UserError where the arrays do not belong together or `pre` is a rule that is not known here.
+        """
+        if pre not in PRE_TOKENIZERS:
+            near = nearest_name(pre, PRE_TOKENIZERS)
+            raise UserError(
+                f"{where} cuts text by the rule {pre!r} (tokenizer.ggml.pre), which is not known here"
+                f"{f'; did it mean {near!r}?' if near else '.'}\nKnown: {', '.join(PRE_TOKENIZERS)}.\n"
+                f"A folder with the model's {JSON_FILE} says the rule itself: open that."
+            )
+        if len(types) != len(tokens):
+            raise UserError(f"{where} has {len(tokens)} tokens but {len(types)} token types. The file is damaged.")
+        vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED}
+        if len(vocab) != sum(kind != _UNUSED for kind in types):
+            twice = next(token for i, token in enumerate(tokens) if types[i] != _UNUSED and vocab[token] != i)
+            raise UserError(f"{where} has the token {twice!r} twice. The file is damaged.")
+        added = [
+            _added_token(token, i, special=kind == _CONTROL)
+            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind in (_CONTROL, _USER_DEFINED)
+        ]
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        spec = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": added,
+            "normalizer": None,
+            "pre_tokenizer": pre_tokenizer(pre),
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                # Llama 3 takes a word that is a token as it is, whatever the merges would make of it.
+                "ignore_merges": pre in ("llama-bpe", "llama3", "llama-v3"),
+                "vocab": vocab,
+                "merges": _checked(merges, where),
+            },
+        }
+        return cls(json.dumps(spec), where, end_of_text=end_of_text)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: names of special tokens inside it are text as any other; nothing is put around it.
+
+        Raises ValueError for a lone surrogate, which is no text in UTF-8.
+        """
+        _check_text(text)
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        # Only where a whole word may be a token without merges: part the name, so that it is no word.
+        name = self.specials.find(text)
+        if name is None:
+            raise ValueError(f"{self._where} makes a special token of plain text that does not name it: {text[:80]!r}")
+        cut = text.index(name) + 1
+        return self.encode(text[:cut]) + self.encode(text[cut:])
+
+    def encode_with_specials(self, text: str) -> list[int]:
+        """Ids of text in which names of special tokens stand for those tokens. Never give it text of strangers."""
+        _check_text(text)
+        return self._full.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special tokens show as their names. Raises ValueError for an id that is no token."""
+        return decode_text(self, ids)
+
+    def token_bytes(self, id: int, first: bool = False) -> bytes:
+        """What `id` adds to the text; `first`: without the dummy space. Raises ValueError for what is no token."""
+        name = self.specials.names.get(id)
+        if name is not None:
+            return name.encode()
+        token = self._tokens.get(id)
+        if token is None:
+            raise ValueError(f"token id {id} is not in the tokenizer, which has {self.vocab_size} ids")
+        if self._byte_level:
+            return bytes_of_token(token)
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes([int(token[3:5], 16)])
+        text = token.replace(SPACE_MARK, " ").encode()
+        return text[1:] if first and text[:1] == b" " else text
+
+    def begins_behind(self, previous: int | None) -> bool:
+        """Whether the id behind `previous` is the first of a segment, whose leading space is a dummy."""
+        return self._has_dummy and (previous is None or previous in self.specials.names)
+
+    def save(self, folder: str | epath.PathLike) -> None:
+        """Writes tokenizer.json and, for the end of text, tokenizer_config.json."""
+        folder = epath.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / JSON_FILE).write_text(self._spec)
+        config = {"eos_token": self._end_of_text, "tokenizer_class": "PreTrainedTokenizerFast"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def __reduce__(self):
+        return _rebuild, (self._spec, self._where, self._end_of_text)
+
+    @functools.cached_property
+    def _full(self) -> Any:
+        full = _load(self._spec, self._where)
+        for name, i in self.specials.ids.items():
+            if full.token_to_id(name) != i:
+                raise UserError(f"{self._where}: the special token {name!r} has id {i}, but ids before it are missing.")
+        return full
+
+    @functools.cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(self.specials.names)
+
+    @functools.cached_property
+    def _has_dummy(self) -> bool:
+        """Whether a text gets a space before it."""
+        if self._byte_level:
+            return False
+        ids = self._plain.encode("a", add_special_tokens=False).ids
+        return bool(ids) and self._tokens[ids[0]].startswith(SPACE_MARK)
+
+
+def _rebuild(spec: str, where: str, end_of_text: str) -> BpeTokenizer:
+    return BpeTokenizer(spec, where, end_of_text=end_of_text)
+
+
+def _canonical(parsed: dict[str, Any]) -> str:
+    return json.dumps(parsed, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def _check_text(text: str) -> None:
+    if not text.isascii():
+        text.encode()
+
+
+def _parse(spec: str, where: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(spec)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+    model = parsed.get("model") if isinstance(parsed, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
+        kind = model.get("type") if isinstance(model, dict) else None
+        raise UserError(
+            f"{where} holds {f'a {kind} model' if kind else 'no model'}, not a vocabulary with merges (BPE).\n"
+            "phi-3, phi-4, Llama and SmolLM2 come with one that has."
+        )
+    if not all(type(i) is int and i >= 0 for i in model["vocab"].values()):
+        raise UserError(f"{where}: ids in the vocabulary must be whole numbers from 0.")
+    return parsed | {"truncation": None, "padding": None}
+
+
+def _is_byte_level(parsed: dict[str, Any], where: str) -> bool:
+    kinds = set(_types(parsed.get("decoder")))
+    if "ByteLevel" in kinds:
+        return True
+    if "ByteFallback" in kinds or "Metaspace" in kinds:
+        return False
+    raise UserError(
+        f"{where} decodes with {', '.join(sorted(kinds)) or 'nothing'}: only byte-level vocabularies (ByteLevel) and "
+        "Llama's kind (ByteFallback or Metaspace) can be read."
+    )
+
+
+def _types(part: Any) -> list[str]:
+    """Every "type" in a part of tokenizer.json, sequences opened."""
+    if not isinstance(part, dict):
+        return []
+    parts = [inner for key in ("decoders", "pretokenizers", "normalizers") for inner in part.get(key) or ()]
+    return [str(part.get("type")), *(kind for inner in parts for kind in _types(inner))]
+
+
+def _specials(parsed: dict[str, Any], where: str) -> Specials:
+    ids, right, left = {}, set(), set()
+    for token in parsed.get("added_tokens") or ():
+        name, i = token.get("content"), token.get("id")
+        if not isinstance(name, str) or not name or type(i) is not int or i < 0:
+            raise UserError(f"{where}: an added token needs content and id, but one is {token}.")
+        if name in ids or i in ids.values():
+            raise UserError(f"{where}: the added token {name!r} or its id {i} is there twice.")
+        ids[name] = i
+        right |= {name} if token.get("rstrip") else set()
+        left |= {name} if token.get("lstrip") else set()
+    return Specials(MappingProxyType(ids), frozenset(right), frozenset(left))
+
+
+def _added_token(name: str, i: int, special: bool) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": i, "content": name, **flags, "special": special}
+
+
+def _checked(merges: Sequence[str], where: str) -> list[str]:
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if not left or not right or " " in right:
+            raise UserError(f"{where}: the merge {merge[:80]!r} is no pair of tokens. The file is damaged.")
+    return list(merges)
+
+
+def _load(spec: str, where: str) -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise UserError(
+            f"{where} needs the package tokenizers: pip install 'phijax[tokenizers]'.\n"
+            "phi-3 and Llama-2 do without it where a tokenizer.model lies in the folder."
+        ) from error
+    try:
+        return tokenizers.Tokenizer.from_str(spec)
+    except Exception as error:  # the package raises Exception itself
+        raise UserError(f"{where} is no tokenizer that the package tokenizers can read: {error}") from error

@@ -1,0 +1,57 @@
+"""Text with the names of special tokens in it: cut at the names; whitespace that a token swallows is dropped."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping
+
+# What Unicode calls White_Space, which is what Hugging Face's tokenizers strip; str.strip() would take \x1c-\x1f too.
+_SPACES = "".join(map(chr, range(0x2000, 0x200B)))
+WHITE_SPACE = f"\t\n\x0b\x0c\r \x85\xa0\u1680{_SPACES}\u2028\u2029\u202f\u205f\u3000"
+_WHITE_RUN = re.compile(f"[{WHITE_SPACE}]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Specials:
+    """Names of tokens that stand for themselves in a text, their ids, and which of them swallow whitespace beside them.
+
+    Read from a checkpoint's tokenizer files; phi-3's are in chat formats what brackets are in code.
+    """
+
+    ids: Mapping[str, int]
+    strips_right: frozenset[str] = frozenset()
+    strips_left: frozenset[str] = frozenset()
+
+    @functools.cached_property
+    def names(self) -> Mapping[int, str]:
+        return {i: name for name, i in self.ids.items()}
+
+    def cut(self, text: str) -> Iterator[str | int]:
+        """Plain segments of `text` and ids of the special tokens between them, in order; empty segments are left out.
+
+        The leftmost name is taken, and of those that begin at one place the longest.
+        """
+        start = 0
+        for found in self._pattern.finditer(text) if self._pattern else ():
+            name = found[0]
+            before = text[start : found.start()]
+            if name in self.strips_left:
+                before = before.rstrip(WHITE_SPACE)
+            if before:
+                yield before
+            yield self.ids[name]
+            start = found.end()
+            if name in self.strips_right:
+                start = _WHITE_RUN.match(text, start).end()
+        if start < len(text):
+            yield text[start:]
+
+    def find(self, text: str) -> str | None:
+        """The first name in `text`, or None."""
+        found = self._pattern.search(text) if self._pattern else None
+        return found[0] if found else None
+
+    @functools.cached_property
+    def _pattern(self) -> re.Pattern[str] | None:
+        longest_first = sorted(self.ids, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
