@@ -1,0 +1,50 @@
+"""GGUF files in and out: `open_gguf`, `write_gguf`."""
+
+import functools
+
+from etils import epath
+
+from phijax.checkpoint.gguf_config import architecture_of, model_of
+from phijax.checkpoint.gguf_file import read_file
+from phijax.checkpoint.gguf_source import GgufSource
+from phijax.checkpoint.gguf_tokenizer import open_tokenizer, stop_ids
+from phijax.checkpoint.gguf_write import write_gguf
+from phijax.checkpoint.opened import Opened
+from phijax.errors import UserError
+
+__all__ = ["open_gguf", "write_gguf"]
+
+CLASSES = {"phi3": "Phi3ForCausalLM", "llama": "LlamaForCausalLM"}  # transformers' names
+
+
+def open_gguf(path: epath.PathLike) -> Opened:
+    """A GGUF file of architecture phi3 or llama. Its header is checked; weights are read when asked for.
+
+    Raises: UserError for a file that is damaged, hostile, of another architecture, or that computes otherwise.
+    """
+    file = read_file(path)
+    architecture = architecture_of(file)
+    model = model_of(file, architecture)
+    source = GgufSource(file, architecture, model)
+    template = file.metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{path}: tokenizer.chat_template is no text.")
+    extra = {"architecture": CLASSES[architecture], "gguf_kinds": sorted(source.kinds())}
+    ids = {"bos_id": "bos_token_id", "eos_id": "eos_token_id", "pad_id": "padding_token_id"}
+    extra |= {
+        ours: file.metadata[f"tokenizer.ggml.{key}"]
+        for ours, key in ids.items()
+        if f"tokenizer.ggml.{key}" in file.metadata
+    }
+    if isinstance(name := file.metadata.get("general.name"), str):
+        extra["name"] = name
+    return Opened(
+        path=file.path,
+        kind="gguf",
+        model=model,
+        weights=source,
+        tokenizer=functools.partial(open_tokenizer, file),
+        chat_template=template,
+        stop_ids=stop_ids(file),
+        extra=extra,
+    )

@@ -1,0 +1,121 @@
+"""A tokenizer of ours -> the arrays and ids of a GGUF file, or a refusal where llama.cpp would make other ids."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from phijax.checkpoint.gguf_tokenizer import END_OF_TURN
+from phijax.errors import UserError
+from phijax.text.pre_tokenizers import PRE_TOKENIZERS
+from phijax.text.sentencepiece_model import BPE, CONTROL, NORMAL, UNUSED, USER_DEFINED, SentencePieceModel
+from phijax.text.tokenizer import MODEL_FILE, TextTokenizer
+
+_ADDED_SCORE, _PADDING_SCORE = -1000.0, -10000.0  # as llama.cpp's converter gives them
+
+
+def vocabulary(tokenizer: TextTokenizer, rows: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys behind "tokenizer.ggml." -> values; lists of float are float32, of int are int32.
+
+    Args:
+      rows: of the embedding; ids without a token become unused ones.
+      facts: of the checkpoint: bos_id, eos_id, pad_id, where it says them; add_bos_token.
+    Raises: UserError for a tokenizer that a GGUF file cannot hold, with the reason.
+    """
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"The tokenizer has {tokenizer.vocab_size} ids, the model {rows} rows. They do not belong together."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)  # the one form that both backends have
+        saved = epath.Path(folder)
+        if (saved / MODEL_FILE).exists():
+            arrays = _of_sentencepiece((saved / MODEL_FILE).read_bytes(), tokenizer, rows)
+        else:
+            arrays = _of_json(json.loads((saved / "tokenizer.json").read_text()), rows)
+    return arrays | _ids(tokenizer, facts)
+
+
+def _of_sentencepiece(model: bytes, tokenizer: TextTokenizer, rows: int) -> dict[str, Any]:
+    parsed = SentencePieceModel.parse(model)
+    lacks = {
+        "is no BPE model (unigram)": parsed.model_type != BPE,
+        "has no pieces for bytes": not parsed.byte_fallback,
+        "rewrites characters before it cuts (a normalizer)": parsed.folds_characters,
+        "removes extra spaces": parsed.remove_extra_whitespaces,
+        "marks spaces behind words": parsed.treat_whitespace_as_suffix,
+    }
+    if reasons := [what for what, is_so in lacks.items() if is_so]:
+        raise UserError(f"The SentencePiece model {' and '.join(reasons)}: llama.cpp would cut text otherwise.")
+    count = len(parsed.pieces)
+    surplus = range(count, rows)
+    tokens = [*parsed.pieces, *(f"[PAD{i}]" for i in surplus)]
+    scores = [*parsed.scores, *(_PADDING_SCORE for _ in surplus)]
+    types = [*parsed.types, *(UNUSED for _ in surplus)]
+    for name, i in tokenizer.added_tokens.items():
+        tokens[i], scores[i], types[i] = name, _ADDED_SCORE, CONTROL
+    out = {"model": "llama", "pre": "default", "tokens": tokens, "scores": scores, "token_type": types}
+    return out | {"add_space_prefix": parsed.add_dummy_prefix}
+
+
+def _of_json(spec: dict[str, Any], rows: int) -> dict[str, Any]:
+    model = spec["model"]
+    pre = _pre_name(spec.get("pre_tokenizer"))
+    lacks = {
+        "cuts text by a rule that has no name there": pre is None,
+        "rewrites text before it cuts (a normalizer)": bool(spec.get("normalizer")),
+        "has pieces for bytes": bool(model.get("byte_fallback")),
+        "marks continued words": bool(model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")),
+        "takes words that are tokens as they are": bool(model.get("ignore_merges")) and pre != "llama-bpe",
+        "strips whitespace beside special tokens": any(
+            t.get("rstrip") or t.get("lstrip") for t in spec["added_tokens"]
+        ),
+    }
+    if reasons := [what for what, is_so in lacks.items() if is_so]:
+        raise UserError(f"The tokenizer {' and '.join(reasons)}: a GGUF file cannot say so.")
+    tokens, types = [f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows
+    for token, i in model["vocab"].items():
+        tokens[i], types[i] = token, NORMAL
+    for token in spec["added_tokens"]:
+        tokens[token["id"]] = token["content"]
+        types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    out = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types, "merges": merges}
+    return out | {"add_space_prefix": False}
+
+
+def _pre_name(part: Any) -> str | None:
+    """The name of a tokenizer.json's rule: its cuts, one after the other, are those of the name."""
+    cuts: list[str] = []
+    bytes_last = False
+    for step in part.get("pretokenizers", [part]) if isinstance(part, dict) else ():
+        kind, bytes_last = step.get("type"), step.get("type") == "ByteLevel"
+        if kind == "Digits" and step.get("individual_digits"):
+            cuts.append(r"\p{N}")
+        elif kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+            cuts.append(step["pattern"].get("Regex", ""))
+        elif kind == "ByteLevel" and not step.get("add_prefix_space"):
+            cuts += PRE_TOKENIZERS["gpt-2"] if step.get("use_regex", True) else ()
+        else:
+            return None
+    found = (name for name, expressions in PRE_TOKENIZERS.items() if expressions == tuple(cuts))
+    return next(found, None) if bytes_last else None
+
+
+def _ids(tokenizer: TextTokenizer, facts: Mapping[str, Any]) -> dict[str, Any]:
+    names = tokenizer.specials.ids
+    eos = facts.get("eos_id", tokenizer.end_of_text)
+    out: dict[str, Any] = {
+        "bos_token_id": facts.get("bos_id", names.get("<s>")),
+        "eos_token_id": eos,
+        "unknown_token_id": tokenizer.unknown,
+        "padding_token_id": facts.get("pad_id", tokenizer.end_of_text),
+        # Without it llama.cpp takes <|end|> by its name, with a warning, and others not at all.
+        "eot_token_id": next((names[name] for name in END_OF_TURN if name in names), None),
+        # Ours puts nothing around a text, and llama.cpp would put bos before SentencePiece's.
+        "add_bos_token": bool(facts.get("add_bos_token", False)),
+        "add_eos_token": False,
+    }
+    return {key: value for key, value in out.items() if value is not None}

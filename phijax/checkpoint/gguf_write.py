@@ -1,0 +1,222 @@
+"""Writes a GGUF file tensor by tensor, in pieces, under a temporary name until all of it is on the disk."""
+
+import os
+from collections.abc import Iterator
+from typing import Any, BinaryIO, Literal
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from phijax.checkpoint import durable, gguf_names
+from phijax.checkpoint.gguf_config import keys_of
+from phijax.checkpoint.gguf_file import gguf_library
+from phijax.checkpoint.gguf_tokenizer import PREFIX
+from phijax.checkpoint.gguf_vocabulary import vocabulary
+from phijax.checkpoint.opened import Opened
+from phijax.errors import UserError
+
+Kind = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0"]
+KINDS: tuple[str, ...] = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+_FILE_TYPES = {
+    "F32": "ALL_F32",
+    "F16": "MOSTLY_F16",
+    "BF16": "MOSTLY_BF16",
+    "Q8_0": "MOSTLY_Q8_0",
+    "Q4_0": "MOSTLY_Q4_0",
+}
+_ALIGNMENT = 32
+_AT_ONCE = 1 << 22  # values in memory at once
+
+
+def write_gguf(
+    opened: Opened,
+    output: epath.PathLike,
+    *,
+    kind: Kind,
+    architecture: Literal["phi3", "llama"] | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+) -> epath.Path:
+    """Writes `opened` as one GGUF file and returns its path: `output` if it ends in .gguf, else a file in that folder.
+
+    Norms stay float32, as ggml wants them; every other tensor becomes `kind`, rounded to the nearest where it is
+    narrower. Q8_0 and Q4_0 are blocks of 32 as `gguf.quants.quantize` makes them.
+
+    Args:
+      architecture: None: as the checkpoint says, phi3 where it says nothing.
+      name: of the model, shown by those who read it; that of a phi3 file always holds "phi3", since llama.cpp's rule
+        for whitespace behind special tokens hangs on it.
+    Raises: UserError for what a GGUF file cannot hold, before anything is written; for weights that are not finite or
+      too large for `kind`. Nothing is left behind then.
+    """
+    path = _output(epath.Path(output), opened, kind, overwrite)
+    architecture = architecture or architecture_for(opened)
+    plan = gguf_names.tensors(architecture, opened.model)
+    kinds = {tensor.name: _kind(tensor, kind) for tensor in plan}
+    header = _header(opened, architecture, kind, name)
+    extra = _rope_lists(opened)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    try:
+        _write_header(temporary, header, plan, kinds, extra)
+        with open(os.fspath(temporary), "ab") as file:
+            for values in extra.values():
+                _append(file, [values])
+            for tensor in plan:
+                _append(file, _pieces(opened, tensor, kinds[tensor.name]))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        durable.sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def architecture_for(opened: Opened) -> str:
+    """phi3 or llama: what the checkpoint was; phi3 for ours, unless only llama can say it."""
+    if opened.extra.get("architecture") in ("LlamaForCausalLM", "MistralForCausalLM"):
+        return gguf_names.LLAMA
+    return gguf_names.PHI3
+
+
+def _output(path: epath.Path, opened: Opened, kind: str, overwrite: bool) -> epath.Path:
+    if kind not in KINDS:
+        raise UserError(f"gguf_type={kind!r} is not written; written are {', '.join(KINDS)}.")
+    if not durable.is_local(path):
+        raise UserError(f"{path}: GGUF files are written to a local disk. Copy it afterwards.")
+    if path.suffix != ".gguf":
+        path = path / f"{_safe(opened.extra.get('name') or 'model')}-{kind}.gguf"
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} is there already. Remove it or name another file.")
+    return path
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-.") or "model"
+
+
+def _kind(tensor: gguf_names.Tensor, kind: str) -> str:
+    """Raises: UserError for rows that blocks do not divide."""
+    if len(tensor.shape) == 1:
+        return "F32"
+    if kind in ("Q8_0", "Q4_0") and tensor.shape[-1] % 32:
+        raise UserError(
+            f"{tensor.name} has rows of {tensor.shape[-1]} weights; {kind} needs a multiple of 32. Take F16 or BF16."
+        )
+    return kind
+
+
+def _header(opened: Opened, architecture: str, kind: str, name: str | None) -> dict[str, Any]:
+    """Key -> value. Whole numbers are uint32, others float32; lists of numbers int32 and float32."""
+    library = gguf_library()
+    name = name or str(opened.extra.get("name") or "model")
+    if architecture == gguf_names.PHI3 and not any(part in name.lower() for part in ("phi3", "phi-3")):
+        name = f"{name} phi3"
+    header = {
+        "general.type": "model",
+        "general.name": name,
+        "general.file_type": int(library.LlamaFileType[_FILE_TYPES[kind]]),
+        "general.quantization_version": library.GGML_QUANT_VERSION,
+        "general.alignment": _ALIGNMENT,
+    }
+    header |= {f"{architecture}.{key}": value for key, value in keys_of(opened.model, architecture).items()}
+    arrays = vocabulary(opened.tokenizer(), opened.model.vocab_size, opened.extra)
+    header |= {PREFIX + key: value for key, value in arrays.items()}
+    if opened.chat_template:
+        header["tokenizer.chat_template"] = opened.chat_template
+    return header
+
+
+def _rope_lists(opened: Opened) -> dict[str, np.ndarray]:
+    rope = opened.model.long_rope
+    if rope is None:
+        return {}
+    lists = {gguf_names.LONG_FACTORS: rope.long_factor, gguf_names.SHORT_FACTORS: rope.short_factor}
+    return {name: np.asarray(values, np.float32) for name, values in lists.items()}
+
+
+def _write_header(
+    path: epath.Path,
+    header: dict[str, Any],
+    plan: list[gguf_names.Tensor],
+    kinds: dict[str, str],
+    extra: dict[str, np.ndarray],
+) -> None:
+    library = gguf_library()
+    architecture = next(key.split(".")[0] for key in header if key.endswith(".block_count"))
+    writer = library.GGUFWriter(os.fspath(path), architecture)
+    value_types = library.GGUFValueType
+    by_type = {bool: value_types.BOOL, int: value_types.UINT32, float: value_types.FLOAT32, str: value_types.STRING}
+    of_array = {int: value_types.INT32, float: value_types.FLOAT32, str: value_types.STRING}
+    for key, value in header.items():
+        if isinstance(value, list):
+            writer.add_key_value(key, value, value_types.ARRAY, sub_type=of_array[type(value[0])])
+        else:
+            writer.add_key_value(key, value, by_type[type(value)])
+    for name, values in extra.items():
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+    for tensor in plan:
+        stored = library.GGMLQuantizationType[kinds[tensor.name]]
+        per_block, block_size = library.GGML_QUANT_SIZES[stored]
+        size = int(np.prod(tensor.shape)) // per_block * block_size
+        # The dtype says only that the shape is counted in weights, not in bytes.
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
+def _append(file: BinaryIO, pieces: Iterator[np.ndarray] | list[np.ndarray]) -> None:
+    """One tensor, at the next multiple of the alignment, as the header has it."""
+    file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+    for piece in pieces:
+        file.write(np.ascontiguousarray(piece).data)
+
+
+def _pieces(opened: Opened, tensor: gguf_names.Tensor, kind: str) -> Iterator[np.ndarray]:
+    """The tensor's rows from the top, some at a time, as bytes of `kind`."""
+    model = opened.model
+    for leaf, lines in zip(tensor.row.leaves, tensor.rows, strict=True):
+        whole = () if tensor.layer is None else (slice(tensor.layer, tensor.layer + 1),)
+        if len(tensor.shape) == 1:
+            values = opened.weights.read(leaf, (*whole, slice(0, lines)))
+            yield converted(values.reshape(lines), kind, tensor.name)
+            continue
+        height, width = tensor.shape if tensor.row.transposed else (lines, tensor.shape[1])
+        step = max(1, _AT_ONCE // width)
+        if tensor.row.interleaved:  # by whole heads
+            step = -(-step // model.head_dim) * model.head_dim
+        for start in range(0, height, step):
+            part, across = slice(start, min(start + step, height)), slice(0, width)
+            index = (across, part) if tensor.row.transposed else (part, across)
+            values = opened.weights.read(leaf, (*whole, *index))
+            values = values.reshape(values.shape[-2:])
+            values = values.T if tensor.row.transposed else values
+            if tensor.row.interleaved:
+                values = gguf_names.interleave(values, model.head_dim)
+            yield converted(values, kind, tensor.name)
+
+
+def converted(values: np.ndarray, kind: str, name: str) -> np.ndarray:
+    """Values as they lie in a file of `kind`. Raises: UserError for what is not finite, before or after."""
+    if not np.isfinite(values).all():
+        raise UserError(f"{name} holds NaN or infinite weights, which no runtime can use. Nothing was written.")
+    if kind == "F32":
+        return values.astype(np.float32, copy=False)
+    if kind in ("F16", "BF16"):
+        with np.errstate(over="ignore"):
+            out = values.astype(np.float16 if kind == "F16" else ml_dtypes.bfloat16, copy=False)
+        if not np.isfinite(out).all():
+            largest = float(np.abs(values.astype(np.float32)).max())
+            raise UserError(f"{name} holds a weight of {largest:.6g}, too large for {kind}. Take BF16 or F32.")
+        return out
+    library = gguf_library()
+    wide = np.ascontiguousarray(values, np.float32)
+    # The scale of a block is a float16: what does not fit becomes infinite there.
+    most = 65504.0 * (127 if kind == "Q8_0" else 8)
+    if wide.size and float(np.abs(wide).max()) > most:
+        raise UserError(f"{name} holds a weight of {float(np.abs(wide).max()):.6g}, too large for {kind}. Take F32.")
+    return library.quantize(wide, library.GGMLQuantizationType[kind])
