@@ -8,9 +8,10 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from phijax.checkpoint.huggingface import is_huggingface, open_huggingface
 from phijax.checkpoint.opened import Opened
 from phijax.checkpoint.ours import is_ours, open_ours
-from phijax.checkpoint.weight_source import WeightSource
+from phijax.checkpoint.weight_source import WeightSource, blocks
 from phijax.errors import UserError
 from phijax.model import params
 
@@ -33,6 +34,8 @@ def open_checkpoint(path: epath.PathLike) -> Opened:
         raise UserError(f"{path} is no checkpoint. {LOOKED_FOR}")
     if is_ours(path):
         return open_ours(path)
+    if is_huggingface(path):
+        return open_huggingface(path)
     raise UserError(f"{path} is no checkpoint: it has {_listing(path)}.\n{LOOKED_FOR}")
 
 
@@ -62,21 +65,30 @@ def load_params(opened: Opened, mesh: Mesh, *, dtype: Any = jnp.float32) -> para
 def _load_leaf(
     source: WeightSource, path: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding, dtype: np.dtype
 ) -> jax.Array:
-    stored = source.shapes()[path]
     read: dict[tuple, np.ndarray] = {}  # devices that hold copies of a piece share one reading of it
 
     def piece(index: tuple[slice, ...]) -> np.ndarray:
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
         if bounds not in read:
-            inside = tuple(
-                slice(min(start, size), min(stop, size)) for (start, stop), size in zip(bounds, stored, strict=True)
-            )
-            values = source.read(path, inside).astype(dtype, copy=False)
-            surplus = [(0, stop - start - got) for (start, stop), got in zip(bounds, values.shape, strict=True)]
-            read[bounds] = np.pad(values, surplus) if any(after for _, after in surplus) else values
+            read[bounds] = _read_padded(source, path, bounds, dtype)
         return read[bounds]
 
     return jax.make_array_from_callback(shape, sharding, piece)
+
+
+def _read_padded(source: WeightSource, path: str, bounds: tuple[tuple[int, int], ...], dtype: np.dtype) -> np.ndarray:
+    """A piece of a leaf, cast block by block: at no time is it held in two dtypes. Rows past the file's are zero."""
+    out = np.zeros(tuple(stop - start for start, stop in bounds), dtype)
+    there = [
+        (min(start, size), min(stop, size)) for (start, stop), size in zip(bounds, source.shapes()[path], strict=True)
+    ]
+    held = tuple(stop - start for start, stop in there)
+    if 0 in held:
+        return out
+    for index in blocks(held, source.dtype(path).itemsize):
+        at = tuple(slice(start + part.start, start + part.stop) for (start, _), part in zip(there, index, strict=True))
+        out[index] = source.read(path, at)
+    return out
 
 
 def _listing(folder: epath.Path) -> str:

@@ -1,9 +1,13 @@
 """Weights of one model as they lie in a file, read slice by slice under our names and in our shapes."""
 
+import math
+from collections.abc import Iterator
 from typing import Protocol
 
+import ml_dtypes
 import numpy as np
 
+from phijax.errors import UserError
 from phijax.model import params
 from phijax.model.config import ModelConfig
 
@@ -35,6 +39,39 @@ def model_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def everything(shape: tuple[int, ...]) -> Index:
-    """The index of the whole array."""
-    return tuple(slice(0, size) for size in shape)
+def blocks(shape: tuple[int, ...], itemsize: int, limit: int = 64 << 20) -> Iterator[Index]:
+    """Indices that cut an array into contiguous pieces of at most `limit` bytes, or one row, in the order of memory.
+
+    A stack is cut at its layers even where several would fit: most files hold a layer as one piece.
+    """
+    if not shape:
+        yield ()
+    elif len(shape) > 2:
+        for i in range(shape[0]):
+            for inside in blocks(shape[1:], itemsize, limit):
+                yield (slice(i, i + 1), *inside)
+    else:
+        row = math.prod(shape[1:]) * itemsize
+        step = max(1, limit // max(1, row))
+        for start in range(0, shape[0], step):
+            yield (slice(start, min(start + step, shape[0])), *(slice(0, size) for size in shape[1:]))
+
+
+# Bits of the exponent, all set in infinities and NaNs alone.
+_EXPONENT = {
+    np.dtype(np.float32): (np.uint32, 0x7F800000),
+    np.dtype(np.float16): (np.uint16, 0x7C00),
+    np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
+}
+
+
+def check_finite(values: np.ndarray, where: str) -> None:
+    """Raises: UserError naming `where` if one of the values is NaN or infinite. Looks at bits, some GB a second."""
+    integer, exponent = _EXPONENT[values.dtype]
+    bits = values.reshape(-1) if values.flags.c_contiguous else values.T.reshape(-1)
+    bits = bits.view(integer)
+    for start in range(0, bits.size, 1 << 20):  # in pieces that stay in the cache: no second array of that size
+        if np.any((bits[start : start + (1 << 20)] & exponent) == exponent):
+            raise UserError(
+                f"{where} holds values that are NaN or infinite: the file is damaged, or training diverged."
+            )

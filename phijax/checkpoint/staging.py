@@ -1,0 +1,57 @@
+"""A folder that appears whole or not at all: written under a temporary name, made durable, renamed."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+
+from etils import epath
+
+from phijax.checkpoint import durable
+from phijax.errors import UserError
+
+UNFINISHED = ".unfinished"
+
+
+def check_output(output: epath.Path, nbytes: int) -> None:
+    """Raises: UserError if something is there already, or the disk has no room for `nbytes`."""
+    if not durable.is_local(output):
+        raise UserError(f"--output={output}: exports are written to a local disk; copy the folder from there.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output={output} is there already. Nothing is overwritten: give a new name, or remove it.")
+    parent = output
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(os.fspath(parent)).free
+    if nbytes > free:
+        raise UserError(f"--output={output} needs {nbytes / 1e9:.1f} GB; {parent} has {free / 1e9:.1f} GB free.")
+
+
+@contextlib.contextmanager
+def staged(output: epath.Path) -> Iterator[epath.Path]:
+    """Gives a folder to write to, OUTPUT.unfinished, which becomes `output` at the end, after all of it is durable.
+
+    After an exception nothing is left; after a kill the unfinished folder is, and the next export removes it.
+    """
+    output = durable.absolute(output)
+    folder = output.parent / f"{output.name}{UNFINISHED}"
+    if folder.exists():
+        folder.rmtree()
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for file in durable.files_below(folder):
+            descriptor = os.open(os.fspath(file), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        durable.sync_tree(folder)
+        if output.exists():
+            os.rmdir(os.fspath(output))  # empty: check_output
+        folder.rename(output)
+        durable.sync_directory(output.parent)
+    except BaseException:
+        if folder.exists():
+            folder.rmtree()
+        raise
