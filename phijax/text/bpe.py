@@ -12,11 +12,10 @@ from etils import epath
 from phijax.errors import UserError, nearest_name
 from phijax.text.byte_level import bytes_of_token
 from phijax.text.decoding import decode_text
+from phijax.text.huggingface_files import name_of_special, write_names
 from phijax.text.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer
-from phijax.text.specials import Specials
-from phijax.text.tokenizer import SPACE_MARK
-
-JSON_FILE = "tokenizer.json"
+from phijax.text.special_files import JSON_FILE, OURS_FILE, every_segment
+from phijax.text.specials import SPACE_MARK, Specials
 
 # What ends a document, by the names that published vocabularies give to it; the first that a vocabulary has.
 _END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>")
@@ -42,6 +41,7 @@ class BpeTokenizer:
         parsed = _parse(spec, where)
         self._spec = _canonical(parsed)
         self._byte_level = _is_byte_level(parsed, where)
+        self._every_segment = every_segment(parsed)
         self.specials = _specials(parsed, where)
         self.strips_right: frozenset[str] = self.specials.strips_right
         self.added_tokens: Mapping[str, int] = self.specials.ids
@@ -147,6 +147,13 @@ class BpeTokenizer:
         _check_text(text)
         return self._full.encode(text, add_special_tokens=False).ids
 
+    def encode_segment(self, text: str, first: bool) -> list[int]:
+        """Ids of the plain text between two special tokens; `first`: nothing is before it."""
+        if first or self._byte_level or self._every_segment:
+            return self.encode(text)
+        # Behind a newline, a byte of its own in such vocabularies, no dummy space is put.
+        return self.encode("\n" + text)[len(self.encode("\n")) :]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens show as their names. Raises ValueError for an id that is no token."""
         return decode_text(self, ids)
@@ -168,15 +175,32 @@ class BpeTokenizer:
 
     def begins_behind(self, previous: int | None) -> bool:
         """Whether the id behind `previous` is the first of a segment, whose leading space is a dummy."""
-        return self._has_dummy and (previous is None or previous in self.specials.names)
+        return self._has_dummy and (previous is None or (self._every_segment and previous in self.specials.names))
 
     def save(self, folder: str | epath.PathLike) -> None:
-        """Writes tokenizer.json and, for the end of text, tokenizer_config.json."""
+        """Writes tokenizer.json, and special_tokens.json where nothing in it tells what ends a text."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / JSON_FILE).write_text(self._spec)
-        config = {"eos_token": self._end_of_text, "tokenizer_class": "PreTrainedTokenizerFast"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if self._end_of_text not in _END_OF_TEXT_NAMES:
+            (folder / OURS_FILE).write_text(json.dumps({"end_of_text": self._end_of_text}) + "\n")
+
+    def save_huggingface(
+        self, folder: str | epath.PathLike, *, chat_template: str | None = None, eos: int | None = None
+    ) -> None:
+        """Writes tokenizer.json and the names beside it, so that AutoTokenizer gives our ids.
+
+        Args:
+          chat_template: Jinja text that goes with it.
+          eos: the id that generation stops at; None: that of the end of text.
+        Raises UserError where `eos` is no special token.
+        """
+        folder = epath.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / JSON_FILE).write_text(self._spec)
+        eos_name = name_of_special(self.specials, self.end_of_text if eos is None else eos)
+        names = {"eos_token": eos_name, "pad_token": self._end_of_text}
+        write_names(folder, names, self.specials, {"tokenizer_class": "PreTrainedTokenizerFast"}, chat_template)
 
     def __reduce__(self):
         return _rebuild, (self._spec, self._where, self._end_of_text)

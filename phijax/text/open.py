@@ -1,11 +1,10 @@
 """Which tokenizer lies in a folder."""
 
-import json
-
 from etils import epath
 
 from phijax.errors import UserError
-from phijax.text.bpe import JSON_FILE, BpeTokenizer
+from phijax.text.bpe import BpeTokenizer
+from phijax.text.special_files import JSON_FILE, read_folder_tokens
 from phijax.text.tokenizer import MODEL_FILE, TextTokenizer, Tokenizer
 
 
@@ -26,8 +25,5 @@ def open_tokenizer(path: str | epath.PathLike) -> TextTokenizer:
 
 
 def _open_json(path: epath.Path) -> BpeTokenizer:
-    config = path.parent / "tokenizer_config.json"
-    end = json.loads(config.read_text()).get("eos_token") if config.exists() else None
-    end = end.get("content") if isinstance(end, dict) else end
-    spec = path.read_text()
-    return BpeTokenizer(spec, str(path), end_of_text=end)
+    said = read_folder_tokens(path.parent)
+    return BpeTokenizer(path.read_text(), str(path), end_of_text=said.end if said else None)

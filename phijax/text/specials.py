@@ -5,6 +5,8 @@ import functools
 import re
 from collections.abc import Iterator, Mapping
 
+SPACE_MARK = "\u2581"  # stands for a space inside the pieces of SentencePiece, and in Hugging Face's Metaspace
+
 # What Unicode calls White_Space, which is what Hugging Face's tokenizers strip; str.strip() would take \x1c-\x1f too.
 _SPACES = "".join(map(chr, range(0x2000, 0x200B)))
 WHITE_SPACE = f"\t\n\x0b\x0c\r \x85\xa0\u1680{_SPACES}\u2028\u2029\u202f\u205f\u3000"

@@ -5,17 +5,18 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import sentencepiece
 from etils import epath
 
 from phijax.errors import UserError
 from phijax.text.decoding import decode_text
-from phijax.text.specials import Specials
+from phijax.text.huggingface_files import name_of_special, write_sentencepiece
+from phijax.text.special_files import ADDED_TOKENS_FILE, JSON_FILE, OURS_FILE, read_folder_tokens
+from phijax.text.specials import SPACE_MARK, Specials
 
 MODEL_FILE = "tokenizer.model"
-ADDED_TOKENS_FILE = "added_tokens.json"
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -33,8 +34,6 @@ PHI3_ADDED_TOKENS = (
     "<|placeholder6|>",
     "<|user|>",
 )
-
-SPACE_MARK = "\u2581"  # SentencePiece's and Metaspace's sign for a space inside pieces
 
 # SentencePiece keeps some 100 bytes a character, so that a file of 1 GB in one piece would end the process; and short
 # pieces stay in the cache: 3.4 MB/s against 1.6 in pieces of a million characters.
@@ -60,6 +59,10 @@ class TextTokenizer(Protocol):
         """Ids of text in which names of special tokens stand for those tokens. Never give it text of strangers."""
         ...
 
+    def encode_segment(self, text: str, first: bool) -> list[int]:
+        """Ids of the plain text between two special tokens; `first`: nothing is before it."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens show as their names. Raises ValueError for an id that is no token."""
         ...
@@ -79,6 +82,12 @@ class TextTokenizer(Protocol):
         """Writes what `phijax.text.open.open_tokenizer` reads."""
         ...
 
+    def save_huggingface(
+        self, folder: str | epath.PathLike, *, chat_template: str | None = None, eos: int | None = None
+    ) -> None:
+        """Writes the files by which AutoTokenizer gives the same ids. `eos`: what generation stops at."""
+        ...
+
 
 class Tokenizer:
     """A SentencePiece model and the ids of the added tokens. Immutable.
@@ -95,7 +104,9 @@ class Tokenizer:
         where: str = "the tokenizer",
         *,
         strips_right: Collection[str] | None = None,
+        strips_left: Collection[str] = (),
         end_of_text: str = END_OF_TEXT,
+        every_segment: bool = True,
     ):
         """Raises UserError, naming `where`, for what is no tokenizer.
 
@@ -103,7 +114,10 @@ class Tokenizer:
           model: a SentencePiece model.
           added_tokens: names and ids; None: phi-3's eleven are put behind the model's pieces.
           strips_right: special tokens that swallow the whitespace behind them; None: as phi-3's files say today.
+          strips_left: those that swallow the whitespace before them.
           end_of_text: the name of the token that ends every document.
+          every_segment: `encode_with_specials` puts the dummy space before each segment between special tokens, as
+            Hugging Face's tokenizer of phi-3 does; False: before the first of a text only.
         """
         self._model = model
         self._pieces = _load(model, where)
@@ -115,12 +129,13 @@ class Tokenizer:
         self.added_tokens: Mapping[str, int] = MappingProxyType(dict(added_tokens))
         if strips_right is None:
             strips_right = phi3_strips_right(added_tokens, self._pieces)
-        self.specials = Specials(MappingProxyType(own | dict(added_tokens)), frozenset(strips_right))
+        ids = MappingProxyType(own | dict(added_tokens))
+        self.specials = Specials(ids, frozenset(strips_right), frozenset(strips_left))
         self.strips_right: frozenset[str] = self.specials.strips_right
-        self._end_of_text = end_of_text
+        self._end_of_text, self._every_segment = end_of_text, every_segment
         self.end_of_text: int = self.specials.ids[end_of_text]
         self.unknown: int = self._pieces.unk_id()
-        self.vocab_size: int = max(self._num_pieces, *(i + 1 for i in self.specials.ids.values()))
+        self.vocab_size: int = max(self._num_pieces, 1 + max(self.specials.ids.values()))
         self.fingerprint: str = fingerprint(model, added_tokens)
 
     @classmethod
@@ -136,16 +151,58 @@ class Tokenizer:
                 f"No tokenizer at {path}: {model_path} does not exist.\n"
                 f"Give a SentencePiece model, or a folder with {MODEL_FILE} (and {ADDED_TOKENS_FILE})."
             )
-        added_path = path / ADDED_TOKENS_FILE
-        added_tokens = _read_added_tokens(added_path) if path.is_dir() and added_path.exists() else None
-        return cls(model_path.read_bytes(), added_tokens, where=str(model_path))
+        said = read_folder_tokens(path) if path.is_dir() else None
+        if said is None:
+            return cls(model_path.read_bytes(), where=str(model_path))
+        model = model_path.read_bytes()
+        own = _own_specials(_load(model, str(model_path)))
+        added = {name: i for name, i in said.ids().items() if own.get(name) != i}
+        named = {*own, *added}
+        opened = cls(
+            model,
+            added,
+            where=str(model_path),
+            strips_right=said.strips_right if said.strips_right is None else said.strips_right & named,
+            strips_left=said.strips_left & named,
+            end_of_text=END_OF_TEXT if END_OF_TEXT in added or not said.end else said.end,
+            every_segment=said.every_segment,
+        )
+        if said.vocab_size not in (None, opened.vocab_size):
+            raise UserError(
+                f"{path} holds two tokenizers that differ: {MODEL_FILE} has {opened.vocab_size} ids with its added "
+                f"tokens, {JSON_FILE} has {said.vocab_size}.\nRemove the one that does not belong to the model."
+            )
+        return opened
 
     def save(self, folder: str | epath.PathLike) -> None:
-        """Writes tokenizer.model and added_tokens.json: what `open` reads."""
+        """Writes tokenizer.model and added_tokens.json; special_tokens.json where tokens are not used as in phi-3."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MODEL_FILE).write_bytes(self._model)
         (folder / ADDED_TOKENS_FILE).write_text(json.dumps(dict(self.added_tokens), indent=2) + "\n")
+        if self._unlike_phi3:
+            (folder / OURS_FILE).write_text(json.dumps(self._unlike_phi3, indent=2) + "\n")
+
+    def save_huggingface(
+        self, folder: str | epath.PathLike, *, chat_template: str | None = None, eos: int | None = None
+    ) -> None:
+        """Writes what AutoTokenizer and llama.cpp's converter read, so that they give our ids.
+
+        Args:
+          chat_template: Jinja text that goes with it.
+          eos: the id that generation stops at; None: that of the end of text.
+        Raises UserError where `eos` is no special token.
+        """
+        write_sentencepiece(
+            epath.Path(folder),
+            model=self._model,
+            added_tokens=self.added_tokens,
+            specials=self.specials,
+            every_segment=self._every_segment,
+            eos=name_of_special(self.specials, self.end_of_text if eos is None else eos),
+            pad=self._end_of_text,
+            chat_template=chat_template,
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: the names of added tokens inside it are text as any other; nothing is put around it.
@@ -174,8 +231,15 @@ class Tokenizer:
             if isinstance(part, int):
                 ids.append(part)
             else:
-                ids += self.encode(part)
+                ids += self.encode_segment(part, first=not ids)
         return ids
+
+    def encode_segment(self, text: str, first: bool) -> list[int]:
+        """Ids of the plain text between two special tokens; `first`: nothing is before it."""
+        if first or self._every_segment or not self._has_dummy:
+            return self.encode(text)
+        # Behind a newline, which is a piece of its own, no dummy space is put.
+        return self.encode("\n" + text)[self._dummy_before_newline + 1 :]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens show as their names, and what lies between two of them is decoded on its own.
@@ -193,10 +257,27 @@ class Tokenizer:
 
     def begins_behind(self, previous: int | None) -> bool:
         """Whether the id behind `previous` is the first of a segment, whose leading space is a dummy."""
-        return self._has_dummy and (previous is None or previous in self.specials.names)
+        return self._has_dummy and (previous is None or (self._every_segment and previous in self.specials.names))
 
     def __reduce__(self):
-        return _rebuild, (self._model, dict(self.added_tokens), self.strips_right, self._end_of_text)
+        return _rebuild, (self._model, dict(self.added_tokens), self._unlike_phi3)
+
+    @functools.cached_property
+    def _unlike_phi3(self) -> dict[str, Any]:
+        """Arguments by which this tokenizer differs from one that is made of model and added tokens alone."""
+        given = {
+            "strips_right": sorted(self.strips_right),
+            "strips_left": sorted(self.specials.strips_left),
+            "end_of_text": self._end_of_text,
+            "every_segment": self._every_segment,
+        }
+        phi3 = {
+            "strips_right": sorted(phi3_strips_right(self.added_tokens, self._pieces)),
+            "strips_left": [],
+            "end_of_text": END_OF_TEXT,
+            "every_segment": True,
+        }
+        return {} if given == phi3 else given
 
     def _pieces_is_byte(self, id: int) -> bool:
         return id < self._num_pieces and self._pieces.is_byte(id)
@@ -244,8 +325,8 @@ def fingerprint(model: bytes, added_tokens: Mapping[str, int]) -> str:
     return hashlib.sha256(hashlib.sha256(model).digest() + added.encode()).hexdigest()
 
 
-def _rebuild(model: bytes, added_tokens: dict[str, int], strips_right: frozenset[str], end_of_text: str) -> Tokenizer:
-    return Tokenizer(model, added_tokens, strips_right=strips_right, end_of_text=end_of_text)
+def _rebuild(model: bytes, added_tokens: dict[str, int], unlike_phi3: dict[str, Any]) -> Tokenizer:
+    return Tokenizer(model, added_tokens, **unlike_phi3)
 
 
 def _own_specials(pieces: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
@@ -266,16 +347,6 @@ def _load(model: bytes, where: str) -> sentencepiece.SentencePieceProcessor:
             "phi-3-mini, phi-3-medium, phi-3.5-mini and Llama-2 come with one, named tokenizer.model."
         )
     return pieces
-
-
-def _read_added_tokens(path: epath.Path) -> dict[str, int]:
-    try:
-        added = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(added, dict) or not all(type(i) is int for i in added.values()):
-        raise UserError(f'{path} must hold one object of names and ids, as {{"{END_OF_TEXT}": 32000}}.')
-    return added
 
 
 def _check_added_tokens(

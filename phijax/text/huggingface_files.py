@@ -1,0 +1,157 @@
+"""The tokenizer files of a Hugging Face folder, written so that AutoTokenizer gives our ids."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from phijax.errors import UserError
+from phijax.text.sentencepiece_model import Piece, PieceKind, take_apart
+from phijax.text.specials import SPACE_MARK, Specials
+
+_GENERIC = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is; LlamaTokenizer of transformers 5 remakes parts
+
+
+def write_sentencepiece(
+    folder: epath.Path,
+    *,
+    model: bytes,
+    added_tokens: Mapping[str, int],
+    specials: Specials,
+    every_segment: bool,
+    eos: str,
+    pad: str,
+    chat_template: str | None,
+) -> None:
+    """tokenizer.model, added_tokens.json, tokenizer.json and the two files of names beside them.
+
+    A model that is not BPE, or that folds characters, gets no tokenizer.json: transformers converts it itself.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model)
+    _write(folder / "added_tokens.json", dict(added_tokens))
+    parts = take_apart(model)
+    same = parts.joins and not parts.changes_text
+    if same:
+        spec = sentencepiece_json(parts.pieces, specials, parts.dummy_space, every_segment)
+        (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n")
+    kinds = {PieceKind.UNKNOWN: "unk_token", PieceKind.CONTROL: "bos_token"}
+    names = {kinds[p.kind]: p.text for p in parts.pieces if p.text in ("<unk>", "<s>") and p.kind in kinds}
+    names |= {"eos_token": eos, "pad_token": pad}
+    llama = {"legacy": every_segment, "sp_model_kwargs": {}, "use_default_system_prompt": False}
+    tokenizer_class = {"tokenizer_class": _GENERIC} if same else {"tokenizer_class": "LlamaTokenizer", **llama}
+    write_names(folder, names, specials, tokenizer_class, chat_template)
+
+
+def write_names(
+    folder: epath.Path,
+    names: Mapping[str, str],
+    specials: Specials,
+    settings: Mapping[str, Any],
+    chat_template: str | None,
+) -> None:
+    """tokenizer_config.json and special_tokens_map.json. `names`: bos_token and the like -> the token."""
+    config = {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "added_tokens_decoder": {str(i): token_entry(name, specials) for name, i in _in_order(specials)},
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,  # transformers' own sign for: no limit here
+        **names,
+        **settings,
+    }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    _write(folder / "tokenizer_config.json", config)
+    entries = {kind: token_entry(name, specials) for kind, name in names.items()}
+    _write(
+        folder / "special_tokens_map.json",
+        {k: {f: v for f, v in e.items() if f != "special"} for k, e in entries.items()},
+    )
+
+
+def name_of_special(specials: Specials, i: int) -> str:
+    """Raises UserError where `i` is no special token."""
+    if i not in specials.names:
+        known = ", ".join(f"{i} {name}" for name, i in _in_order(specials))
+        raise UserError(f"Id {i} is no special token of the tokenizer, so no text can end with it. It has: {known}.")
+    return specials.names[i]
+
+
+def _in_order(specials: Specials) -> list[tuple[str, int]]:
+    return sorted(specials.ids.items(), key=lambda entry: entry[1])
+
+
+def _write(path: epath.Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
+def token_entry(name: str, specials: Specials) -> dict[str, Any]:
+    """An entry of added_tokens_decoder."""
+    return {
+        "content": name,
+        "lstrip": name in specials.strips_left,
+        "normalized": False,
+        "rstrip": name in specials.strips_right,
+        "single_word": False,
+        "special": True,
+    }
+
+
+def sentencepiece_json(
+    pieces: Sequence[Piece], specials: Specials, dummy_space: bool, every_segment: bool = True
+) -> dict[str, Any]:
+    """tokenizer.json of a SentencePiece BPE model: the same ids, computed from merges instead of scores.
+
+    As Hugging Face publishes Llama's and phi-3's, where every segment between special tokens gets the dummy space;
+    otherwise the first of a text alone.
+    """
+    vocab = {piece.text: i for i, piece in enumerate(pieces)}
+    to_mark = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
+    from_mark = {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}
+    unknown = next((piece.text for piece in pieces if piece.kind == PieceKind.UNKNOWN), None)
+    bytes_known = any(piece.kind == PieceKind.BYTE for piece in pieces)
+    dummy = [{"type": "Prepend", "prepend": SPACE_MARK}] if dummy_space and every_segment else []
+    first = {"type": "Metaspace", "replacement": SPACE_MARK, "prepend_scheme": "first", "split": False}
+    undummy = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if dummy_space else []
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, **token_entry(name, specials)} for name, i in _in_order(specials)],
+        "normalizer": {"type": "Sequence", "normalizers": [*dummy, to_mark]},
+        "pre_tokenizer": first if dummy_space and not every_segment else None,
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [from_mark, {"type": "ByteFallback"}, {"type": "Fuse"}, *undummy],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unknown,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": bytes_known,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": merges_of(pieces),
+        },
+    }
+
+
+def merges_of(pieces: Sequence[Piece]) -> list[str]:
+    """SentencePiece joins the neighbours whose piece has the highest score: as a list, the best score first.
+
+    Every way to part a piece into two is in it, since either may come up.
+    """
+    normal = {piece.text: piece.score for piece in pieces if piece.kind == PieceKind.NORMAL}
+    ranked = []
+    for number, (text, score) in enumerate(normal.items()):
+        for cut in range(1, len(text)):
+            if text[:cut] in normal and text[cut:] in normal:
+                ranked.append((-score, number, cut, f"{text[:cut]} {text[cut:]}"))
+    ranked.sort()
+    return [merge for *_, merge in ranked]

@@ -1,0 +1,125 @@
+"""Which special tokens a folder names: Hugging Face's files, in the order in which they overrule each other, and ours.
+
+added_tokens.json, then tokenizer_config.json (added_tokens_decoder), then tokenizer.json (added_tokens): the last one
+that speaks of an id decides its name and flags.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from phijax.errors import UserError
+
+ADDED_TOKENS_FILE = "added_tokens.json"
+CONFIG_FILE = "tokenizer_config.json"
+JSON_FILE = "tokenizer.json"
+OURS_FILE = "special_tokens.json"  # what `save` has to say beyond names and ids, where it is not as phi-3 has it
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderTokens:
+    """What a folder says.
+
+    names: id -> name of every token named, the model's own too.
+    strips_right: names flagged so; None where no file has flags. strips_left: likewise, empty without.
+    end: the name of what ends a text: ours, else eos_token.
+    every_segment: whether each segment between special tokens gets a dummy space, or only the first of a text.
+    vocab_size: of tokenizer.json, or None.
+    """
+
+    names: Mapping[int, str]
+    strips_right: frozenset[str] | None
+    strips_left: frozenset[str]
+    end: str | None
+    every_segment: bool
+    vocab_size: int | None
+
+    def ids(self) -> dict[str, int]:
+        return {name: i for i, name in self.names.items()}
+
+
+def read_folder_tokens(folder: epath.Path) -> FolderTokens | None:
+    """None where the folder says nothing at all of special tokens. Raises UserError for files that cannot be meant."""
+    added = _object(folder / ADDED_TOKENS_FILE)
+    config = _object(folder / CONFIG_FILE)
+    whole = _object(folder / JSON_FILE)
+    ours = _object(folder / OURS_FILE)
+    if added is None and config is None and whole is None:
+        return None
+    names: dict[int, str] = {}
+    flags: dict[str, dict[str, Any]] = {}
+    for name, i in (added or {}).items():
+        _name(names, folder / ADDED_TOKENS_FILE, name, i)
+    if added and len(names) != len(added):
+        i, name = next((i, name) for name, i in added.items() if names[i] != name)
+        raise UserError(f"{folder / ADDED_TOKENS_FILE}: {name!r} and {names[i]!r} have the same id {i}.")
+    decoder = (config or {}).get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise UserError(f"{folder / CONFIG_FILE}: added_tokens_decoder must be an object of ids.")
+    for i, entry in decoder.items():
+        _entry(names, flags, folder / CONFIG_FILE, int(i) if str(i).isdecimal() else i, entry)
+    for entry in (whole or {}).get("added_tokens") or ():
+        _entry(names, flags, folder / JSON_FILE, entry.get("id") if isinstance(entry, dict) else None, entry)
+    end = _end(config or {})
+    right = frozenset(name for name, entry in flags.items() if entry.get("rstrip") is True)
+    left = frozenset(name for name, entry in flags.items() if entry.get("lstrip") is True)
+    said = bool(flags) or config is not None
+    # Without tokenizer.json each has one: so phi-3's is, although its `legacy` is false.
+    every = every_segment(whole or {})
+    if ours is not None:
+        right, said = frozenset(ours.get("strips_right", ())), True
+        left = frozenset(ours.get("strips_left", ()))
+        end, every = ours.get("end_of_text", end), ours.get("every_segment", every)
+    return FolderTokens(names, right if said else None, left, end, every, _vocab_size(whole))
+
+
+def _object(path: epath.Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        parsed = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise UserError(f"{path} must hold one object of names and values.")
+    return parsed
+
+
+def _name(names: dict[int, str], path: epath.Path, name: Any, i: Any) -> None:
+    if not isinstance(name, str) or not name or type(i) is not int or i < 0:
+        raise UserError(f'{path} must give names and ids, as {{"<|endoftext|>": 32000}}, but has {name!r}: {i!r}.')
+    names[i] = name
+
+
+def _entry(names: dict[int, str], flags: dict[str, dict[str, Any]], path: epath.Path, i: Any, entry: Any) -> None:
+    if not isinstance(entry, dict):
+        raise UserError(f"{path}: the added token {i!r} must be an object with its content, but is {entry!r}.")
+    name = entry.get("content")
+    _name(names, path, name, i)
+    if entry.get("single_word") is True:
+        raise UserError(f"{path}: {name!r} is to be found only as a whole word (single_word), which is not known here.")
+    flags[name] = entry
+
+
+def _end(config: dict[str, Any]) -> str | None:
+    end = config.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    return end if isinstance(end, str) else None
+
+
+def every_segment(spec: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json puts a dummy space before each segment between special tokens."""
+    pre = spec.get("pre_tokenizer")
+    parts = pre.get("pretokenizers", [pre]) if isinstance(pre, dict) else []
+    return not any(part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first" for part in parts)
+
+
+def _vocab_size(whole: dict[str, Any] | None) -> int | None:
+    vocab = (whole or {}).get("model", {}).get("vocab")
+    if not isinstance(vocab, dict) or not vocab:
+        return None
+    added = [entry["id"] for entry in whole.get("added_tokens") or ()]
+    return 1 + max([*vocab.values(), *added])
