@@ -132,7 +132,7 @@ class _Header:
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
             key = self.text(_LONGEST_KEY, "a key")
-            if not key.isprintable() or key in metadata:
+            if not key or not key.isprintable() or key in metadata:
                 raise self.refusal(f"the key {key[:80]!r} " + ("is there twice" if key in metadata else "is no name"))
             metadata[key] = self.value(self.number("<I"), key)
         infos = [self.tensor() for _ in range(num_tensors)]

@@ -1,23 +1,11 @@
 """The tokenizer inside a GGUF file: its arrays -> a tokenizer of ours. The other way is gguf_vocabulary.py."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from phijax.checkpoint.gguf_file import GgufFile
 from phijax.errors import UserError
 from phijax.text.bpe import BpeTokenizer
-from phijax.text.sentencepiece_model import (
-    BPE,
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    SentencePieceModel,
-)
+from phijax.text.sentencepiece_model import Piece, PieceKind, put_together
 from phijax.text.tokenizer import END_OF_TEXT, TextTokenizer, Tokenizer
 
 PREFIX = "tokenizer.ggml."
@@ -63,7 +51,7 @@ def _tokens(file: GgufFile) -> tuple[list[str], np.ndarray]:
     if not isinstance(tokens, list):
         raise UserError(f"{file.path} has no {PREFIX}tokens.")
     if types is None:
-        types = np.full(len(tokens), NORMAL, np.int32)
+        types = np.full(len(tokens), PieceKind.NORMAL, np.int32)
     if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu" or len(types) != len(tokens):
         raise UserError(f"{file.path}: {PREFIX}token_type does not give one type to each of {len(tokens)} tokens.")
     return tokens, types
@@ -79,51 +67,39 @@ def _end_of_text(file: GgufFile, tokens: list[str]) -> str | None:
 
 def _sentencepiece(file: GgufFile, tokens: list[str], types: np.ndarray) -> Tokenizer:
     """Pieces up to the last normal or byte token are the model's own; control tokens behind them were added."""
+    where = str(file.path)
     scores = file.metadata.get(PREFIX + "scores")
     if not isinstance(scores, np.ndarray) or scores.dtype.kind != "f" or len(scores) != len(tokens):
-        raise UserError(f"{file.path}: {PREFIX}scores does not give one score to each of {len(tokens)} tokens.")
-    own = np.flatnonzero(np.isin(types, (NORMAL, BYTE)))
+        raise UserError(f"{where}: {PREFIX}scores does not give one score to each of {len(tokens)} tokens.")
+    if strange := sorted(set(types.tolist()) - set(PieceKind)):
+        raise UserError(f"{where}: {PREFIX}token_type holds {strange[0]}, which is no type of a token.")
+    own = np.flatnonzero(np.isin(types, (PieceKind.NORMAL, PieceKind.BYTE)))
     count = int(own[-1]) + 1 if len(own) else 0
-    ids = {name: _id(file.metadata, f"{name}_token_id", default, count) for name, default in _OWN_IDS.items()}
-    ids["eos"] = tokens.index("</s>") if "</s>" in tokens[:count] else ids["eos"]
-    kinds = types[:count].tolist()
-    for name, i in ids.items():
-        if i >= 0:
-            kinds[i] = UNKNOWN if name == "unknown" else CONTROL
-    model = SentencePieceModel(
-        pieces=tuple(tokens[:count]),
-        scores=tuple(scores[:count].tolist()),
-        types=tuple(kinds),
-        model_type=BPE,
-        byte_fallback=BYTE in kinds,
-        add_dummy_prefix=bool(file.metadata.get(PREFIX + "add_space_prefix", True)),
-        unk_id=ids["unknown"],
-        bos_id=ids["bos"],
-        eos_id=ids["eos"],
-    )
-    if ids["unknown"] < 0:
-        raise UserError(f"{file.path}: no token stands for what is unknown ({PREFIX}unknown_token_id).")
+    pieces = [
+        Piece(tokens[i], float(scores[i]), _kind(tokens[i], i, types[i], _unknown(file, count))) for i in range(count)
+    ]
     behind = range(count, len(tokens))
-    if strange := [tokens[i] for i in behind if types[i] not in (CONTROL, USER_DEFINED, UNUSED)]:
-        raise UserError(f"{file.path}: {strange[0]!r} stands behind the vocabulary without being an added token.")
-    added = {tokens[i]: i for i in behind if types[i] != UNUSED}
+    added = {tokens[i]: i for i in behind if types[i] != PieceKind.UNUSED}
     # llama.cpp's rule: only the model's name says whether special tokens swallow the whitespace behind them.
     is_phi3 = any(name in str(file.metadata.get("general.name", "")).lower() for name in ("phi-3", "phi3"))
     return Tokenizer(
-        model.serialise(),
+        put_together(pieces, dummy_space=bool(file.metadata.get(PREFIX + "add_space_prefix", True)), where=where),
         added,
-        where=str(file.path),
+        where=where,
         strips_right=None if is_phi3 else (),
         end_of_text=_end_of_text(file, tokens) or "</s>",
     )
 
 
-_OWN_IDS = {"unknown": 0, "bos": 1, "eos": 2}  # Llama's
+def _unknown(file: GgufFile, count: int) -> int:
+    unknown = file.metadata.get(PREFIX + "unknown_token_id", 0)
+    if type(unknown) is not int or not 0 <= unknown < count:
+        raise UserError(f"{file.path}: {PREFIX}unknown_token_id={unknown!r} is none of its {count} pieces.")
+    return unknown
 
 
-def _id(metadata: Mapping[str, Any], key: str, default: int, count: int) -> int:
-    """An id among the model's own pieces, or -1: eos may be an added token, as phi-3's is."""
-    value = metadata.get(PREFIX + key, default)
-    if type(value) is int and 0 <= value < count:
-        return value
-    return default if default < count else -1
+def _kind(name: str, i: int, kind: int, unknown: int) -> PieceKind:
+    """Files of 2024 flag <unk> as control, and </s> as a user's own symbol, which plain text would then become."""
+    if i == unknown:
+        return PieceKind.UNKNOWN
+    return PieceKind.CONTROL if name in ("<s>", "</s>") else PieceKind(int(kind))

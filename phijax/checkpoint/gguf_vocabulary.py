@@ -10,7 +10,7 @@ from etils import epath
 from phijax.checkpoint.gguf_tokenizer import END_OF_TURN
 from phijax.errors import UserError
 from phijax.text.pre_tokenizers import PRE_TOKENIZERS
-from phijax.text.sentencepiece_model import BPE, CONTROL, NORMAL, UNUSED, USER_DEFINED, SentencePieceModel
+from phijax.text.sentencepiece_model import PieceKind, take_apart
 from phijax.text.tokenizer import MODEL_FILE, TextTokenizer
 
 _ADDED_SCORE, _PADDING_SCORE = -1000.0, -10000.0  # as llama.cpp's converter gives them
@@ -39,25 +39,23 @@ def vocabulary(tokenizer: TextTokenizer, rows: int, facts: Mapping[str, Any]) ->
 
 
 def _of_sentencepiece(model: bytes, tokenizer: TextTokenizer, rows: int) -> dict[str, Any]:
-    parsed = SentencePieceModel.parse(model)
+    parsed = take_apart(model)
+    kinds = [piece.kind for piece in parsed.pieces]
     lacks = {
-        "is no BPE model (unigram)": parsed.model_type != BPE,
-        "has no pieces for bytes": not parsed.byte_fallback,
-        "rewrites characters before it cuts (a normalizer)": parsed.folds_characters,
-        "removes extra spaces": parsed.remove_extra_whitespaces,
-        "marks spaces behind words": parsed.treat_whitespace_as_suffix,
+        "is no BPE model (unigram)": not parsed.joins,
+        "has no pieces for bytes": PieceKind.BYTE not in kinds,
+        "rewrites text before it cuts (a normalizer)": parsed.changes_text,
     }
     if reasons := [what for what, is_so in lacks.items() if is_so]:
         raise UserError(f"The SentencePiece model {' and '.join(reasons)}: llama.cpp would cut text otherwise.")
-    count = len(parsed.pieces)
-    surplus = range(count, rows)
-    tokens = [*parsed.pieces, *(f"[PAD{i}]" for i in surplus)]
-    scores = [*parsed.scores, *(_PADDING_SCORE for _ in surplus)]
-    types = [*parsed.types, *(UNUSED for _ in surplus)]
+    surplus = range(len(kinds), rows)
+    tokens = [*(piece.text for piece in parsed.pieces), *(f"[PAD{i}]" for i in surplus)]
+    scores = [*(piece.score for piece in parsed.pieces), *(_PADDING_SCORE for _ in surplus)]
+    types = [*map(int, kinds), *(int(PieceKind.UNUSED) for _ in surplus)]
     for name, i in tokenizer.added_tokens.items():
-        tokens[i], scores[i], types[i] = name, _ADDED_SCORE, CONTROL
+        tokens[i], scores[i], types[i] = name, _ADDED_SCORE, int(PieceKind.CONTROL)
     out = {"model": "llama", "pre": "default", "tokens": tokens, "scores": scores, "token_type": types}
-    return out | {"add_space_prefix": parsed.add_dummy_prefix}
+    return out | {"add_space_prefix": parsed.dummy_space}
 
 
 def _of_json(spec: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -75,12 +73,12 @@ def _of_json(spec: dict[str, Any], rows: int) -> dict[str, Any]:
     }
     if reasons := [what for what, is_so in lacks.items() if is_so]:
         raise UserError(f"The tokenizer {' and '.join(reasons)}: a GGUF file cannot say so.")
-    tokens, types = [f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows
+    tokens, types = [f"[PAD{i}]" for i in range(rows)], [int(PieceKind.UNUSED)] * rows
     for token, i in model["vocab"].items():
-        tokens[i], types[i] = token, NORMAL
+        tokens[i], types[i] = token, int(PieceKind.NORMAL)
     for token in spec["added_tokens"]:
         tokens[token["id"]] = token["content"]
-        types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
+        types[token["id"]] = int(PieceKind.CONTROL if token.get("special") else PieceKind.USER_DEFINED)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     out = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types, "merges": merges}
     return out | {"add_space_prefix": False}
@@ -105,13 +103,13 @@ def _pre_name(part: Any) -> str | None:
 
 
 def _ids(tokenizer: TextTokenizer, facts: Mapping[str, Any]) -> dict[str, Any]:
-    names = tokenizer.specials.ids
-    eos = facts.get("eos_id", tokenizer.end_of_text)
+    names, end = tokenizer.specials.ids, tokenizer.end_of_text
+    bos, eos, pad = (facts.get(f"{name}_id") for name in ("bos", "eos", "pad"))
     out: dict[str, Any] = {
-        "bos_token_id": facts.get("bos_id", names.get("<s>")),
-        "eos_token_id": eos,
+        "bos_token_id": names.get("<s>") if bos is None else bos,
+        "eos_token_id": end if eos is None else eos,
         "unknown_token_id": tokenizer.unknown,
-        "padding_token_id": facts.get("pad_id", tokenizer.end_of_text),
+        "padding_token_id": end if pad is None else pad,
         # Without it llama.cpp takes <|end|> by its name, with a warning, and others not at all.
         "eot_token_id": next((names[name] for name in END_OF_TURN if name in names), None),
         # Ours puts nothing around a text, and llama.cpp would put bos before SentencePiece's.
