@@ -4,6 +4,7 @@ Verbs (`phijax VERB --help` lists the flags of one):
   main     train: --config=experiments/tiny.py --workdir=DIR
   prepare  raw text -> token shards: --input=GLOB --output=DIR
   generate text from a run: --checkpoint=WORKDIR --prompt=TEXT
+  export   any checkpoint -> Hugging Face, GGUF, ours: --checkpoint=ANY --format=hf --output=DIR
   show     print the manifest of shards or of checkpoints: DIR
 """
 
@@ -14,7 +15,7 @@ from typing import NoReturn
 from phijax import command
 from phijax.errors import UserError, nearest_name
 
-VERBS = ("main", "prepare", "generate", "show")
+VERBS = ("main", "prepare", "generate", "export", "show")
 
 
 def main() -> NoReturn:

@@ -1,5 +1,6 @@
 """Bytes that survive a power cut: fsync on local file systems; object stores commit a whole object at once."""
 
+import json
 import os
 
 from etils import epath
@@ -60,3 +61,8 @@ def sync_tree(folder: epath.Path) -> None:
         if child.is_dir():
             sync_tree(child)
     sync_directory(folder)
+
+
+def write_json(path: epath.Path, content: dict) -> None:
+    """`write_text` of an object, for people to read."""
+    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -8,6 +8,7 @@ from etils import epath
 
 from phijax.checkpoint.weight_source import WeightSource
 from phijax.model.config import ModelConfig
+from phijax.text.tokenizer import TextTokenizer
 
 Kind = Literal["phijax", "huggingface", "gguf"]
 
@@ -28,7 +29,7 @@ class Opened:
     kind: Kind
     model: ModelConfig
     weights: WeightSource
-    tokenizer: Callable[[], Any]
+    tokenizer: Callable[[], TextTokenizer]
     chat_template: str | None = None
     stop_ids: tuple[int, ...] = ()
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -15,7 +15,8 @@ from phijax.checkpoint.weight_source import Index, model_shapes
 from phijax.errors import UserError
 from phijax.model import params
 from phijax.model.config import ModelConfig, model_from_dict
-from phijax.text.tokenizer import Tokenizer
+from phijax.text.open import open_tokenizer
+from phijax.text.tokenizer import TextTokenizer
 
 TOKENIZER_FOLDER = "tokenizer"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -130,7 +131,7 @@ def _tokenizer_folder(folder: epath.Path) -> epath.Path | None:
     return next((candidate for candidate in candidates if candidate.is_dir()), None)
 
 
-def _open_tokenizer(folder: epath.Path, tokenizer: epath.Path | None) -> Tokenizer:
+def _open_tokenizer(folder: epath.Path, tokenizer: epath.Path | None) -> TextTokenizer:
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer: neither in it nor in its run's workdir is a {TOKENIZER_FOLDER}/.")
-    return Tokenizer.open(tokenizer)
+    return open_tokenizer(tokenizer)

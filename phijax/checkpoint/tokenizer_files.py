@@ -1,0 +1,112 @@
+"""What travels with weights: tokenizer, chat template, the ids that begin and end a text."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from phijax.checkpoint import durable
+from phijax.checkpoint.opened import Opened
+from phijax.errors import UserError
+from phijax.text.tokenizer import ADDED_TOKENS_FILE, END_OF_TEXT, MODEL_FILE, TextTokenizer
+
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+# All files by which some tokenizer of transformers is described; copied as they are, whatever is in them.
+FILES = (
+    MODEL_FILE,
+    ADDED_TOKENS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    GENERATION_FILE,
+)
+# Any of them ends an answer of phi-3: <|end|> a turn, <|assistant|> an answer that runs on, <|endoftext|> a document.
+PHI3_STOPS = ("<|end|>", "<|assistant|>", END_OF_TEXT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ids:
+    """Token ids of a model; None where there is none."""
+
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    stops: tuple[int, ...]
+
+    def in_config(self) -> dict[str, int | None]:
+        """For config.json. null where there is none: without the key transformers takes an id of another vocabulary."""
+        return {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.pad}
+
+    def in_generation_config(self) -> dict[str, Any]:
+        """For generation_config.json, without nulls; empty if nothing is known."""
+        stops: int | list[int] | None = list(self.stops) if len(self.stops) > 1 else next(iter(self.stops), None)
+        ids = {"bos_token_id": self.bos, "eos_token_id": stops, "pad_token_id": self.pad}
+        known = {name: value for name, value in ids.items() if value is not None}
+        return {"_from_model_config": True, **known} if known else {}
+
+
+def ids_of(opened: Opened, tokenizer: TextTokenizer | None) -> Ids:
+    """As the checkpoint says; of one of ours, as its tokenizer's names say."""
+    bos, eos, pad = (opened.extra.get(f"{name}_id") for name in ("bos", "eos", "pad"))
+    stops = opened.stop_ids
+    if tokenizer is not None:
+        eos = tokenizer.end_of_text if eos is None else eos
+        named = [tokenizer.added_tokens[name] for name in PHI3_STOPS if name in tokenizer.added_tokens]
+        stops = stops or tuple(named) or (eos,)
+        pad = eos if pad is None else pad
+    return Ids(bos, eos, pad, stops)
+
+
+def has_huggingface_files(folder: epath.Path | None) -> bool:
+    """Whether a tokenizer's folder is as transformers writes one, to be copied; ours holds two files alone."""
+    return folder is not None and (folder / TOKENIZER_CONFIG_FILE).exists()
+
+
+def copy(folder: epath.Path, output: epath.Path) -> list[str]:
+    """Copies the tokenizer's files that there are, byte for byte; returns their names."""
+    output.mkdir(parents=True, exist_ok=True)
+    copied = [name for name in FILES if (folder / name).exists()]
+    for name in copied:
+        (output / name).write_bytes((folder / name).read_bytes())
+    return copied
+
+
+def open_or_none(opened: Opened, say: Callable[[str], None]) -> TextTokenizer | None:
+    """The tokenizer, or None, said, where the checkpoint has none that can be read."""
+    try:
+        return opened.tokenizer()
+    except UserError as error:
+        say(f"warning: without a tokenizer: {error}")
+        return None
+
+
+def write_huggingface(opened: Opened, output: epath.Path, say: Callable[[str], None]) -> Ids:
+    """Writes what AutoTokenizer reads and generation_config.json, by copying where the source has such files."""
+    folder = opened.extra.get("tokenizer_folder")
+    if has_huggingface_files(folder):
+        copied = copy(folder, output)
+        say(f"copied {', '.join(copied)}")
+        ids = ids_of(opened, None)
+    else:
+        tokenizer = open_or_none(opened, say)
+        ids = ids_of(opened, tokenizer)
+        if tokenizer is not None:
+            tokenizer.save_huggingface(output, chat_template=opened.chat_template, eos=ids.eos)
+    generation = ids.in_generation_config()
+    if generation and not (output / GENERATION_FILE).exists():
+        durable.write_json(output / GENERATION_FILE, generation)
+    return ids
+
+
+def write_ours(opened: Opened, output: epath.Path, say: Callable[[str], None]) -> None:
+    """The same for a checkpoint of ours: files of transformers as they are, else ours."""
+    folder = opened.extra.get("tokenizer_folder")
+    if has_huggingface_files(folder):
+        copy(folder, output)
+    elif (tokenizer := open_or_none(opened, say)) is not None:
+        tokenizer.save(output)

@@ -1,0 +1,145 @@
+"""Writes any checkpoint in any format: phijax export --checkpoint=ANY --format=hf --output=DIR
+
+--checkpoint is the workdir of a run, the folder of one of its steps, a Hugging Face folder or a GGUF file. Formats:
+  hf       Hugging Face, in the class that the weights came from; Phi3 for those trained here
+  llama    Hugging Face, LlamaForCausalLM: for runtimes that do not know Phi3
+  mistral  Hugging Face, MistralForCausalLM: the same with a sliding window
+  phijax   ours, weights alone: --config.init_from reads it
+  gguf     for llama.cpp
+Weights are copied bit for bit unless --dtype says otherwise; tokenizer, chat template and stop ids go with them.
+"""
+
+import math
+import re
+
+from absl import flags
+
+from phijax import command
+from phijax.errors import EXIT_DONE, UserError, nearest_name
+from phijax.parallel import hardware
+
+FORMATS = ("hf", "llama", "mistral", "phijax", "gguf")
+DTYPES = ("bfloat16", "float16", "float32")
+GGUF_KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("checkpoint", None, "What to export; any kind of checkpoint.", flag_values=FLAGS)
+flags.DEFINE_string("format", None, f"One of {', '.join(FORMATS)}.", flag_values=FLAGS)
+flags.DEFINE_string("output", None, "The folder to write; it must not be there yet.", flag_values=FLAGS)
+flags.DEFINE_string("dtype", None, f"One of {', '.join(DTYPES)}; none: as stored.", flag_values=FLAGS)
+flags.DEFINE_string("kind", "BF16", f"Of --format=gguf: one of {', '.join(GGUF_KINDS)}.", flag_values=FLAGS)
+flags.DEFINE_string("max_shard_size", "5GB", "Largest safetensors file: 500MB, 5GB, 2GiB.", flag_values=FLAGS)
+flags.DEFINE_boolean("dry_run", False, "Says what would be written, and writes nothing.", flag_values=FLAGS)
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def main(arguments: list[str]) -> int:
+    if arguments:
+        raise UserError(f"{arguments[0]!r} is not a flag. --help lists them.")
+    for name in ("checkpoint", "format", "output"):
+        if not FLAGS[name].value and not (name == "output" and FLAGS.dry_run):
+            raise UserError(f"--{name} is missing. --help lists the flags.")
+    _check_choice("format", FLAGS.format, FORMATS)
+    if FLAGS.dtype is not None:
+        _check_choice("dtype", FLAGS.dtype, DTYPES)
+    _check_choice("kind", FLAGS.kind, GGUF_KINDS)
+    max_shard_bytes = parse_size(FLAGS.max_shard_size)
+    if FLAGS.format == "gguf" and FLAGS.dtype is not None:
+        raise UserError("--dtype is of safetensors and of phijax; for gguf say --kind=F32, F16, BF16, Q8_0 or Q4_0.")
+    hardware.prepare_cpu()
+
+    from etils import epath
+
+    from phijax.checkpoint.open import open_checkpoint
+
+    opened = open_checkpoint(FLAGS.checkpoint)
+    _describe(opened)
+    output = epath.Path(FLAGS.output or "(nowhere)")
+    if FLAGS.format == "gguf":
+        return _write_gguf(opened, output)
+    return _write_weights(opened, output, max_shard_bytes)
+
+
+def _write_weights(opened, output, max_shard_bytes: int) -> int:
+    from phijax.checkpoint import huggingface_export, ours_export
+
+    dtype = huggingface_export.DTYPES[FLAGS.dtype] if FLAGS.dtype else None
+    for line in _changes(opened, dtype):
+        print(line)
+    if FLAGS.format == "phijax":
+        size = ours_export.nbytes(opened, dtype)
+        if not FLAGS.dry_run:
+            ours_export.write(opened, output, dtype=dtype)
+        print(f"{_done()} {output}: weights of {size:,} bytes, before compression")
+        return EXIT_DONE
+    layout = huggingface_export.choose_layout(opened, FLAGS.format)
+    files = huggingface_export.plan(opened, layout, dtype, max_shard_bytes)
+    if not FLAGS.dry_run:
+        huggingface_export.write(
+            opened, output, layout=layout, dtype=dtype, max_shard_bytes=max_shard_bytes, say=_say_warnings
+        )
+    print(f"{_done()} {output}, {layout} layout:")
+    for name, tensors in files.items():
+        kinds = ", ".join(sorted({tensor.dtype.name for tensor in tensors}))
+        print(f"  {name}: {len(tensors)} tensors, {sum(tensor.nbytes for tensor in tensors):,} bytes, {kinds}")
+    return EXIT_DONE
+
+
+def _write_gguf(opened, output) -> int:
+    if FLAGS.dry_run:
+        print(f"would write {output} as GGUF {FLAGS.kind}: {_count(opened):,} weights")
+        return EXIT_DONE
+    from phijax.checkpoint.gguf import write_gguf  # the format's package is an extra
+
+    print(f"wrote {write_gguf(opened, output, kind=FLAGS.kind)}")
+    return EXIT_DONE
+
+
+def _describe(opened) -> None:
+    stored = sorted({opened.weights.dtype(path).name for path in opened.weights.shapes()})
+    print(f"{opened.path}: a {opened.kind} checkpoint, {_count(opened):,} weights, {', '.join(stored)}")
+
+
+def _count(opened) -> int:
+    return sum(math.prod(shape) for shape in opened.weights.shapes().values())
+
+
+def _changes(opened, dtype) -> list[str]:
+    """A line for each dtype whose values --dtype rounds."""
+    import jax.numpy as jnp
+
+    stored = {opened.weights.dtype(path) for path in opened.weights.shapes()}
+    return [
+        f"warning: {kind.name} -> {dtype.name} rounds the weights; without --dtype they are copied bit for bit"
+        for kind in sorted(stored, key=str)
+        if dtype is not None and jnp.promote_types(kind, dtype) != dtype
+    ]
+
+
+def _say_warnings(line: str) -> None:
+    if line.startswith("warning"):
+        print(line)
+
+
+def _done() -> str:
+    return "would write" if FLAGS.dry_run else "wrote"
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = nearest_name(value, choices)
+        raise UserError(f"--{name}={value} is not one of {', '.join(choices)}." + (f" Nearest: {near}." if near else ""))
+
+
+def parse_size(text: str) -> int:
+    """ "5GB" -> 5,000,000,000. Raises: UserError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmg]i?b)", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if size < 1:
+        raise UserError(f"--max_shard_size={text} must be a number with KB, MB, GB, KiB, MiB or GiB, as 5GB.")
+    return size
+
+
+if __name__ == "__main__":
+    command.run(main, FLAGS)
