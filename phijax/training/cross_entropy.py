@@ -51,7 +51,7 @@ def token_logprobs(x: jax.Array, head: jax.Array, targets: jax.Array, *, vocab_s
         def chunk(_, part):
             h, target = part
             logits = _logits(h, w, columns, vocab_size)
-            logsumexp, picked, _ = _reduce(logits, columns, target, vocab_size)
+            logsumexp, picked = _reduce(logits, columns, target)
             return None, picked - logsumexp
 
         _, values = jax.lax.scan(chunk, None, (hidden, wanted))
@@ -112,15 +112,19 @@ def _local(x, shard, targets, weights, *, vocab_size, loss, gradients, others):
     def step(carry, part):
         h, target, weight = part
         logits = _logits(h, w, columns, vocab_size)
-        logsumexp, picked, mean = _reduce(logits, columns, target, vocab_size)
+        logsumexp, picked = _reduce(logits, columns, target)
         smooth, z = loss.label_smoothing, loss.z_loss
         nll = logsumexp - picked
-        value = logsumexp - (1 - smooth) * picked - smooth * mean + z * jnp.square(logsumexp)
+        value = nll + z * jnp.square(logsumexp)
+        if smooth:  # a pass over the logits, which a product with zero would not save
+            value += smooth * (picked - _mean(logits, columns, vocab_size))
         total = carry[0] + jnp.sum(value * weight), carry[1] + jnp.sum(nll * weight)
         if not gradients:
             return total, None
         p = jnp.exp(logits - logsumexp[:, None]) * (1 + 2 * z * logsumexp[:, None])
-        wanted = (1 - smooth) * (columns == target[:, None]) + (smooth / vocab_size) * (columns < vocab_size)
+        wanted = (1 - smooth) * (columns == target[:, None])
+        if smooth:
+            wanted += (smooth / vocab_size) * (columns < vocab_size)
         d_logits = ((p - wanted) * weight[:, None]).astype(h.dtype)
         d_h = jax.lax.dot_general(d_logits, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         d_w = carry[2] + jax.lax.dot_general(d_logits, h, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
@@ -177,15 +181,20 @@ def _chunks(*arrays):
 def _logits(h, w, columns, vocab_size):
     """(tokens, D) x (rows, D) -> (tokens, rows) float32, rows that stand for no token masked."""
     logits = jax.lax.dot_general(h, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return jnp.where(columns < vocab_size, logits, MASKED)
+    rows = w.shape[0] * (jax.lax.axis_size("tensor") if _in_mesh() else 1)
+    return logits if rows == vocab_size else jnp.where(columns < vocab_size, logits, MASKED)
 
 
-def _reduce(logits, columns, target, vocab_size):
-    """Over the whole vocabulary, cut over `tensor` or not: logsumexp, the target's logit, the mean logit."""
+def _reduce(logits, columns, target):
+    """Over the whole vocabulary, cut over `tensor` or not: logsumexp and the target's logit."""
     highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     if _in_mesh():
         highest = jax.lax.pmax(highest, "tensor")
     total = _sum(jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1), "tensor")
     picked = _sum(jnp.sum(jnp.where(columns == target[:, None], logits, 0.0), axis=-1), "tensor")
-    mean = _sum(jnp.sum(jnp.where(columns < vocab_size, logits, 0.0), axis=-1), "tensor") / vocab_size
-    return highest + jnp.log(total), picked, mean
+    return highest + jnp.log(total), picked
+
+
+def _mean(logits, columns, vocab_size):
+    """The mean logit of all tokens there are."""
+    return _sum(jnp.sum(jnp.where(columns < vocab_size, logits, 0.0), axis=-1), "tensor") / vocab_size
