@@ -215,6 +215,23 @@ def _vocabulary(file: GgufFile, read: _Numbers, architecture: str) -> int:
     return embedding.shape[0]
 
 
+def exact_lists(c: ModelConfig) -> dict[str, list[float]]:
+    """Keys of our own with LongRoPE's lists in float64, where float32 does not give the published digits back.
+
+    The tensors are float32, as llama.cpp wants them; 1.3000000000000003, which phi-3-mini-128k has, is 1.3 in them.
+    """
+    if c.long_rope is None:
+        return {}
+    lists = {LONG_FACTORS: c.long_rope.long_factor, SHORT_FACTORS: c.long_rope.short_factor}
+    return {
+        _exact_key(name): list(values) for name, values in lists.items() if list(map(shortest, values)) != list(values)
+    }
+
+
+def _exact_key(name: str) -> str:
+    return f"phijax.{name.removesuffix('.weight')}"
+
+
 def _long_rope(file: GgufFile, read: _Numbers, rotary_dim: int) -> LongRope | None:
     lists = {name: file.tensors[name] for name in (LONG_FACTORS, SHORT_FACTORS) if name in file.tensors}
     if not lists:
@@ -228,7 +245,13 @@ def _long_rope(file: GgufFile, read: _Numbers, rotary_dim: int) -> LongRope | No
         raw = file.data[stored.offset : stored.offset + stored.size].view(np.float32)
         if not (np.isfinite(raw) & (raw > 0)).all():
             raise UserError(f"{file.path}: {name} must hold positive numbers.")
-        values[name] = tuple(map(shortest, raw))
+        exact = file.metadata.get(_exact_key(name))
+        if exact is None:
+            values[name] = tuple(map(shortest, raw))
+            continue
+        if not isinstance(exact, np.ndarray) or not np.array_equal(exact.astype(np.float32), raw):
+            raise UserError(f"{file.path}: {_exact_key(name)} and {name} are not the same numbers.")
+        values[name] = tuple(exact.tolist())
     original = read.size("rope.scaling.original_context_length")
     return LongRope(values[SHORT_FACTORS], values[LONG_FACTORS], original)
 

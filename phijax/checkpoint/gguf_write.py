@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from phijax.checkpoint import durable, gguf_names
-from phijax.checkpoint.gguf_config import keys_of
+from phijax.checkpoint.gguf_config import exact_lists, keys_of
 from phijax.checkpoint.gguf_file import gguf_library
 from phijax.checkpoint.gguf_tokenizer import PREFIX
 from phijax.checkpoint.gguf_vocabulary import vocabulary
@@ -109,7 +109,7 @@ def _kind(tensor: gguf_names.Tensor, kind: str) -> str:
 
 
 def _header(opened: Opened, architecture: str, kind: str, name: str | None) -> dict[str, Any]:
-    """Key -> value. Whole numbers are uint32, others float32; lists of numbers int32 and float32."""
+    """Key -> value. Whole numbers are uint32, others float32; lists of them int32 and float32; arrays float64."""
     library = gguf_library()
     name = name or str(opened.extra.get("name") or "model")
     if architecture == gguf_names.PHI3 and not any(part in name.lower() for part in ("phi3", "phi-3")):
@@ -122,6 +122,7 @@ def _header(opened: Opened, architecture: str, kind: str, name: str | None) -> d
         "general.alignment": _ALIGNMENT,
     }
     header |= {f"{architecture}.{key}": value for key, value in keys_of(opened.model, architecture).items()}
+    header |= {key: np.asarray(values, np.float64) for key, values in exact_lists(opened.model).items()}
     arrays = vocabulary(opened.tokenizer(), opened.model.vocab_size, opened.extra)
     header |= {PREFIX + key: value for key, value in arrays.items()}
     if opened.chat_template:
@@ -151,7 +152,9 @@ def _write_header(
     by_type = {bool: value_types.BOOL, int: value_types.UINT32, float: value_types.FLOAT32, str: value_types.STRING}
     of_array = {int: value_types.INT32, float: value_types.FLOAT32, str: value_types.STRING}
     for key, value in header.items():
-        if isinstance(value, list):
+        if isinstance(value, np.ndarray):
+            writer.add_key_value(key, value.tolist(), value_types.ARRAY, sub_type=value_types.FLOAT64)
+        elif isinstance(value, list):
             writer.add_key_value(key, value, value_types.ARRAY, sub_type=of_array[type(value[0])])
         else:
             writer.add_key_value(key, value, by_type[type(value)])
@@ -173,7 +176,7 @@ def _append(file: BinaryIO, pieces: Iterator[np.ndarray] | list[np.ndarray]) -> 
     """One tensor, at the next multiple of the alignment, as the header has it."""
     file.write(b"\0" * (-file.tell() % _ALIGNMENT))
     for piece in pieces:
-        file.write(np.ascontiguousarray(piece).data)
+        file.write(np.ascontiguousarray(piece).view(np.uint8).data)  # a buffer of bfloat16 there is not
 
 
 def _pieces(opened: Opened, tensor: gguf_names.Tensor, kind: str) -> Iterator[np.ndarray]:
