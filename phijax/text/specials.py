@@ -10,7 +10,6 @@ SPACE_MARK = "\u2581"  # stands for a space inside the pieces of SentencePiece, 
 # What Unicode calls White_Space, which is what Hugging Face's tokenizers strip; str.strip() would take \x1c-\x1f too.
 _SPACES = "".join(map(chr, range(0x2000, 0x200B)))
 WHITE_SPACE = f"\t\n\x0b\x0c\r \x85\xa0\u1680{_SPACES}\u2028\u2029\u202f\u205f\u3000"
-_WHITE_RUN = re.compile(f"[{WHITE_SPACE}]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +32,23 @@ class Specials:
 
         The leftmost name is taken, and of those that begin at one place the longest.
         """
+        parts = list(self.parts(text))
+        names = [self.names[part] if isinstance(part, int) else None for part in parts]
+        for before, part, behind in zip([None, *names], parts, [*names[1:], None], strict=False):
+            if isinstance(part, str):
+                part = part.lstrip(WHITE_SPACE) if before in self.strips_right else part
+                part = part.rstrip(WHITE_SPACE) if behind in self.strips_left else part
+            if part != "":
+                yield part
+
+    def parts(self, text: str) -> Iterator[str | int]:
+        """The same with all whitespace."""
         start = 0
         for found in self._pattern.finditer(text) if self._pattern else ():
-            name = found[0]
-            before = text[start : found.start()]
-            if name in self.strips_left:
-                before = before.rstrip(WHITE_SPACE)
-            if before:
-                yield before
-            yield self.ids[name]
+            if start < found.start():
+                yield text[start : found.start()]
+            yield self.ids[found[0]]
             start = found.end()
-            if name in self.strips_right:
-                start = _WHITE_RUN.match(text, start).end()
         if start < len(text):
             yield text[start:]
 
