@@ -21,8 +21,8 @@ from phijax.errors import UserError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-LONGEST_HEADER = 100_000_000  # bytes, the bound of the format's own reader
-LONGEST_INDEX = 100_000_000
+LONGEST_HEADER = 16_000_000  # bytes: 100,000 tensors; headers of real models have some ten thousand bytes
+LONGEST_INDEX = 16_000_000
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

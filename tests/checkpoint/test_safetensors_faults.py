@@ -1,0 +1,246 @@
+"""Damaged and hostile Hugging Face folders: one clear message, quickly, with little memory, nothing half-written."""
+
+import json
+import shutil
+import time
+import tracemalloc
+
+import ml_dtypes
+import numpy as np
+import pytest
+from etils import epath
+from huggingface_case import Saved, edit
+
+from phijax.checkpoint import huggingface_export, ours_export, safetensors_files
+from phijax.checkpoint.open import open_checkpoint
+from phijax.checkpoint.weight_source import check_finite
+from phijax.errors import UserError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory) -> Saved:
+    return Saved(tmp_path_factory.mktemp("huggingface"))
+
+
+@pytest.fixture
+def single(saved, tmp_path):
+    return shutil.copytree(saved("phi3"), tmp_path / "single")
+
+
+@pytest.fixture
+def sharded(saved, tmp_path):
+    return shutil.copytree(saved("phi3", "float32", "40KB"), tmp_path / "sharded")
+
+
+def refused(folder, message: str) -> None:
+    """Opening is refused with `message`, within a second and 32 MB."""
+    tracemalloc.start()
+    begin = time.monotonic()
+    try:
+        with pytest.raises(UserError, match=message):
+            open_checkpoint(folder)
+        assert time.monotonic() - begin < 1.0
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def rewrite_header(path, change, pad: bool = True) -> None:
+    """Changes the header's JSON (a dict, or text) and keeps the data."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = change(json.loads(data[8 : 8 + length]))
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 100, -1, -1000])
+def test_a_file_that_is_cut_off(single, keep):
+    data = (single / WEIGHTS).read_bytes()
+    (single / WEIGHTS).write_bytes(data[:keep])
+    refused(single, "no whole safetensors file|the file is cut off")
+
+
+def test_bytes_behind_the_end(single):
+    with open(single / WEIGHTS, "ab") as file:
+        file.write(b"x")
+    refused(single, "its header describes")
+
+
+@pytest.mark.parametrize("length", [0, 1, 1 << 40, (1 << 64) - 1, 20_000_000])
+def test_a_header_of_absurd_length(single, length):
+    """20 MB: a sparse file that really has them, which would be read whole."""
+    with open(single / WEIGHTS, "r+b") as file:
+        file.write(length.to_bytes(8, "little"))
+        if length == 20_000_000:
+            file.truncate(length + 100)
+    refused(single, "no whole safetensors file")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda h: "[" * 100_000, "header is not JSON"),
+        (lambda h: '{"a": ', "header is not JSON"),
+        (lambda h: "[1, 2]", "not a table of tensors"),
+        (lambda h: json.dumps(h)[:-1] + ',"lm_head.weight":' + json.dumps(h["lm_head.weight"]) + "}", "stands twice"),
+        (lambda h: h | {"lm_head.weight": 3}, "no dtype, shape and data_offsets"),
+        (lambda h: h | {"lm_head.weight": {**h["lm_head.weight"], "dtype": "I64"}}, "stored as 'I64'"),
+        (lambda h: h | {"lm_head.weight": {**h["lm_head.weight"], "dtype": "F8_E4M3"}}, "dequantise first"),
+        (lambda h: h | {"lm_head.weight": {**h["lm_head.weight"], "shape": [1 << 62, 1 << 62]}}, "do not hold it"),
+        (lambda h: h | {"lm_head.weight": {**h["lm_head.weight"], "shape": [-300, -64]}}, "has shape"),
+        (lambda h: h | {"lm_head.weight": {**h["lm_head.weight"], "shape": [64, 300]}}, r"\(64, 300\).*asks for"),
+        (
+            lambda h: h | {"model.norm.weight": {**h["model.norm.weight"], "data_offsets": [0, 256]}},
+            "overlap|leave a gap",
+        ),
+        (
+            lambda h: h | {"lm_head.weight": {**h["lm_head.weight"], "data_offsets": [1 << 50, (1 << 50) + 76800]}},
+            "cut off",
+        ),
+    ],
+)
+def test_headers_that_do_not_describe_the_file(single, change, message):
+    rewrite_header(single / WEIGHTS, change)
+    refused(single, message)
+
+
+def test_a_missing_and_a_surplus_tensor(single):
+    def rename(header):
+        header["model.layers.0.self_attn.k_norm.weight"] = header.pop("model.norm.weight")
+        return header
+
+    rewrite_header(single / WEIGHTS, rename)
+    refused(single, "(?s)2 differences.*model.norm.weight is missing.*k_norm.weight belongs to no weight")
+
+
+def test_a_tensor_of_another_shape_by_the_config(single):
+    edit(single / "config.json", lambda c: c.update(intermediate_size=40))
+    refused(single, r"gate_up_proj.weight has shape \(96, 64\), config.json asks for \(80, 64\)")
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "x.bin", "x\\y.safetensors"]
+)
+def test_an_index_that_names_files_elsewhere(sharded, name):
+    edit(sharded / INDEX, lambda index: index["weight_map"].update({"lm_head.weight": name}))
+    refused(sharded, "no safetensors file of this folder")
+
+
+def test_an_index_that_names_a_missing_file(sharded):
+    next(sharded.glob("model-00002*")).unlink()
+    refused(sharded, "names model-00002.*which is not there")
+
+
+def test_an_index_that_puts_a_tensor_into_another_file(sharded):
+    edit(sharded / INDEX, lambda i: i["weight_map"].update({"lm_head.weight": "model-00001-of-00006.safetensors"}))
+    names = {file.name for file in sharded.glob("*.safetensors")}
+    edit(sharded / INDEX, lambda i: i["weight_map"].update({"lm_head.weight": sorted(names)[0]}))
+    refused(sharded, "says that 'lm_head.weight' is in")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+def test_an_index_that_is_none(sharded, text):
+    (sharded / INDEX).write_text(text)
+    refused(sharded, "index.json")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_a_pickle_is_never_loaded(single, name):
+    (single / WEIGHTS).unlink()
+    (single / name).write_bytes(b"\x80\x04cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    refused(single, f"(?s){name}, a pickle: .*save_pretrained")
+
+
+def test_no_weights_at_all(single):
+    (single / WEIGHTS).unlink()
+    refused(single, "has config.json but no weights")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000])
+def test_a_config_that_is_no_json(single, text):
+    (single / "config.json").write_text(text)
+    refused(single, "config.json")
+
+
+def test_what_is_no_checkpoint_says_what_was_looked_for(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    refused(tmp_path, r"(?s)it has notes.txt.*manifest.json.*config.json and .*\.gguf")
+    refused(tmp_path / "notes.txt", "no checkpoint")
+    refused(tmp_path / "nowhere", "does not exist")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_that_are_not_finite_end_an_export_without_a_trace(saved, tmp_path, value, dtype):
+    folder = shutil.copytree(saved("phi3", dtype), tmp_path / "poisoned")
+    stored = safetensors_files.read_header(epath.Path(folder) / WEIGHTS)["model.layers.1.mlp.down_proj.weight"]
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    at = stored.offset + 37 * stored.dtype.itemsize
+    data[at : at + stored.dtype.itemsize] = np.array(value, stored.dtype).tobytes()
+    (folder / WEIGHTS).write_bytes(data)
+    opened = open_checkpoint(folder)
+    with pytest.raises(UserError, match=r"down_proj.* NaN or infinite"):
+        huggingface_export.write(opened, tmp_path / "hf", layout="phi3", dtype=None, max_shard_bytes=10**9)
+    with pytest.raises(UserError, match=r"down_proj.* NaN or infinite"):
+        ours_export.write(opened, tmp_path / "ours", dtype=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["poisoned"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_finite_means_every_value_but_nan_and_infinity(dtype):
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    values = bits.view(dtype) if np.dtype(dtype).itemsize == 2 else bits.astype(np.uint32) << 16
+    values = values.view(dtype)
+    for value in values[:: 7 if dtype is np.float32 else 1]:
+        try:
+            check_finite(np.array([value]), "x")
+            finite = True
+        except UserError:
+            finite = False
+        assert finite == np.isfinite(value.astype(np.float64)), value
+
+
+def test_values_too_large_for_half_precision_are_refused(saved, tmp_path):
+    folder = shutil.copytree(saved("phi3"), tmp_path / "large")
+    stored = safetensors_files.read_header(epath.Path(folder) / WEIGHTS)["model.norm.weight"]
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[stored.offset : stored.offset + 4] = np.float32(70000.0).tobytes()
+    (folder / WEIGHTS).write_bytes(data)
+    half = huggingface_export.DTYPES["float16"]
+    with pytest.raises(UserError, match=r"model.norm.weight, as float16, .*infinite"):
+        huggingface_export.write(
+            open_checkpoint(folder), tmp_path / "o", layout="phi3", dtype=half, max_shard_bytes=10**9
+        )
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_output_that_is_there_is_never_touched(saved, tmp_path):
+    opened = open_checkpoint(saved("phi3"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    for write in (
+        lambda: huggingface_export.write(opened, tmp_path / "out", layout="phi3", dtype=None, max_shard_bytes=10**9),
+        lambda: ours_export.write(opened, tmp_path / "out", dtype=None),
+    ):
+        with pytest.raises(UserError, match="is there already"):
+            write()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+def test_a_disk_without_room_is_noticed_before_anything_is_written(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UserError, match=r"needs 0.0 GB.*free"):
+        ours_export.write(open_checkpoint(saved("phi3")), tmp_path / "out", dtype=None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_is_replaced(saved, tmp_path):
+    (tmp_path / "out.unfinished").mkdir()
+    (tmp_path / "out.unfinished" / "model.safetensors").write_bytes(b"half")
+    ours_export.write(open_checkpoint(saved("phi3")), tmp_path / "out", dtype=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
