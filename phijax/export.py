@@ -92,7 +92,7 @@ def _write_gguf(opened, output) -> int:
         return EXIT_DONE
     from phijax.checkpoint.gguf import write_gguf  # the format's package is an extra
 
-    print(f"wrote {write_gguf(opened, output, kind=FLAGS.kind)}")
+    print(f"wrote {write_gguf(opened, output, kind=FLAGS.kind, say=_say_warnings)}")
     return EXIT_DONE
 
 

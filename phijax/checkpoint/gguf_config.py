@@ -113,7 +113,10 @@ def keys_of(c: ModelConfig, architecture: str) -> dict[str, int | float]:
 
     Raises: UserError with the reason where llama.cpp computes something else than this model.
     """
-    _refuse_what_llama_cpp_lacks(c, architecture)
+    if reason := lacks(c, architecture):
+        other = next(name for name in TABLE if name != architecture)
+        advice = f" Write it as {other!r}." if lacks(c, other) is None else ""
+        raise UserError(f"A GGUF file of architecture {architecture!r} cannot hold this model: {reason}.{advice}")
     keys: dict[str, int | float] = {
         "context_length": c.max_position,
         "embedding_length": c.model_dim,
@@ -136,23 +139,22 @@ def keys_of(c: ModelConfig, architecture: str) -> dict[str, int | float]:
     return keys
 
 
-def _refuse_what_llama_cpp_lacks(c: ModelConfig, architecture: str) -> None:
+def lacks(c: ModelConfig, architecture: str) -> str | None:
+    """Why a file of this architecture cannot hold the model, if so: what llama.cpp would compute otherwise."""
     if architecture == LLAMA:
-        lacks = {
+        missing = {
             "a sliding window": c.sliding_window is not None,
             "LongRoPE's two lists": c.long_rope is not None,
             "heads that rotate in part": c.rotary_dim != c.head_dim,
         }
-        if missing := [name for name, needed in lacks.items() if needed]:
-            raise UserError(
-                f"This model has {' and '.join(missing)}, which a GGUF file of architecture {LLAMA!r} cannot say. "
-                f"Write it as {PHI3!r}."
-            )
-    elif c.num_heads * c.head_dim != c.model_dim:
-        raise UserError(
-            f"This model has {c.num_heads} heads of {c.head_dim} = {c.num_heads * c.head_dim}, and a width of "
-            f"{c.model_dim}. llama.cpp reads architecture {PHI3!r} only where the two are equal. Write it as {LLAMA!r}."
+        named = [name for name, needed in missing.items() if needed]
+        return f"it has {' and '.join(named)}" if named else None
+    if c.num_heads * c.head_dim != c.model_dim:
+        return (
+            f"it has {c.num_heads} heads of {c.head_dim} = {c.num_heads * c.head_dim} and a width of {c.model_dim}, "
+            "which must be equal there"
         )
+    return None
 
 
 def _refuse_other_mathematics(file: GgufFile, architecture: str, keys: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from phijax.checkpoint import gguf_names
@@ -13,7 +13,7 @@ from phijax.errors import UserError
 from phijax.model.config import ModelConfig
 
 # Kinds that are read, and the dtype that they are read in: quantised ones as the float32 that they stand for.
-_PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 _AT_ONCE = 1 << 22  # values dequantised in one piece: its intermediate arrays take some ten times as much
 

@@ -1,15 +1,15 @@
 """Writes a GGUF file tensor by tensor, in pieces, under a temporary name until all of it is on the disk."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Literal
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from phijax.checkpoint import durable, gguf_names
-from phijax.checkpoint.gguf_config import exact_lists, keys_of
+from phijax.checkpoint.gguf_config import exact_lists, keys_of, lacks
 from phijax.checkpoint.gguf_file import gguf_library
 from phijax.checkpoint.gguf_tokenizer import PREFIX
 from phijax.checkpoint.gguf_vocabulary import vocabulary
@@ -37,6 +37,7 @@ def write_gguf(
     architecture: Literal["phi3", "llama"] | None = None,
     name: str | None = None,
     overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> epath.Path:
     """Writes `opened` as one GGUF file and returns its path: `output` if it ends in .gguf, else a file in that folder.
 
@@ -47,6 +48,7 @@ def write_gguf(
       architecture: None: as the checkpoint says, phi3 where it says nothing.
       name: of the model, shown by those who read it; that of a phi3 file always holds "phi3", since llama.cpp's rule
         for whitespace behind special tokens hangs on it.
+      say: is told, in a line, what a reader will do otherwise.
     Raises: UserError for what a GGUF file cannot hold, before anything is written; for weights that are not finite or
       too large for `kind`. Nothing is left behind then.
     """
@@ -55,6 +57,11 @@ def write_gguf(
     plan = gguf_names.tensors(architecture, opened.model)
     kinds = {tensor.name: _kind(tensor, kind) for tensor in plan}
     header = _header(opened, architecture, kind, name)
+    if opened.model.sliding_window:
+        say(
+            f"warning: the sliding window of {opened.model.sliding_window} is written, but llama.cpp does not use it "
+            f"with architecture {architecture!r}: texts longer than that give other outputs there"
+        )
     extra = _rope_lists(opened)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
@@ -75,10 +82,10 @@ def write_gguf(
 
 
 def architecture_for(opened: Opened) -> str:
-    """phi3 or llama: what the checkpoint was; phi3 for ours, unless only llama can say it."""
-    if opened.extra.get("architecture") in ("LlamaForCausalLM", "MistralForCausalLM"):
-        return gguf_names.LLAMA
-    return gguf_names.PHI3
+    """phi3 or llama: what the checkpoint was, phi3 where it does not say; the other one where only that can hold it."""
+    split = opened.extra.get("architecture") in ("LlamaForCausalLM", "MistralForCausalLM")
+    order = (gguf_names.LLAMA, gguf_names.PHI3) if split else (gguf_names.PHI3, gguf_names.LLAMA)
+    return next((name for name in order if lacks(opened.model, name) is None), order[0])
 
 
 def _output(path: epath.Path, opened: Opened, kind: str, overwrite: bool) -> epath.Path:
@@ -211,7 +218,7 @@ def converted(values: np.ndarray, kind: str, name: str) -> np.ndarray:
         return values.astype(np.float32, copy=False)
     if kind in ("F16", "BF16"):
         with np.errstate(over="ignore"):
-            out = values.astype(np.float16 if kind == "F16" else ml_dtypes.bfloat16, copy=False)
+            out = values.astype(np.float16 if kind == "F16" else jnp.bfloat16, copy=False)
         if not np.isfinite(out).all():
             largest = float(np.abs(values.astype(np.float32)).max())
             raise UserError(f"{name} holds a weight of {largest:.6g}, too large for {kind}. Take BF16 or F32.")

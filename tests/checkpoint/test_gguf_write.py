@@ -154,7 +154,8 @@ def test_params_on_a_mesh_are_those_of_the_file(tmp_path):
 REFUSED = {
     "a window in llama": (PARTIAL, {"architecture": "llama"}, "a sliding window and heads that rotate in part"),
     "LongRoPE in llama": (LONG, {"architecture": "llama"}, "LongRoPE's two lists"),
-    "narrow heads in phi3": (LLAMA, {"architecture": "phi3"}, "4 heads of 16 = 64, and a width of 96"),
+    "narrow heads in phi3": (LLAMA, {"architecture": "phi3"}, "4 heads of 16 = 64 and a width of 96"),
+    "neither": (dataclasses.replace(LLAMA, sliding_window=9), {}, "heads of 16 = 64"),
     "rows of no block": (
         dataclasses.replace(PHI3, ffn_dim=100),
         {"kind": "Q4_0"},
@@ -210,6 +211,21 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
         write_gguf(opened(PHI3), path, kind="F16")
     assert write_gguf(opened(PHI3), path, kind="F16", overwrite=True) == path
     assert open_gguf(path).weights.dtype("embedding") == np.float16
+
+
+def test_the_architecture_is_that_of_the_weights_or_the_one_that_can_hold_them(tmp_path):
+    for c, extra, expected in (
+        (PHI3, {}, "phi3"),
+        (PHI3, {"architecture": "LlamaForCausalLM"}, "llama"),
+        (LLAMA, {}, "llama"),
+        (LLAMA, {"architecture": "Phi3ForCausalLM"}, "llama"),
+        (dataclasses.replace(PHI3, sliding_window=9), {"architecture": "MistralForCausalLM"}, "phi3"),
+    ):
+        said = []
+        path = write_gguf(opened(c, extra=extra), tmp_path / "m.gguf", kind="F16", overwrite=True, say=said.append)
+        assert gguf.GGUFReader(path).fields["general.architecture"].contents() == expected
+        assert open_gguf(path).model == c
+        assert len(said) == bool(c.sliding_window) and all("window of 9" in line for line in said)
 
 
 def test_a_folder_gets_a_file_named_after_the_model(tmp_path):
