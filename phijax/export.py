@@ -129,7 +129,8 @@ def _done() -> str:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         near = nearest_name(value, choices)
-        raise UserError(f"--{name}={value} is not one of {', '.join(choices)}." + (f" Nearest: {near}." if near else ""))
+        nearest = f" Nearest: {near}." if near else ""
+        raise UserError(f"--{name}={value} is not one of {', '.join(choices)}.{nearest}")
 
 
 def parse_size(text: str) -> int:

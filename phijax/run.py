@@ -1,5 +1,6 @@
 """One run, assembled out of the rooms: checked before device memory is taken, then restored, then trained."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -13,6 +14,7 @@ from etils import epath
 from phijax import config as configs
 from phijax.checkpoint.lock import WriterLock
 from phijax.checkpoint.open import load_params, open_checkpoint
+from phijax.checkpoint.opened import Opened
 from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER
 from phijax.checkpoint.run_state import RunCheckpoints
 from phijax.config import Config
@@ -126,7 +128,7 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
             keep_config(config, workdir, first_step, say)
             next(iter(plan.sources.values())).tokenizer().save(workdir / TOKENIZER_FOLDER)
         checkpoints.check_host_memory(program.abstract_state(recipe, mesh))
-        state = begin(config, recipe, mesh, checkpoints, first_step, say)
+        state = begin(config, recipe, mesh, checkpoints, first_step, identity["data"]["tokenizer"], say)
         with open_report(config, workdir, recipe, plan, sets, first_step, mesh) as report:
             outcome = run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step)
         if not outcome.stopped and jax.process_index() == 0:
@@ -136,40 +138,49 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         return outcome
 
 
-def begin(config: Config, recipe: Recipe, mesh, checkpoints: RunCheckpoints, first_step: int, say) -> TrainState:
-    """The state to go on with: restored, or started from `init_from`, or from the seed."""
+def begin(
+    config: Config, recipe: Recipe, mesh, checkpoints: RunCheckpoints, first_step: int, tokenizer: str, say
+) -> TrainState:
+    """The state to go on with: restored, or started from `init_from`, or from the seed.
+
+    Args: tokenizer: the fingerprint of the one that the data were made with.
+    """
     if first_step:
         say(f"going on from step {first_step}")
         return checkpoints.restore(first_step, program.abstract_state(recipe, mesh))
     if config.init_from:
         opened = open_checkpoint(config.init_from)
-        for line in check_start(opened.model, recipe.model, config.init_from):
+        for line in check_start(opened, recipe.model, tokenizer):
             say(line)
         say(f"weights of {config.init_from}; step, optimizer and data begin anew")
         return program.initial_state(recipe, mesh, load_params(opened, mesh))
     return program.initial_state(recipe, mesh)
 
 
-def check_start(stored: ModelConfig, model: ModelConfig, path: str) -> list[str]:
-    """Whether weights of `stored` can start `model`. -> lines about differences that a run may want.
+def check_start(opened: Opened, model: ModelConfig, tokenizer: str) -> list[str]:
+    """Whether the weights of `opened` can start `model`. -> lines about what differs and may.
 
     Raises: UserError naming every field that differs and is not of CHANGED_BY_CONTEXT.
     """
-    changed = configs.differences(dataclasses.asdict(stored), dataclasses.asdict(model))
+    changed = configs.differences(dataclasses.asdict(opened.model), dataclasses.asdict(model))
     wanted = {key: pair for key, pair in changed.items() if key.split(".")[0] in CHANGED_BY_CONTEXT}
     refused = [
         f"model.{key} is {old!r} there, {new!r} here" for key, (old, new) in changed.items() if key not in wanted
     ]
     if refused:
         raise UserError(
-            f"init_from={path} is the checkpoint of another model:\n  "
+            f"init_from={opened.path} is the checkpoint of another model:\n  "
             + "\n  ".join(refused)
             + "\nNothing is cast, cut or reshaped: set the config to the checkpoint's, or take other weights."
         )
-    return [
+    lines = [
         f"init_from: model.{key} was {reprlib.repr(old)}, goes on with {reprlib.repr(new)}"
         for key, (old, new) in wanted.items()
     ]
+    with contextlib.suppress(UserError):  # a checkpoint without a tokenizer is no mistake: the data have one
+        if opened.tokenizer().fingerprint != tokenizer:
+            lines.append(f"warning: the tokenizer of {opened.path} is not the one that the data were made with")
+    return lines
 
 
 def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step) -> loop.Outcome:

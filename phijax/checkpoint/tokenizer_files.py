@@ -9,7 +9,8 @@ from etils import epath
 from phijax.checkpoint import durable
 from phijax.checkpoint.opened import Opened
 from phijax.errors import UserError
-from phijax.text.tokenizer import ADDED_TOKENS_FILE, END_OF_TEXT, MODEL_FILE, TextTokenizer
+from phijax.text.chat_formats import PHI3
+from phijax.text.tokenizer import ADDED_TOKENS_FILE, MODEL_FILE, TextTokenizer
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -25,8 +26,6 @@ FILES = (
     "chat_template.jinja",
     GENERATION_FILE,
 )
-# Any of them ends an answer of phi-3: <|end|> a turn, <|assistant|> an answer that runs on, <|endoftext|> a document.
-PHI3_STOPS = ("<|end|>", "<|assistant|>", END_OF_TEXT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +55,10 @@ def ids_of(opened: Opened, tokenizer: TextTokenizer | None) -> Ids:
     stops = opened.stop_ids
     if tokenizer is not None:
         eos = tokenizer.end_of_text if eos is None else eos
-        named = [tokenizer.added_tokens[name] for name in PHI3_STOPS if name in tokenizer.added_tokens]
-        stops = stops or tuple(named) or (eos,)
+        named = tuple(tokenizer.added_tokens[name] for name in PHI3.stops if name in tokenizer.added_tokens)
+        stops = stops or named or (eos,)
         pad = eos if pad is None else pad
+        bos = tokenizer.specials.ids.get("<s>") if bos is None else bos  # named, as in phi-3; no text begins with it
     return Ids(bos, eos, pad, stops)
 
 
@@ -96,11 +96,17 @@ def write_huggingface(opened: Opened, output: epath.Path, say: Callable[[str], N
         tokenizer = open_or_none(opened, say)
         ids = ids_of(opened, tokenizer)
         if tokenizer is not None:
-            tokenizer.save_huggingface(output, chat_template=opened.chat_template, eos=ids.eos)
+            template = opened.chat_template or _own_template(tokenizer)
+            tokenizer.save_huggingface(output, chat_template=template, eos=ids.eos)
     generation = ids.in_generation_config()
     if generation and not (output / GENERATION_FILE).exists():
         durable.write_json(output / GENERATION_FILE, generation)
     return ids
+
+
+def _own_template(tokenizer: TextTokenizer) -> str | None:
+    """phi-3's, for a tokenizer with its names, as every tokenizer trained here has them."""
+    return PHI3.template if PHI3.special_names() <= set(tokenizer.added_tokens) else None
 
 
 def write_ours(opened: Opened, output: epath.Path, say: Callable[[str], None]) -> None:

@@ -15,9 +15,10 @@ from run_case import EVERY, STEPS, Ended, flip_byte, learned, metrics, saved_ste
 
 from phijax import config as configs
 from phijax import run
-from phijax.checkpoint import manifest, reading
+from phijax.checkpoint import huggingface_export, manifest, reading
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
+from phijax.checkpoint.open import open_checkpoint
 from phijax.checkpoint.run_state import RunCheckpoints
 from phijax.data.batch import batch_sharding
 from phijax.data.loader import Loader
@@ -134,10 +135,22 @@ def assembled(experiment: pathlib.Path):
     return config, recipe, mesh, Loader(run.open_plan(config, recipe.model), config.data, mesh)
 
 
-def test_init_from_begins_at_step_0_with_those_weights(runs, unbroken, tmp_path):
+@pytest.fixture(scope="module")
+def as_llama(unbroken, tmp_path_factory) -> pathlib.Path:
+    """The last step of `unbroken` as a Hugging Face folder, in float32."""
+    folder = tmp_path_factory.mktemp("exported") / "llama"
+    opened = open_checkpoint(unbroken)
+    huggingface_export.write(opened, folder, layout="llama", dtype=None, max_shard_bytes=20_000)
+    return folder
+
+
+def test_init_from_begins_at_step_0_with_those_weights(runs, unbroken, as_llama, tmp_path):
     step = unbroken / "checkpoints" / str(STEPS)
-    ended = runs.run(tmp_path / "run", f"--config.init_from={step}")
-    assert ended.code == 0 and f"weights of {step}" in ended.output, ended.output
+    starts = [(tmp_path / "run", step), (tmp_path / "other", as_llama)]
+    ends = runs.run_all([(workdir, [f"--config.init_from={start}"], 1) for workdir, start in starts])
+    for ended, (_, start) in zip(ends, starts, strict=True):
+        assert ended.code == 0 and f"weights of {start}" in ended.output, ended.output
+    assert learned(tmp_path / "run") == learned(tmp_path / "other"), "the same weights, whatever file they came from"
     first = metrics(tmp_path / "run")[0]
     _, recipe, mesh, loader = assembled(runs.experiment)
     like = {"params": params.abstract(recipe.model, mesh)}
@@ -149,6 +162,17 @@ def test_init_from_begins_at_step_0_with_those_weights(runs, unbroken, tmp_path)
     # Another program than the train step's: the order of sums differs. The weights of step 20 are 1e-2 away.
     np.testing.assert_allclose(first["loss"], float(nll / weight), rtol=2e-6)
     assert first["learning_rate"] == metrics(unbroken)[0]["learning_rate"], "the schedule begins anew"
+
+
+def test_weights_of_a_shorter_context_start_a_longer_one_and_it_is_said(unbroken):
+    """A 128K model from its 4K relative: the same weights, other rotations; and a foreign tokenizer is noticed."""
+    opened = open_checkpoint(unbroken)
+    own = opened.tokenizer().fingerprint
+    assert run.check_start(opened, opened.model, own) == []
+    longer = dataclasses.replace(opened.model, max_position=1 << 17, rope_theta=1e6)
+    lines = run.check_start(opened, longer, "another")
+    assert [line for line in lines if "model.max_position was 4096, goes on with 131072" in line]
+    assert len(lines) == 3 and "is not the one that the data were made with" in lines[-1]
 
 
 def weights_only(folder: pathlib.Path, source: pathlib.Path, change) -> pathlib.Path:
@@ -178,7 +202,7 @@ def with_nan(leaves: dict) -> dict:
     return leaves | {"params/head": leaves["params/head"].at[3, 5].set(jnp.nan)}
 
 
-def test_init_from_refuses_what_is_not_these_weights(runs, unbroken, tmp_path):
+def test_init_from_refuses_what_is_not_these_weights(runs, unbroken, as_llama, tmp_path):
     """A parameter without a value in the file, one of another shape, a flipped byte, no checkpoint at all."""
     source = unbroken / "checkpoints" / str(STEPS)
     lacking = weights_only(tmp_path / "lacking", source, without_head)
@@ -191,6 +215,11 @@ def test_init_from_refuses_what_is_not_these_weights(runs, unbroken, tmp_path):
             source,
             ["--config.model.ffn_dim=72"],
             ["is the checkpoint of another model", "model.ffn_dim is 64 there, 72 here"],
+        ),
+        (
+            as_llama,
+            ["--config.model.num_layers=2", "--config.model.norm_eps=1e-6"],
+            ["another model", "model.num_layers is 1 there, 2 here", "model.norm_eps is 1e-05 there, 1e-06 here"],
         ),
         (damaged, [], [f"{flipped.relative_to(damaged)} has changed since it was written"]),
         (source.parent, [], [str(source.parent), "manifest.json"]),
