@@ -45,6 +45,6 @@ def open_gguf(path: epath.PathLike) -> Opened:
         weights=source,
         tokenizer=functools.partial(open_tokenizer, file),
         chat_template=template,
-        stop_ids=stop_ids(file),
+        stop_ids=stop_ids(file, model.vocab_size),
         extra=extra,
     )

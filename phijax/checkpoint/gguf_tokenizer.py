@@ -34,14 +34,13 @@ def open_tokenizer(file: GgufFile) -> TextTokenizer:
     raise UserError(f"{file.path} has a tokenizer of kind {kind!r}; read are 'llama' (SentencePiece) and 'gpt2' (BPE).")
 
 
-def stop_ids(file: GgufFile) -> tuple[int, ...]:
+def stop_ids(file: GgufFile, vocab_size: int) -> tuple[int, ...]:
     """Ids that end a text: those that the file names, and control tokens known by their names."""
     named = [file.metadata.get(f"{PREFIX}{key}_token_id") for key in ("eos", "eot", "eom")]
     tokens = file.metadata.get(PREFIX + "tokens")
-    count = len(tokens) if isinstance(tokens, list) else 0
-    if wrong := [i for i in named if i is not None and (type(i) is not int or not 0 <= i < max(count, 1))]:
-        raise UserError(f"{file.path} names {wrong[0]!r} as the id that ends a text; it has {count} tokens.")
-    by_name = {name: i for i, name in enumerate(tokens or ()) if name in _STOPS}
+    if wrong := [i for i in named if i is not None and (type(i) is not int or not 0 <= i < vocab_size)]:
+        raise UserError(f"{file.path} names {wrong[0]!r} as the id that ends a text; it has {vocab_size} tokens.")
+    by_name = {name: i for i, name in enumerate(tokens if isinstance(tokens, list) else ()) if name in _STOPS}
     return tuple(dict.fromkeys([*(i for i in named if i is not None), *by_name.values()]))
 
 
@@ -75,9 +74,8 @@ def _sentencepiece(file: GgufFile, tokens: list[str], types: np.ndarray) -> Toke
         raise UserError(f"{where}: {PREFIX}token_type holds {strange[0]}, which is no type of a token.")
     own = np.flatnonzero(np.isin(types, (PieceKind.NORMAL, PieceKind.BYTE)))
     count = int(own[-1]) + 1 if len(own) else 0
-    pieces = [
-        Piece(tokens[i], float(scores[i]), _kind(tokens[i], i, types[i], _unknown(file, count))) for i in range(count)
-    ]
+    unknown = _unknown(file, count)
+    pieces = [Piece(tokens[i], float(scores[i]), _kind(tokens[i], i, types[i], unknown)) for i in range(count)]
     behind = range(count, len(tokens))
     added = {tokens[i]: i for i in behind if types[i] != PieceKind.UNUSED}
     # llama.cpp's rule: only the model's name says whether special tokens swallow the whitespace behind them.
