@@ -14,7 +14,7 @@ from phijax.text.byte_level import bytes_of_token
 from phijax.text.decoding import decode_text
 from phijax.text.huggingface_files import name_of_special, write_names
 from phijax.text.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer
-from phijax.text.special_files import JSON_FILE, OURS_FILE, every_segment
+from phijax.text.special_files import JSON_FILE, OURS_FILE, dummy_space_of, parts_of
 from phijax.text.specials import SPACE_MARK, Specials
 
 # What ends a document, by the names that published vocabularies give to it; the first that a vocabulary has.
@@ -41,7 +41,7 @@ class BpeTokenizer:
         parsed = _parse(spec, where)
         self._spec = _canonical(parsed)
         self._byte_level = _is_byte_level(parsed, where)
-        self._every_segment = every_segment(parsed)
+        self._dummy_space = "never" if self._byte_level else dummy_space_of(parsed)
         self.specials = _specials(parsed, where)
         self.strips_right: frozenset[str] = self.specials.strips_right
         self.added_tokens: Mapping[str, int] = self.specials.ids
@@ -149,7 +149,7 @@ class BpeTokenizer:
 
     def encode_segment(self, text: str, first: bool) -> list[int]:
         """Ids of the plain text between two special tokens; `first`: nothing is before it."""
-        if first or self._byte_level or self._every_segment:
+        if first or self._dummy_space != "first":
             return self.encode(text)
         # Behind a newline, a byte of its own in such vocabularies, no dummy space is put.
         return self.encode("\n" + text)[len(self.encode("\n")) :]
@@ -175,7 +175,9 @@ class BpeTokenizer:
 
     def begins_behind(self, previous: int | None) -> bool:
         """Whether the id behind `previous` is the first of a segment, whose leading space is a dummy."""
-        return self._has_dummy and (previous is None or (self._every_segment and previous in self.specials.names))
+        if self._dummy_space == "never":
+            return False
+        return previous is None or (self._dummy_space != "first" and previous in self.specials.names)
 
     def save(self, folder: str | epath.PathLike) -> None:
         """Writes tokenizer.json, and special_tokens.json where nothing in it tells what ends a text."""
@@ -217,14 +219,6 @@ class BpeTokenizer:
     def _control_ids(self) -> frozenset[int]:
         return frozenset(self.specials.names)
 
-    @functools.cached_property
-    def _has_dummy(self) -> bool:
-        """Whether a text gets a space before it."""
-        if self._byte_level:
-            return False
-        ids = self._plain.encode("a", add_special_tokens=False).ids
-        return bool(ids) and self._tokens[ids[0]].startswith(SPACE_MARK)
-
 
 def _rebuild(spec: str, where: str, end_of_text: str) -> BpeTokenizer:
     return BpeTokenizer(spec, where, end_of_text=end_of_text)
@@ -257,7 +251,7 @@ def _parse(spec: str, where: str) -> dict[str, Any]:
 
 
 def _is_byte_level(parsed: dict[str, Any], where: str) -> bool:
-    kinds = set(_types(parsed.get("decoder")))
+    kinds = {str(part.get("type")) for part in parts_of(parsed.get("decoder"))}
     if "ByteLevel" in kinds:
         return True
     if "ByteFallback" in kinds or "Metaspace" in kinds:
@@ -266,14 +260,6 @@ def _is_byte_level(parsed: dict[str, Any], where: str) -> bool:
         f"{where} decodes with {', '.join(sorted(kinds)) or 'nothing'}: only byte-level vocabularies (ByteLevel) and "
         "Llama's kind (ByteFallback or Metaspace) can be read."
     )
-
-
-def _types(part: Any) -> list[str]:
-    """Every "type" in a part of tokenizer.json, sequences opened."""
-    if not isinstance(part, dict):
-        return []
-    parts = [inner for key in ("decoders", "pretokenizers", "normalizers") for inner in part.get(key) or ()]
-    return [str(part.get("type")), *(kind for inner in parts for kind in _types(inner))]
 
 
 def _specials(parsed: dict[str, Any], where: str) -> Specials:

@@ -8,7 +8,7 @@ from etils import epath
 
 from phijax.errors import UserError
 from phijax.text.sentencepiece_model import Piece, PieceKind, take_apart
-from phijax.text.specials import SPACE_MARK, Specials
+from phijax.text.specials import SPACE_MARK, DummySpace, Specials
 
 _GENERIC = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is; LlamaTokenizer of transformers 5 remakes parts
 
@@ -19,7 +19,7 @@ def write_sentencepiece(
     model: bytes,
     added_tokens: Mapping[str, int],
     specials: Specials,
-    every_segment: bool,
+    dummy_space: DummySpace,
     eos: str,
     pad: str,
     chat_template: str | None,
@@ -34,12 +34,12 @@ def write_sentencepiece(
     parts = take_apart(model)
     same = parts.joins and not parts.changes_text
     if same:
-        spec = sentencepiece_json(parts.pieces, specials, parts.dummy_space, every_segment)
+        spec = sentencepiece_json(parts.pieces, specials, dummy_space if parts.dummy_space else "never")
         (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n")
     kinds = {PieceKind.UNKNOWN: "unk_token", PieceKind.CONTROL: "bos_token"}
     names = {kinds[p.kind]: p.text for p in parts.pieces if p.text in ("<unk>", "<s>") and p.kind in kinds}
     names |= {"eos_token": eos, "pad_token": pad}
-    llama = {"legacy": every_segment, "sp_model_kwargs": {}, "use_default_system_prompt": False}
+    llama = {"legacy": dummy_space != "first", "sp_model_kwargs": {}, "use_default_system_prompt": False}
     tokenizer_class = {"tokenizer_class": _GENERIC} if same else {"tokenizer_class": "LlamaTokenizer", **llama}
     write_names(folder, names, specials, tokenizer_class, chat_template)
 
@@ -99,29 +99,26 @@ def token_entry(name: str, specials: Specials) -> dict[str, Any]:
     }
 
 
-def sentencepiece_json(
-    pieces: Sequence[Piece], specials: Specials, dummy_space: bool, every_segment: bool = True
-) -> dict[str, Any]:
+def sentencepiece_json(pieces: Sequence[Piece], specials: Specials, dummy_space: DummySpace) -> dict[str, Any]:
     """tokenizer.json of a SentencePiece BPE model: the same ids, computed from merges instead of scores.
 
-    As Hugging Face publishes Llama's and phi-3's, where every segment between special tokens gets the dummy space;
-    otherwise the first of a text alone.
+    As Hugging Face publishes Llama's and phi-3's.
     """
     vocab = {piece.text: i for i, piece in enumerate(pieces)}
     to_mark = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
     from_mark = {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}
     unknown = next((piece.text for piece in pieces if piece.kind == PieceKind.UNKNOWN), None)
     bytes_known = any(piece.kind == PieceKind.BYTE for piece in pieces)
-    dummy = [{"type": "Prepend", "prepend": SPACE_MARK}] if dummy_space and every_segment else []
-    first = {"type": "Metaspace", "replacement": SPACE_MARK, "prepend_scheme": "first", "split": False}
-    undummy = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if dummy_space else []
+    dummy = [{"type": "Prepend", "prepend": SPACE_MARK}] if dummy_space == "each" else []
+    metaspace = {"type": "Metaspace", "replacement": SPACE_MARK, "prepend_scheme": dummy_space, "split": False}
+    undummy = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if dummy_space != "never" else []
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": i, **token_entry(name, specials)} for name, i in _in_order(specials)],
         "normalizer": {"type": "Sequence", "normalizers": [*dummy, to_mark]},
-        "pre_tokenizer": first if dummy_space and not every_segment else None,
+        "pre_tokenizer": metaspace if dummy_space in ("always", "first") else None,
         "post_processor": None,
         "decoder": {
             "type": "Sequence",

@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from phijax.errors import UserError
+from phijax.text.specials import DummySpace
 
 ADDED_TOKENS_FILE = "added_tokens.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -26,7 +27,7 @@ class FolderTokens:
     names: id -> name of every token named, the model's own too.
     strips_right: names flagged so; None where no file has flags. strips_left: likewise, empty without.
     end: the name of what ends a text: ours, else eos_token.
-    every_segment: whether each segment between special tokens gets a dummy space, or only the first of a text.
+    dummy_space: where tokenizer.json puts it.
     vocab_size: of tokenizer.json, or None.
     """
 
@@ -34,7 +35,7 @@ class FolderTokens:
     strips_right: frozenset[str] | None
     strips_left: frozenset[str]
     end: str | None
-    every_segment: bool
+    dummy_space: DummySpace
     vocab_size: int | None
 
     def ids(self) -> dict[str, int]:
@@ -67,13 +68,13 @@ def read_folder_tokens(folder: epath.Path) -> FolderTokens | None:
     right = frozenset(name for name, entry in flags.items() if entry.get("rstrip") is True)
     left = frozenset(name for name, entry in flags.items() if entry.get("lstrip") is True)
     said = bool(flags) or config is not None
-    # Without tokenizer.json each has one: so phi-3's is, although its `legacy` is false.
-    every = every_segment(whole or {})
+    # Without tokenizer.json each segment has one: so it is in phi-3's, although its `legacy` is false.
+    dummy_space = dummy_space_of(whole) if whole else "each"
     if ours is not None:
         right, said = frozenset(ours.get("strips_right", ())), True
         left = frozenset(ours.get("strips_left", ()))
-        end, every = ours.get("end_of_text", end), ours.get("every_segment", every)
-    return FolderTokens(names, right if said else None, left, end, every, _vocab_size(whole))
+        end, dummy_space = ours.get("end_of_text", end), ours.get("dummy_space", dummy_space)
+    return FolderTokens(names, right if said else None, left, end, dummy_space, _vocab_size(whole))
 
 
 def _object(path: epath.Path) -> dict[str, Any] | None:
@@ -110,16 +111,30 @@ def _end(config: dict[str, Any]) -> str | None:
     return end if isinstance(end, str) else None
 
 
-def every_segment(spec: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json puts a dummy space before each segment between special tokens."""
-    pre = spec.get("pre_tokenizer")
-    parts = pre.get("pretokenizers", [pre]) if isinstance(pre, dict) else []
-    return not any(part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first" for part in parts)
+def dummy_space_of(spec: dict[str, Any]) -> DummySpace:
+    """Where a tokenizer.json puts the dummy space: by its normalizer (Prepend), or by its pre-tokenizer (Metaspace)."""
+    if any(part.get("type") == "Prepend" for part in parts_of(spec.get("normalizer"))):
+        return "each"
+    for part in parts_of(spec.get("pre_tokenizer")):
+        if part.get("type") == "Metaspace":
+            old = "always" if part.get("add_prefix_space", True) else "never"  # before tokenizers 0.15
+            scheme = part.get("prepend_scheme", old)
+            return scheme if scheme in ("always", "first") else "never"
+    return "never"
+
+
+def parts_of(step: Any) -> list[dict[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer or decoder of tokenizer.json, sequences opened."""
+    if not isinstance(step, dict):
+        return []
+    inner = next((step[key] for key in ("normalizers", "pretokenizers", "decoders") if key in step), None)
+    return [step] if inner is None else [part for each in inner for part in parts_of(each)]
 
 
 def _vocab_size(whole: dict[str, Any] | None) -> int | None:
-    vocab = (whole or {}).get("model", {}).get("vocab")
-    if not isinstance(vocab, dict) or not vocab:
+    """None where there is no vocabulary with ids, which is for its reader to judge."""
+    model = (whole or {}).get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocab, dict) or not vocab or not all(type(i) is int for i in vocab.values()):
         return None
-    added = [entry["id"] for entry in whole.get("added_tokens") or ()]
-    return 1 + max([*vocab.values(), *added])
+    return 1 + max(*vocab.values(), *(entry["id"] for entry in whole.get("added_tokens") or ()), -1)

@@ -4,8 +4,14 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 SPACE_MARK = "\u2581"  # stands for a space inside the pieces of SentencePiece, and in Hugging Face's Metaspace
+
+# Where a tokenizer of Llama's kind puts a space of its own before text, so that a word has one form at the beginning
+# and inside. "each": before each segment between special tokens, as phi-3's files say. The others are Hugging Face's
+# Metaspace: "always" before each segment that begins with none, "first" before such a text alone, "never".
+DummySpace = Literal["each", "always", "first", "never"]
 
 # What Unicode calls White_Space, which is what Hugging Face's tokenizers strip; str.strip() would take \x1c-\x1f too.
 _SPACES = "".join(map(chr, range(0x2000, 0x200B)))

@@ -7,33 +7,23 @@ from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
-import sentencepiece
 from etils import epath
 
 from phijax.errors import UserError
 from phijax.text.decoding import decode_text
 from phijax.text.huggingface_files import name_of_special, write_sentencepiece
+from phijax.text.pieces import (
+    END_OF_TEXT,
+    PHI3_ADDED_TOKENS,
+    check_added_tokens,
+    load_pieces,
+    own_specials,
+    phi3_strips_right,
+)
 from phijax.text.special_files import ADDED_TOKENS_FILE, JSON_FILE, OURS_FILE, read_folder_tokens
-from phijax.text.specials import SPACE_MARK, Specials
+from phijax.text.specials import SPACE_MARK, DummySpace, Specials
 
 MODEL_FILE = "tokenizer.model"
-
-END_OF_TEXT = "<|endoftext|>"
-
-# phi-3's order, ids 32000 to 32010 behind Llama-2's pieces.
-PHI3_ADDED_TOKENS = (
-    END_OF_TEXT,
-    "<|assistant|>",
-    "<|placeholder1|>",
-    "<|placeholder2|>",
-    "<|placeholder3|>",
-    "<|placeholder4|>",
-    "<|system|>",
-    "<|end|>",
-    "<|placeholder5|>",
-    "<|placeholder6|>",
-    "<|user|>",
-)
 
 # SentencePiece keeps some 100 bytes a character, so that a file of 1 GB in one piece would end the process; and short
 # pieces stay in the cache: 3.4 MB/s against 1.6 in pieces of a million characters.
@@ -106,7 +96,7 @@ class Tokenizer:
         strips_right: Collection[str] | None = None,
         strips_left: Collection[str] = (),
         end_of_text: str = END_OF_TEXT,
-        every_segment: bool = True,
+        dummy_space: DummySpace = "each",
     ):
         """Raises UserError, naming `where`, for what is no tokenizer.
 
@@ -116,27 +106,32 @@ class Tokenizer:
           strips_right: special tokens that swallow the whitespace behind them; None: as phi-3's files say today.
           strips_left: those that swallow the whitespace before them.
           end_of_text: the name of the token that ends every document.
-          every_segment: `encode_with_specials` puts the dummy space before each segment between special tokens, as
-            Hugging Face's tokenizer of phi-3 does; False: before the first of a text only.
+          dummy_space: where the space goes that the model puts before text, if it does.
         """
         self._model = model
-        self._pieces = _load(model, where)
+        self._pieces = load_pieces(model, where)
         self._num_pieces = self._pieces.get_piece_size()
         if added_tokens is None:
             added_tokens = {text: self._num_pieces + i for i, text in enumerate(PHI3_ADDED_TOKENS)}
-        own = _own_specials(self._pieces)
-        _check_added_tokens(added_tokens, self._pieces, own, end_of_text, where)
+        own = own_specials(self._pieces)
+        check_added_tokens(added_tokens, self._pieces, own, end_of_text, where)
         self.added_tokens: Mapping[str, int] = MappingProxyType(dict(added_tokens))
         if strips_right is None:
             strips_right = phi3_strips_right(added_tokens, self._pieces)
         ids = MappingProxyType(own | dict(added_tokens))
         self.specials = Specials(ids, frozenset(strips_right), frozenset(strips_left))
         self.strips_right: frozenset[str] = self.specials.strips_right
-        self._end_of_text, self._every_segment = end_of_text, every_segment
+        self._end_of_text = end_of_text
+        self._adds_space = self._pieces.id_to_piece(self._pieces.encode("a")[0]).startswith(SPACE_MARK)
+        self._dummy_space: DummySpace = dummy_space if self._adds_space else "never"
+        if self._adds_space and dummy_space != "each" and not self._splits_at_newlines:
+            raise UserError(
+                f"{where}: its pieces join newlines with words, which leaves no way around the dummy space."
+            )
         self.end_of_text: int = self.specials.ids[end_of_text]
         self.unknown: int = self._pieces.unk_id()
         self.vocab_size: int = max(self._num_pieces, 1 + max(self.specials.ids.values()))
-        self.fingerprint: str = fingerprint(model, added_tokens)
+        self.fingerprint: str = fingerprint(model, added_tokens, self._unlike_phi3)
 
     @classmethod
     def open(cls, path: str | epath.PathLike) -> "Tokenizer":
@@ -155,7 +150,7 @@ class Tokenizer:
         if said is None:
             return cls(model_path.read_bytes(), where=str(model_path))
         model = model_path.read_bytes()
-        own = _own_specials(_load(model, str(model_path)))
+        own = own_specials(load_pieces(model, str(model_path)))
         added = {name: i for name, i in said.ids().items() if own.get(name) != i}
         named = {*own, *added}
         opened = cls(
@@ -165,7 +160,7 @@ class Tokenizer:
             strips_right=said.strips_right if said.strips_right is None else said.strips_right & named,
             strips_left=said.strips_left & named,
             end_of_text=END_OF_TEXT if END_OF_TEXT in added or not said.end else said.end,
-            every_segment=said.every_segment,
+            dummy_space=said.dummy_space,
         )
         if said.vocab_size not in (None, opened.vocab_size):
             raise UserError(
@@ -198,7 +193,7 @@ class Tokenizer:
             model=self._model,
             added_tokens=self.added_tokens,
             specials=self.specials,
-            every_segment=self._every_segment,
+            dummy_space=self._dummy_space,
             eos=name_of_special(self.specials, self.end_of_text if eos is None else eos),
             pad=self._end_of_text,
             chat_template=chat_template,
@@ -209,6 +204,9 @@ class Tokenizer:
 
         Raises ValueError for a lone surrogate, which is no text in UTF-8.
         """
+        return self.encode_segment(text, first=True)
+
+    def _encode(self, text: str) -> list[int]:
         if not text.isascii():
             text.encode()  # SentencePiece would raise a RuntimeError that says nothing
         if len(text) <= _LONGEST_PIECE_OF_TEXT or not self._splits_at_newlines:
@@ -236,10 +234,11 @@ class Tokenizer:
 
     def encode_segment(self, text: str, first: bool) -> list[int]:
         """Ids of the plain text between two special tokens; `first`: nothing is before it."""
-        if first or self._every_segment or not self._has_dummy:
-            return self.encode(text)
+        allowed = self._dummy_space == "always" or (first and self._dummy_space == "first")
+        if self._dummy_space == "each" or not self._adds_space or (allowed and text[:1] not in (" ", SPACE_MARK)):
+            return self._encode(text)
         # Behind a newline, which is a piece of its own, no dummy space is put.
-        return self.encode("\n" + text)[self._dummy_before_newline + 1 :]
+        return self._encode("\n" + text)[self._dummy_before_newline + 1 :]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens show as their names, and what lies between two of them is decoded on its own.
@@ -257,7 +256,9 @@ class Tokenizer:
 
     def begins_behind(self, previous: int | None) -> bool:
         """Whether the id behind `previous` is the first of a segment, whose leading space is a dummy."""
-        return self._has_dummy and (previous is None or (self._every_segment and previous in self.specials.names))
+        if self._dummy_space == "never":
+            return False
+        return previous is None or (self._dummy_space != "first" and previous in self.specials.names)
 
     def __reduce__(self):
         return _rebuild, (self._model, dict(self.added_tokens), self._unlike_phi3)
@@ -269,13 +270,13 @@ class Tokenizer:
             "strips_right": sorted(self.strips_right),
             "strips_left": sorted(self.specials.strips_left),
             "end_of_text": self._end_of_text,
-            "every_segment": self._every_segment,
+            "dummy_space": self._dummy_space,
         }
         phi3 = {
             "strips_right": sorted(phi3_strips_right(self.added_tokens, self._pieces)),
             "strips_left": [],
             "end_of_text": END_OF_TEXT,
-            "every_segment": True,
+            "dummy_space": "each" if self._adds_space else "never",
         }
         return {} if given == phi3 else given
 
@@ -295,11 +296,6 @@ class Tokenizer:
         return table
 
     @functools.cached_property
-    def _has_dummy(self) -> bool:
-        """Whether the model puts a space before a text."""
-        return self._pieces.id_to_piece(self._pieces.encode("a")[0]).startswith(SPACE_MARK)
-
-    @functools.cached_property
     def _dummy_before_newline(self) -> int:
         """How many ids come before a text's leading newline: one, the dummy space, where the model adds it."""
         return len(self._pieces.encode("\n")) - 1
@@ -313,69 +309,16 @@ class Tokenizer:
         return not any("\n" in self._pieces.id_to_piece(i) for i in range(self._num_pieces))
 
 
-def phi3_strips_right(added_tokens: Mapping[str, int], pieces: sentencepiece.SentencePieceProcessor) -> frozenset[str]:
-    """phi-3's rule of July 2024, where a checkpoint says nothing: all but <|endoftext|>, and </s>."""
-    end = pieces.eos_id()
-    return frozenset(added_tokens) - {END_OF_TEXT} | ({pieces.id_to_piece(end)} if end >= 0 else frozenset())
-
-
-def fingerprint(model: bytes, added_tokens: Mapping[str, int]) -> str:
-    """sha256 over the model's bytes and the added tokens: equal exactly when every text gets the same ids."""
+def fingerprint(model: bytes, added_tokens: Mapping[str, int], unlike_phi3: Mapping[str, Any]) -> str:
+    """sha256 over all that decides ids: equal exactly when every text, chats too, gets the same ids."""
     added = json.dumps(dict(added_tokens), sort_keys=True, ensure_ascii=True)
+    if unlike_phi3:
+        added += json.dumps(dict(unlike_phi3), sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(hashlib.sha256(model).digest() + added.encode()).hexdigest()
 
 
 def _rebuild(model: bytes, added_tokens: dict[str, int], unlike_phi3: dict[str, Any]) -> Tokenizer:
     return Tokenizer(model, added_tokens, **unlike_phi3)
-
-
-def _own_specials(pieces: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
-    """<unk>, <s> and </s>: what no text becomes, by name."""
-    ids = range(pieces.get_piece_size())
-    return {pieces.id_to_piece(i): i for i in ids if pieces.is_control(i) or pieces.is_unknown(i)}
-
-
-def _load(model: bytes, where: str) -> sentencepiece.SentencePieceProcessor:
-    try:
-        # An empty model loads without an error and then prints one at every call.
-        pieces = sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
-    except RuntimeError:
-        pieces = None
-    if pieces is None or pieces.get_piece_size() == 0:
-        raise UserError(
-            f"{where} is not a SentencePiece model ({len(model)} bytes).\n"
-            "phi-3-mini, phi-3-medium, phi-3.5-mini and Llama-2 come with one, named tokenizer.model."
-        )
-    return pieces
-
-
-def _check_added_tokens(
-    added_tokens: Mapping[str, int],
-    pieces: sentencepiece.SentencePieceProcessor,
-    own: Mapping[str, int],
-    end_of_text: str,
-    where: str,
-) -> None:
-    if end_of_text not in added_tokens and end_of_text not in own:
-        raise UserError(
-            f"The added tokens of {where} have no {end_of_text}, which must end every document.\n"
-            f"They are: {', '.join(added_tokens) or 'none'}. Add it to {ADDED_TOKENS_FILE} beside the model; "
-            "without that file phi-3's eleven tokens are put behind the model's pieces."
-        )
-    num_pieces, seen = pieces.get_piece_size(), {}
-    for text, i in added_tokens.items():
-        if i in seen:
-            raise UserError(f"{where}: the added tokens {seen[i]!r} and {text!r} have the same id {i}.")
-        seen[i] = text
-        if i < 0 or (i < num_pieces and pieces.id_to_piece(i) != text):
-            raise UserError(
-                f"{where}: the added token {text!r} has id {i}, which is a piece of the model ({num_pieces} pieces).\n"
-                f"{ADDED_TOKENS_FILE} belongs to another model."
-            )
-        piece = pieces.piece_to_id(text)
-        if piece != pieces.unk_id() and not pieces.is_control(piece):
-            # A document about chat models would then hold control tokens.
-            raise UserError(f"{where}: the model itself takes {text!r} out of plain text. Train or give another model.")
 
 
 def _cut_at_newlines(text: str, length: int) -> list[str]:
