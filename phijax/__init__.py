@@ -1,0 +1,18 @@
+"""phijax: train the phi-3 family in JAX, and use any checkpoint of it."""
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    Model = Any
+
+
+def load(path: Any, **options: Any) -> "Model":
+    """Opens a checkpoint (a run of ours, a Hugging Face folder, a GGUF file) for use: phijax.library.load.
+
+    Nothing heavier than this function is imported before it is called, and no backend is started.
+    """
+    if "jax" not in sys.modules:
+        importlib.import_module("phijax.parallel.hardware").prepare_cpu()
+    return importlib.import_module("phijax.library").load(path, **options)

@@ -19,7 +19,7 @@ PACKAGE = REPOSITORY / "phijax"
 # Imports run down this list only, never along a step. Names are rooms, or files directly under phijax/.
 STEPS = [
     {"__main__", "main", "prepare", "show", "generate", "export"},  # commands
-    {"run", "command"},  # what commands are made of
+    {"run", "command", "library"},  # what commands are made of
     {"config", "planning"},
     {"training", "evaluation", "curation"},
     {"data", "inference", "checkpoint"},

@@ -1,55 +1,140 @@
-"""Continuing a text, the plain way: the whole window is computed anew for every token. Small models, short texts."""
+"""Which token comes next: settings, and the compiled choice from logits."""
 
-import functools
-from collections.abc import Iterator, Sequence
+import dataclasses
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phijax.model import params as model_params
-from phijax.model.backend import Backend
-from phijax.model.config import ModelConfig
+from phijax.errors import UserError
 
 
-def sample(
-    c: ModelConfig,
-    params: model_params.Params,
-    backend: Backend,
-    prompt: Sequence[int],
-    *,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-    stop: int,
-    window: int,
-) -> Iterator[int]:
-    """Yields up to `max_tokens` ids that follow `prompt`, ending before the id `stop`.
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a text is continued.
+
+    temperature: divides the logits; 0 takes the most likely token.
+    top_k: only the k most likely tokens; 0: all.
+    top_p: only the most likely tokens that together reach this probability; 1: all.
+    min_p: only tokens at least this times as likely as the most likely; 0: all.
+    repetition_penalty: divides positive logits of tokens that occurred, multiplies negative ones; 1: none.
+    seed: a row's draws depend on it, the row's number and how many tokens it has: not on the rest of the batch.
+    stop: texts that end the answer and are not part of it. stop_ids: tokens that do, beside those of the checkpoint.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        """Raises: UserError for a value that means nothing."""
+        wrong = [
+            (self.max_tokens < 1, "max_tokens", "at least 1"),
+            (not (0 <= self.temperature < math.inf), "temperature", "0 (the most likely token) or above"),
+            (self.top_k < 0, "top_k", "0 (all tokens) or above"),
+            (not 0 < self.top_p <= 1, "top_p", "above 0, at most 1 (all tokens)"),
+            (not 0 <= self.min_p <= 1, "min_p", "0 (all tokens) to 1"),
+            (not 0 < self.repetition_penalty < math.inf, "repetition_penalty", "above 0; 1 is none"),
+            (not 0 <= self.seed < 2**32, "seed", "0 to 2^32 - 1"),
+            ("" in self.stop, "stop", "texts that are not empty"),
+        ]
+        for is_wrong, name, allowed in wrong:
+            if is_wrong:
+                raise UserError(f"{name}={getattr(self, name)}: must be {allowed}.")
+
+    @property
+    def plan(self) -> "Plan":
+        draws = self.temperature > 0
+        return Plan(
+            draws=draws,
+            filters=draws and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0),
+            penalises=self.repetition_penalty != 1,
+        )
+
+
+class Plan(NamedTuple):
+    """What a compiled program must do at all; static. Sorting a vocabulary costs milliseconds a token on CPU."""
+
+    draws: bool
+    filters: bool
+    penalises: bool
+
+
+class Settings(NamedTuple):
+    """The numbers of a Sampling, as scalars of a program; changing them compiles nothing anew."""
+
+    temperature: np.float32
+    top_k: np.int32
+    top_p: np.float32
+    min_p: np.float32
+    repetition_penalty: np.float32
+    seed: np.uint32
+
+    @classmethod
+    def of(cls, s: Sampling) -> "Settings":
+        types = (np.float32, np.int32, np.float32, np.float32, np.float32, np.uint32)
+        return cls(*(kind(getattr(s, name)) for kind, name in zip(types, cls._fields, strict=True)))
+
+
+def choose(
+    plan: Plan,
+    settings: Settings,
+    logits: jax.Array,
+    seen: jax.Array | None,
+    names: jax.Array,
+    numbers: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The next token of each row, and its log-probability under the model itself (before any setting).
 
     Args:
-      temperature: divides the logits; 0 takes the most likely token.
-      window: tokens that the model sees; older ones are dropped, so positions start anew. Also the declared length.
+      logits: (B, V) float32, -inf where the vocabulary is padded.
+      seen: (B, V) bool, tokens that occurred; only read where `plan.penalises`.
+      names: (B,) int32, the rows' own numbers; numbers: (B,) int32, how many tokens each has been given.
+    Returns: (B,) int32 and (B,) float32.
     """
-    key = jax.random.key(seed)
-    text = list(prompt)[-window:]
-    for number in range(max_tokens):
-        seen = text[-window:]
-        tokens = np.zeros((1, window), np.int32)
-        tokens[0, : len(seen)] = seen
-        draw = jax.random.fold_in(key, number)
-        token = int(_next(c, backend, window, params, tokens, len(seen) - 1, draw, jnp.float32(temperature)))
-        if token == stop:
-            return
-        text.append(token)
-        yield token
+    log_p = jax.nn.log_softmax(logits)
+    if plan.penalises:
+        logits = penalised(logits, seen, settings.repetition_penalty)
+    if plan.draws:
+        logits = logits / settings.temperature
+        if plan.filters:
+            logits = filtered(logits, settings.top_k, settings.top_p, settings.min_p)
+        base = jax.random.key(settings.seed)
+
+        def draw(logits, name, number):
+            return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(base, name), number), logits)
+
+        tokens = jax.vmap(draw)(logits, names, numbers)
+    else:
+        tokens = jnp.argmax(logits, axis=-1)
+    tokens = tokens.astype(jnp.int32)
+    return tokens, jnp.take_along_axis(log_p, tokens[:, None], axis=-1)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _next(c, backend, window, params, tokens, last, key, temperature):
-    """The id after place `last` of tokens (1, window); what stands behind it is not seen, since attention is causal."""
-    decoder = model_params.module(c, params)
-    positions = jnp.arange(window, dtype=jnp.int32)[None]
-    hidden = decoder.hidden(tokens, positions, jnp.ones_like(positions), backend, length=window)
-    logits = decoder.logits(jax.lax.dynamic_slice_in_dim(hidden, last, 1, axis=1))[0, 0]
-    warm = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
-    return jnp.where(temperature > 0, warm, jnp.argmax(logits))
+def penalised(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Keskar et al. 2019, arXiv:1909.05858, section 4.1, with the sign rule that transformers introduced."""
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def filtered(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+    """(B, V) -> (B, V) with -inf for what top-k, then top-p of the rest, then min-p exclude; ties are kept together.
+
+    top-p: Holtzman et al. 2020, arXiv:1904.09751; min-p: Nguyen et al. 2024, arXiv:2407.01082.
+    """
+    falling = -jnp.sort(-logits, axis=-1)
+    index = jnp.arange(falling.shape[-1])
+    falling = jnp.where(index < jnp.where(top_k > 0, top_k, falling.shape[-1]), falling, -jnp.inf)
+    p = jax.nn.softmax(falling)
+    above = jnp.cumsum(p, axis=-1) - p  # probability of all that is more likely; 0 for the first
+    # top_p = 1 keeps all, whatever the rounding of the sum.
+    kept = ((above < top_p) | (top_p >= 1)) & (p >= min_p * p[..., :1]) & (falling > -jnp.inf)
+    lowest = jnp.min(jnp.where(kept, falling, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= lowest, logits, -jnp.inf)

@@ -1,0 +1,256 @@
+"""Generator: prompts in, continuations out."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from phijax.errors import UserError
+from phijax.inference import programs, resident
+from phijax.inference.sampling import Sampling, Settings
+from phijax.inference.stopping import Continuation, Result
+from phijax.model.backend import CHOICES, Backend
+from phijax.model.config import ModelConfig
+from phijax.model.params import Params
+from phijax.model.rope import inverse_frequencies
+from phijax.parallel.mesh import MeshConfig, make_mesh
+from phijax.text.stream import TextStream
+from phijax.text.tokenizer import TextTokenizer
+
+LARGEST_BATCH = 32  # rows decoded at once; more prompts are taken in turns
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A step of a stream: row `row` got `token`, and `text` has become certain (it may be empty)."""
+
+    row: int
+    token: int
+    logprob: float
+    text: str
+    result: Result | None  # on the row's last piece
+
+
+class Generator:
+    """A model whose weights lie ready for inference.
+
+    Batches need no padding on the left: each row has its own length. On one CPU a prompt's continuation is the same
+    bit for bit whatever else is in the batch.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        params: Params,
+        tokenizer: TextTokenizer | None = None,
+        backend: Backend | None = None,
+        mesh: Mesh | None = None,
+        max_length: int | None = None,
+        *,
+        stop_ids: Sequence[int] = (),
+        begin: Sequence[int] = (),
+        long_rope: Literal["auto", "declared", "per_sequence"] = "auto",
+    ):
+        """`params` as `checkpoint.open.load_params` gives them; they are copied into the layout of inference.
+
+        Args:
+          tokenizer: None: prompts must be ids, and results have no text.
+          backend: None: the choice for the mesh's devices.
+          max_length: declared length of prompt and answer one_by_one; None: the model's. Decides the LongRoPE list.
+          stop_ids: tokens that end every answer.
+          begin: ids put before a prompt that is given as text.
+          long_rope: "declared": one list for all, the long one if max_length exceeds the original length;
+            "per_sequence": transformers' rule, the long list once a sequence is longer than the original length, its
+            cache then computed anew, once; "auto": by max_length where it is given.
+        Raises: UserError for a max_length that the model does not have.
+        """
+        self.model, self.tokenizer = model, tokenizer
+        self.mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+        platform = self.mesh.devices.flat[0].platform
+        self.backend = backend or CHOICES["gpu" if platform in ("cuda", "rocm") else platform]
+        self.max_length = max_length or model.max_position
+        if not 1 <= self.max_length <= model.max_position:
+            raise UserError(f"max_length={self.max_length}: this model's positions end at {model.max_position}.")
+        self.stop_ids, self.begin = tuple(stop_ids), tuple(begin)
+        self._per_sequence = model.long_rope is not None and (
+            long_rope == "per_sequence" or (long_rope == "auto" and max_length is None)
+        )
+        self._path = resident.choose_path(model, self.backend, self.mesh)
+        # Of partitioned programs the promise is 1e-5, not bits.
+        self._alone = self.mesh.size == 1 and platform == "cpu"
+        self._weights = resident.place(model, self._path, params, self.mesh)
+        self._cache_layout = resident.cache_sharding(model, self._path, self.mesh)
+        _, self._attention_factor = inverse_frequencies(model, self.max_length)
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | None = None, *, names: Sequence[int] = ()
+    ) -> list[Result]:
+        """Continues each prompt. `names`: the rows' own numbers, for their draws; default 0, 1, ...
+
+        Raises: UserError for a prompt that is too long, or settings that mean nothing.
+        """
+        results = {piece.row: piece.result for piece in self.stream(prompts, sampling, names=names) if piece.result}
+        return [results[row] for row in range(len(prompts))]
+
+    def stream(
+        self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | None = None, *, names: Sequence[int] = ()
+    ) -> Iterator[Piece]:
+        """As `generate`, token by token; joined, a row's texts are its result's. Arguments are checked at the call."""
+        sampling = sampling or Sampling()
+        sampling.check()
+        if sampling.stop and self.tokenizer is None:
+            raise UserError("stop texts need a tokenizer, and this checkpoint has none. Give stop_ids.")
+        ids = [self.ids(prompt) for prompt in prompts]
+        names = list(names) or list(range(len(ids)))
+        if len(names) != len(ids):
+            raise UserError(f"{len(names)} names for {len(ids)} prompts.")
+        return self._groups(ids, names, sampling)
+
+    def ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """Raises: UserError for a prompt that is empty, too long, or has ids that the model lacks."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise UserError("This checkpoint has no tokenizer: give prompts as token ids.")
+            prompt = [*self.begin, *self.tokenizer.encode(prompt)]
+        ids = [int(i) for i in prompt]
+        if not ids:
+            raise UserError("The prompt is empty, and this model has no token that begins a text. Give it some text.")
+        if wrong := [i for i in ids if not 0 <= i < self.model.vocab_size]:
+            raise UserError(f"The prompt has id {wrong[0]}; the model's ids are 0 to {self.model.vocab_size - 1}.")
+        if len(ids) >= self.max_length:
+            raise UserError(
+                f"The prompt has {len(ids)} tokens; with at least one of an answer the model takes {self.max_length}."
+                + (
+                    f"\nIt was opened for max_length={self.max_length}; it has positions for {self.model.max_position}."
+                    if self.max_length < self.model.max_position
+                    else ""
+                )
+            )
+        return ids
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """(T,) -> (T, V) float32: row t is what the model says of token t + 1. Computed as prompts are."""
+        ids = self.ids([*ids, 0])[:-1] if len(ids) < self.max_length else self.ids(ids)
+        parts = [
+            np.asarray(values)[:count, : self.model.vocab_size]
+            for values, count, _ in self._prefill(ids, self._frequencies(len(ids)), every=True)
+        ]
+        return np.concatenate(parts)
+
+    def _groups(self, ids, names, sampling) -> Iterator[Piece]:
+        for start in range(0, len(ids), LARGEST_BATCH):
+            here = slice(start, start + LARGEST_BATCH)
+            for piece in self._decode(ids[here], names[here], sampling):
+                yield dataclasses.replace(piece, row=piece.row + start)
+
+    def _decode(self, ids: list[list[int]], names: list[int], sampling: Sampling) -> Iterator[Piece]:
+        room = [min(sampling.max_tokens, self.max_length - len(i)) for i in ids]
+        texts = [self._continuation(i, n, sampling) for i, n in zip(ids, room, strict=True)]
+        count = len(ids)
+        held = 1 << (count - 1).bit_length()
+        batch = max(2, held)
+        one_by_one = np.int32(count) if self._alone else None
+        plan, settings = sampling.plan, Settings.of(sampling)
+        cache = self._empty_cache(held, max(len(i) + n for i, n in zip(ids, room, strict=True)))
+        behind = []
+        for row, prompt in enumerate(ids):
+            *_, (values, _, prompt_cache) = self._prefill(prompt, self._frequencies(len(prompt)))
+            cache = programs.insert(self._path, cache, prompt_cache, np.int32(row))
+            behind.append(values)
+        behind += [behind[0]] * (batch - count)
+        rows = self._rows(ids, names, batch, plan.penalises)
+        logprobs, rows = programs.first(plan, settings, jnp.concatenate(behind), rows, one_by_one)
+        frequencies = np.stack([self._frequencies(len(i)) for i in ids] + [self._frequencies(1)] * (batch - count))
+        while True:
+            tokens = np.asarray(rows.tokens)
+            values = np.asarray(logprobs)
+            for row, text in enumerate(texts):
+                if text.finish is None:
+                    new = text.add(int(tokens[row]), float(values[row]))
+                    yield Piece(row, int(tokens[row]), float(values[row]), new, text.result() if text.finish else None)
+            advance = np.array([text.finish is None for text in texts] + [False] * (batch - count), np.int32)
+            if not advance.any():
+                return
+            for row, text in enumerate(texts):
+                if text.finish is None and self._switches_at(len(ids[row]) + text.count - 1):
+                    # The long list takes over: what the cache holds was rotated by the short one.
+                    history = [*ids[row], *text.tokens[:-1]]
+                    frequencies[row] = self._frequencies(len(history) + 1)
+                    *_, (_, _, prompt_cache) = self._prefill(history, frequencies[row])
+                    cache = programs.insert(self._path, cache, prompt_cache, np.int32(row))
+            logprobs, rows, cache = programs.step(
+                self.model,
+                self._path,
+                self._attention_factor,
+                plan,
+                self._weights,
+                cache,
+                settings,
+                rows,
+                frequencies,
+                advance,
+                one_by_one,
+            )
+
+    def _prefill(self, ids: Sequence[int], frequencies: np.ndarray, *, every: bool = False):
+        """Yields, a chunk at a time: logits, how many of them count, and the prompt's cache so far."""
+        cache = self._empty_cache(1, sum(programs.chunks(len(ids))[-1][::2]))
+        for start, count, bucket in programs.chunks(len(ids)):
+            tokens = np.zeros(bucket, np.int32)
+            tokens[:count] = ids[start : start + count]
+            values, cache = programs.prefill(
+                self.model,
+                self._path,
+                self._attention_factor,
+                every,
+                self._weights,
+                cache,
+                tokens,
+                np.int32(start),
+                np.int32(count),
+                frequencies,
+            )
+            yield values, count, cache
+
+    def _empty_cache(self, rows: int, length: int):
+        parts = self.mesh.shape["tensor"] if self._path.cut_by_time is not None else 1
+        length = programs.cache_length(length)
+        # Whole blocks of keys on every chip.
+        length = -(-length // (parts * programs.CACHE_MULTIPLE)) * parts * programs.CACHE_MULTIPLE
+        return programs.cache_maker(self.model, self._path, rows, length, self._cache_layout)()
+
+    def _rows(self, ids: list[list[int]], names: list[int], batch: int, penalises: bool) -> programs.Rows:
+        surplus = [0] * (batch - len(ids))
+        seen = None
+        if penalises:
+            seen = np.zeros((batch, self.model.padded_vocab_size), bool)
+            for row, prompt in enumerate(ids):
+                seen[row, prompt] = True
+        rows = programs.Rows(
+            tokens=np.zeros(batch, np.int32),
+            positions=np.array([*map(len, ids), *surplus], np.int32),
+            numbers=np.zeros(batch, np.int32),
+            names=np.array([*names, *surplus], np.int32),
+            seen=seen,
+        )
+        return jax.device_put(rows, NamedSharding(self.mesh, PartitionSpec()))
+
+    def _frequencies(self, length: int) -> np.ndarray:
+        """(R/2,) for a sequence of this length, by the rule of this generator."""
+        return inverse_frequencies(self.model, length if self._per_sequence else self.max_length)[0]
+
+    def _switches_at(self, position: int) -> bool:
+        return self._per_sequence and position == self.model.long_rope.original_max_position
+
+    def _continuation(self, ids: list[int], room: int, sampling: Sampling) -> Continuation:
+        return Continuation(
+            TextStream(self.tokenizer, before=ids) if self.tokenizer is not None else None,
+            stop=sampling.stop,
+            stop_ids=(*self.stop_ids, *sampling.stop_ids),
+            max_tokens=room,
+            known=self.tokenizer.vocab_size if self.tokenizer is not None else 0,
+        )

@@ -1,0 +1,145 @@
+"""The compiled programs of generation, one of each kind for every shape bucket, shared by all generators."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from phijax.inference.sampling import Plan, choose
+from phijax.model import cached
+from phijax.model.config import ModelConfig
+from phijax.model.kernels.rows import each_row
+
+# Buckets of a chunk of a prompt. A prompt is cut by its own length alone (see `chunks`).
+CHUNKS = (16, 64, 256)
+CACHE_MULTIPLE = 256
+
+
+class Rows(NamedTuple):
+    """Where each row stands; all (B,) but `seen`. A row that has ended keeps being computed, at one place."""
+
+    tokens: jax.Array  # int32, the next to be fed
+    positions: jax.Array  # int32, its place
+    numbers: jax.Array  # int32, tokens that the row was given
+    names: jax.Array  # int32, the rows' own numbers, for their draws
+    seen: jax.Array | None  # (B, V) bool, tokens that occurred; None where nothing asks
+
+
+def chunks(length: int) -> list[tuple[int, int, int]]:
+    """(start, tokens, bucket) of a prompt's pieces: few buckets, little padding, a function of its length alone."""
+    pieces, start = [], 0
+    while start < length:
+        left = length - start
+        bucket = next((size for size in reversed(CHUNKS) if left >= 0.7 * size), CHUNKS[0])
+        pieces.append((start, min(left, bucket), bucket))
+        start += bucket
+    return pieces
+
+
+def cache_length(length: int) -> int:
+    """Places of a cache for sequences of `length`, rounded up: doubling to 4096, then in steps of 4096."""
+    if length > 4096:
+        return -(-length // 4096) * 4096
+    size = CACHE_MULTIPLE
+    while size < length:
+        size *= 2
+    return size
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,))
+def prefill(
+    c: ModelConfig,
+    path: cached.Path,
+    attention_factor: float,
+    every: bool,
+    weights: cached.Weights,
+    cache: cached.Cache,
+    tokens: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
+    frequencies: jax.Array,
+):
+    """A chunk of one prompt into a cache of one row.
+
+    Args:
+      every: logits of every place, (T, V), instead of the last counted one, (1, V).
+      tokens: (T,) int32, of which `count` count; what the others write is overwritten before it is seen.
+    Returns: logits float32, cache.
+    """
+    positions = start + jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    row = jnp.zeros(1, jnp.int32)
+    x, cache = cached.hidden(
+        c, path, weights, cache, tokens[None], positions[None], row, frequencies[None], attention_factor
+    )
+    x = x[0] if every else jax.lax.dynamic_slice_in_dim(x[0], count - 1, 1)
+    return cached.logits(c, weights, x), cache
+
+
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(1,))
+def insert(path: cached.Path, cache: cached.Cache, prompt: cached.Cache, row: jax.Array) -> cached.Cache:
+    """The cache of one prompt becomes row `row` of a batch's; both hold the same positions, the batch's no fewer."""
+    at = (row, 0, 0, 0) if path.unrolled else (0, row, 0, 0, 0)
+    return jax.tree.map(lambda whole, one: jax.lax.dynamic_update_slice(whole, one, at), cache, prompt)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 7))
+def step(
+    c: ModelConfig,
+    path: cached.Path,
+    attention_factor: float,
+    plan: Plan,
+    weights: cached.Weights,
+    cache: cached.Cache,
+    settings,
+    rows: Rows,
+    frequencies: jax.Array,
+    advance: jax.Array,
+    count: jax.Array | None,
+):
+    """Feeds each row's token and chooses its next. advance: (B,) int32, 1, or 0 for a row that has ended.
+    count: rows to compute one by one, which keeps the bits of each; None: all together.
+    Returns: log-probabilities (B,), rows, cache.
+    """
+    held = jax.tree.leaves(cache)[0].shape[-4]  # a batch of two may hold one row: see `each_row`
+    places = jnp.minimum(jnp.arange(rows.tokens.shape[0], dtype=jnp.int32), held - 1)
+    x, cache = cached.hidden(
+        c,
+        path,
+        weights,
+        cache,
+        rows.tokens[:, None],
+        rows.positions[:, None],
+        places,
+        frequencies,
+        attention_factor,
+        count,
+    )
+    logits = cached.logits(c, weights, x[:, 0], count)
+    logprobs, rows = _chosen(plan, settings, logits, rows, count)
+    return logprobs, rows._replace(positions=rows.positions + advance), cache
+
+
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(3,))
+def first(plan: Plan, settings, logits: jax.Array, rows: Rows, count: jax.Array | None):
+    """The first token of each row from the logits (B, V) behind its prompt."""
+    return _chosen(plan, settings, logits, rows, count)
+
+
+def _chosen(plan: Plan, settings, logits: jax.Array, rows: Rows, count: jax.Array | None) -> tuple[jax.Array, Rows]:
+    def one(logits, names, numbers, seen=None):
+        return choose(plan, settings, logits, seen, names, numbers)
+
+    known = (logits, rows.names, rows.numbers) + (() if rows.seen is None else (rows.seen,))
+    tokens, logprobs = each_row(one, count)(*known)
+    seen = rows.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
+    return logprobs, rows._replace(tokens=tokens, numbers=rows.numbers + 1, seen=seen)
+
+
+@functools.lru_cache(maxsize=64)
+def cache_maker(c: ModelConfig, path: cached.Path, rows: int, length: int, layout: NamedSharding):
+    """Compiled: () -> an empty cache, made where it lies."""
+    return jax.jit(lambda: cached.empty_cache(c, path, rows, length), out_shardings=layout)

@@ -1,0 +1,193 @@
+"""A checkpoint as an object: `model = phijax.load("path")`, for notebooks, scripts and the command `generate`."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, overload
+
+import jax
+import numpy as np
+from etils import epath
+
+from phijax.checkpoint.open import load_params, open_checkpoint
+from phijax.checkpoint.opened import Opened
+from phijax.errors import UserError
+from phijax.inference.generator import Generator, Piece
+from phijax.inference.sampling import Sampling
+from phijax.inference.stopping import Result
+from phijax.model.backend import choose_backend
+from phijax.model.config import ModelSection
+from phijax.model.params import axes, shapes
+from phijax.parallel import sharding
+from phijax.parallel.mesh import MeshConfig, make_mesh
+from phijax.text import chat
+from phijax.text.tokenizer import TextTokenizer
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, str]]
+
+
+def load(
+    path: epath.PathLike,
+    *,
+    max_length: int | None = None,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    tensor: int = 1,
+    long_rope: Literal["auto", "declared", "per_sequence"] = "auto",
+) -> "Model":
+    """Opens any checkpoint for use: a run's workdir or step, a Hugging Face folder, a GGUF file.
+
+    Args:
+      max_length, long_rope: as inference.Generator takes them.
+      dtype: of weights and computation; "auto": float32 on CPU, bfloat16 elsewhere.
+      tensor: devices over which the weights are cut.
+    Raises: UserError for what is no checkpoint, or cannot be cut so.
+    """
+    opened = open_checkpoint(path)
+    devices = jax.devices()
+    if not 1 <= tensor <= len(devices):
+        raise UserError(f"tensor={tensor}: this machine has {len(devices)} devices.")
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, context=1, tensor=tensor), devices[:tensor])
+    for name, shape in shapes(opened.model).items():
+        sharding.check_divides(name, shape, axes(opened.model)[name], mesh.shape)
+    platform = devices[0].platform
+    attention = "dense" if platform in ("gpu", "cuda", "rocm") else "auto"  # cuDNN's refuses float32; unused here
+    backend = choose_backend(ModelSection(compute_dtype=dtype, attention=attention), platform)
+    try:
+        tokenizer = opened.tokenizer()
+    except UserError as error:
+        tokenizer, missing = None, error
+    else:
+        missing = None
+    params = load_params(opened, mesh, dtype=backend.dtype)
+    generator = Generator(
+        opened.model,
+        params,
+        tokenizer,
+        backend,
+        mesh,
+        max_length,
+        stop_ids=_stop_ids(opened, tokenizer),
+        begin=_begin(opened, tokenizer),
+        long_rope=long_rope,
+    )
+    return Model(generator, opened.chat_template, without_tokenizer=missing)
+
+
+class Model:
+    """A model in memory, with what travels with its weights."""
+
+    def __init__(
+        self, generator: Generator, chat_template: str | None = None, *, without_tokenizer: UserError | None = None
+    ):
+        self.generator = generator
+        self.config = generator.model
+        self.tokenizer = generator.tokenizer
+        self._template, self._without_tokenizer = chat_template, without_tokenizer
+        self._format: chat.ChatFormat | None = None
+
+    @overload
+    def generate(self, prompts: str, sampling: Sampling | None = None, **settings) -> Result: ...
+    @overload
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling | None = None, **settings) -> list[Result]: ...
+
+    def generate(self, prompts, sampling=None, **settings):
+        """Continues one text (-> Result) or a list of texts or lists of ids (-> list of Results).
+
+        Args:
+          settings: fields of Sampling, in place of one: `model.generate("Once", max_tokens=20, temperature=0)`.
+        """
+        sampling = _sampling(sampling, settings)
+        self._need_tokenizer(isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts))
+        results = self.generator.generate([prompts] if isinstance(prompts, str) else prompts, sampling)
+        return results[0] if isinstance(prompts, str) else results
+
+    def stream(self, prompt: Prompt, sampling: Sampling | None = None, **settings) -> Iterator[Piece]:
+        """Continues one text token by token; a piece's `text` may be printed as it comes."""
+        self._need_tokenizer(isinstance(prompt, str))
+        return self.generator.stream([prompt], _sampling(sampling, settings))
+
+    def chat(self, messages: Messages, sampling: Sampling | None = None, **settings) -> Result:
+        """The answer to a conversation, [{"role": "user", "content": "..."}, ...]."""
+        prompt, sampling = self.encode_chat(messages, _sampling(sampling, settings))
+        return self.generator.generate([prompt], sampling)[0]
+
+    def stream_chat(self, messages: Messages, sampling: Sampling | None = None, **settings) -> Iterator[Piece]:
+        """As `chat`, token by token."""
+        prompt, sampling = self.encode_chat(messages, _sampling(sampling, settings))
+        return self.generator.stream([prompt], sampling)
+
+    def encode_chat(self, messages: Messages, sampling: Sampling) -> tuple[list[int], Sampling]:
+        """The conversation as ids, and the settings with the ids that end an answer.
+
+        Raises: UserError for a conversation that is none, or a model whose chat format is not known.
+        """
+        self._need_tokenizer(True)
+        form = self.chat_format()
+        encoded = chat.encode_chat(messages, self.tokenizer, form, generation_prompt=True)
+        ends = (*sampling.stop_ids, *chat.stop_ids(self.tokenizer, form))
+        return encoded.tokens, dataclasses.replace(sampling, stop_ids=ends)
+
+    def chat_format(self) -> chat.ChatFormat:
+        """Raises: UserError where the checkpoint has no chat template, or one that is not known."""
+        if self._format is None:
+            self._need_tokenizer(True)
+            self._format = chat.recognise(self._template, self.tokenizer)
+        if self._format is None:
+            known = ", ".join(form.name for form in chat.FORMATS)
+            what = "has no chat template" if self._template is None else "has a chat template that is none of ours"
+            raise UserError(f"This checkpoint {what} ({known}): it can continue text, but not chat.")
+        return self._format
+
+    def logits(self, text: Prompt) -> np.ndarray:
+        """(T, V) float32; row t is what the model says of the token behind token t. Text begins as prompts do."""
+        return self.generator.logits(self._ids(text))
+
+    def loss(self, text: Prompt) -> float:
+        """Mean negative log-likelihood of a text's tokens, in nats a token; the first only where a token begins texts.
+
+        Raises: UserError for a text of fewer than two tokens.
+        """
+        ids = self._ids(text)
+        if len(ids) < 2:
+            raise UserError("A loss needs a text of at least two tokens.")
+        logits = self.generator.logits(ids)[:-1].astype(np.float64)
+        highest = logits.max(axis=-1)
+        normaliser = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=-1))
+        loss = float(np.mean(normaliser - logits[np.arange(len(ids) - 1), ids[1:]]))
+        assert math.isfinite(loss)
+        return loss
+
+    def _ids(self, text: Prompt) -> list[int]:
+        self._need_tokenizer(isinstance(text, str))
+        if isinstance(text, str):
+            return [*self.generator.begin, *self.tokenizer.encode(text)]
+        return [int(i) for i in text]
+
+    def _need_tokenizer(self, needed: bool) -> None:
+        if needed and self.tokenizer is None:
+            raise self._without_tokenizer or UserError("This model has no tokenizer: give ids.")
+
+
+def _sampling(sampling: Sampling | None, settings: dict) -> Sampling:
+    if sampling is not None and settings:
+        raise UserError(f"Give either a Sampling or its fields, not both: {', '.join(settings)}.")
+    try:
+        return sampling or Sampling(**settings)
+    except TypeError as error:
+        known = ", ".join(Sampling.__dataclass_fields__)
+        raise UserError(f"{error}. Settings are: {known}.") from error
+
+
+def _stop_ids(opened: Opened, tokenizer: TextTokenizer | None) -> tuple[int, ...]:
+    """What the checkpoint says; a run of ours says nothing and ends texts as its data does."""
+    return opened.stop_ids or (() if tokenizer is None else (tokenizer.end_of_text,))
+
+
+def _begin(opened: Opened, tokenizer: TextTokenizer | None) -> tuple[int, ...]:
+    """What stands before a text: in our data the end of another; elsewhere the BOS, if the checkpoint adds one."""
+    if tokenizer is None:
+        return ()
+    if opened.kind == "phijax" and not opened.stop_ids:
+        return (tokenizer.end_of_text,)
+    return (opened.extra["bos_id"],) if opened.extra.get("add_bos") and "bos_id" in opened.extra else ()

@@ -1,0 +1,171 @@
+"""The decoder over a cache of keys and values: the same blocks as `decoder.py`, for inference.
+
+Weights and cache are plain trees. Where layers are unrolled both are held a layer an array: a slice of a stack is a
+copy, and at one token a step the copies are all of the time. Nothing here sets or reads a mesh in context: the weights
+lie where they are used (`inference/resident.py`), and XLA carries their cuts through.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from phijax.model import params as model_params
+from phijax.model.config import ModelConfig
+from phijax.model.decoder import Block, Decoder
+from phijax.model.kernels.decode import attention_cut_by_time, cached_attention, write
+from phijax.model.kernels.rows import each_row
+from phijax.model.params import STACKED, Params
+from phijax.model.rope import apply_rope
+from phijax.model.weights import project, project_back
+
+Weights = dict[str, Any]  # as Params, but "blocks" is a tuple of trees where layers are unrolled
+Cache = Any  # (k, v), each (R, K, S, H): a tuple of these, or one with L in front
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """Static choices of an inference program.
+
+    cut_by_time: the mesh over whose axis `tensor` the cache is cut by time.
+    """
+
+    unrolled: bool
+    dtype: str = "float32"
+    rope_by_matmul: bool = False
+    cut_by_time: Mesh | None = None
+
+
+def layered(weights: Params, num_layers: int) -> Weights:
+    """Stacked blocks -> a tuple of `num_layers` trees. Copies; for programs whose layers are unrolled."""
+    blocks = weights[STACKED]
+    return {**weights, STACKED: tuple(jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(num_layers))}
+
+
+def empty_cache(c: ModelConfig, path: Path, rows: int, length: int) -> Cache:
+    """A cache of `rows` rows and `length` places, all zero."""
+    shape = (rows, c.num_kv_heads, length, c.head_dim)
+    if path.unrolled:
+        return tuple((jnp.zeros(shape, path.dtype), jnp.zeros(shape, path.dtype)) for _ in range(c.num_layers))
+    return jnp.zeros((c.num_layers, *shape), path.dtype), jnp.zeros((c.num_layers, *shape), path.dtype)
+
+
+def hidden(
+    c: ModelConfig,
+    path: Path,
+    weights: Weights,
+    cache: Cache,
+    tokens: jax.Array,
+    positions: jax.Array,
+    rows: jax.Array,
+    frequencies: jax.Array,
+    attention_factor: float,
+    count: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
+    """New tokens of some of the cache's rows through all layers; their keys and values are written first.
+
+    Args:
+      tokens, positions: (B, T) int32, positions rising by one; what the cache holds at later places is not seen.
+      rows: (B,) int32, rows of the cache.
+      frequencies: (B, R/2) float32, radians per token of each row; with `attention_factor`, as
+        `rope.inverse_frequencies` gives them.
+      count: as `each_row` takes it.
+    Returns: (B, T, D) after the final norm, and the cache.
+    """
+    rope = _rope_table(c, path, positions, frequencies, attention_factor)
+    top = _module(c, weights, _layer(weights, 0))
+    x = jnp.take(top.embedding[...], tokens, axis=0).astype(path.dtype)
+
+    def body(x, layer, cache):
+        return _block(c, path, _module(c, weights, layer).blocks, x, rope, cache, rows, positions, count)
+
+    if path.unrolled:
+        new = []
+        for layer, layer_cache in zip(weights[STACKED], cache, strict=True):
+            x, layer_cache = body(x, layer, layer_cache)
+            new.append(layer_cache)
+        cache = tuple(new)
+    else:
+        x, cache = jax.lax.scan(lambda x, both: body(x, *both), x, (weights[STACKED], cache))
+    return each_row(top.final_norm, count)(x), cache
+
+
+def logits(c: ModelConfig, weights: Weights, x: jax.Array, count: jax.Array | None = None) -> jax.Array:
+    """(B, D) -> (B, padded V) float32, -inf where the vocabulary is padded. (Cutting the padding off is a copy.)"""
+    head = _module(c, weights, _layer(weights, 0)).head_rows()
+
+    def product(x: jax.Array) -> jax.Array:
+        return jnp.einsum("bd,vd->bv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    values = each_row(product, count)(x)
+    return jnp.where(jnp.arange(head.shape[0]) < c.vocab_size, values, -jnp.inf)
+
+
+def _block(c, path, block: Block, x, rope, cache, rows, positions, count):
+    """One layer, the residual block of decoder.Block: x (B, T, D), cache (k, v) -> both anew.
+
+    In pieces that each end where all rows meet: at the cache, and after each large matrix, so that rows that are
+    computed one by one take turns at one matrix while it is in the processor's cache.
+    """
+    a, mlp = block.attention, block.mlp
+
+    def split(h, w, heads: int) -> jax.Array:
+        return _flat(project, h, w).reshape(*h.shape[:2], heads, -1).swapaxes(1, 2)
+
+    def enter(x, cos, sin):
+        h = block.attention_norm(x)
+        q, k, v = split(h, a.q, c.num_heads), split(h, a.k, c.num_kv_heads), split(h, a.v, c.num_kv_heads)
+        q, k = (apply_rope(y, (cos, sin), c, by_matmul=path.rope_by_matmul) for y in (q, k))
+        return q, k, v
+
+    def leave(x, out):
+        x = x + _flat(project_back, out.swapaxes(1, 2).reshape(*x.shape[:2], -1), a.o)
+        return x, block.mlp_norm(x)
+
+    def widen(h):
+        return jax.nn.silu(_flat(project, h, mlp.gate)) * _flat(project, h, mlp.up)
+
+    q, k, v = each_row(enter, count)(x, *rope)
+    k_cache, v_cache = (
+        write(old, new, rows, positions[:, 0], count=count) for old, new in zip(cache, (k, v), strict=True)
+    )
+    if path.cut_by_time is None:
+        out = cached_attention(q, k_cache, v_cache, rows, positions, window=c.sliding_window, count=count)
+    else:
+        out = attention_cut_by_time(
+            q, k_cache, v_cache, rows, positions, window=c.sliding_window, mesh=path.cut_by_time
+        )
+    x, h = each_row(leave, count)(x, out)
+    h = each_row(widen, count)(h)
+    x = each_row(lambda x, h: x + _flat(project_back, h, mlp.down), count)(x, h)
+    return x, (k_cache, v_cache)
+
+
+def _flat(verb: Callable, x: jax.Array, w) -> jax.Array:
+    """A contraction that sees (B T, D): one product on every backend."""
+    return verb(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
+
+
+def _rope_table(c, path, positions, frequencies, factor) -> tuple[jax.Array, jax.Array]:
+    """rope.rope_table with frequencies that may differ by row."""
+    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies[:, None, None]  # (B, 1, T, R/2)
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    cos, sin = jnp.cos(angles) * np.float32(factor), jnp.sin(angles) * np.float32(factor)
+    if path.rope_by_matmul and c.rotary_dim < c.head_dim:
+        rest = [(0, 0)] * 3 + [(0, c.head_dim - c.rotary_dim)]
+        cos, sin = jnp.pad(cos, rest, constant_values=1.0), jnp.pad(sin, rest)
+    return cos.astype(path.dtype), sin.astype(path.dtype)
+
+
+def _layer(weights: Weights, number: int) -> Params:
+    blocks = weights[STACKED]
+    return blocks[number] if isinstance(blocks, tuple) else jax.tree.map(lambda a: a[number], blocks)
+
+
+def _module(c: ModelConfig, weights: Weights, layer: Params) -> Decoder:
+    """A Decoder whose `blocks` are one layer's."""
+    return model_params.module(c, {**weights, STACKED: layer})
