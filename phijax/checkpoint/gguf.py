@@ -36,6 +36,9 @@ def open_gguf(path: epath.PathLike) -> Opened:
         for ours, key in ids.items()
         if f"tokenizer.ggml.{key}" in file.metadata
     }
+    # llama.cpp puts bos before SentencePiece's ids where a file does not say.
+    default = file.metadata.get("tokenizer.ggml.model") == "llama"
+    extra["add_bos_token"] = file.metadata.get("tokenizer.ggml.add_bos_token", default) is True
     if isinstance(name := file.metadata.get("general.name"), str):
         extra["name"] = name
     return Opened(

@@ -26,7 +26,7 @@ _FIXED = 24  # bytes of magic, version and the two counts
 
 # Far above what published models have (a vocabulary of 262,144, as many merges, 1,000 tensors); enough to refuse a
 # hostile file within a second.
-_MOST_HEADER = 1 << 28  # bytes
+_MOST_HEADER = 1 << 26  # bytes
 _MOST_ENTRIES = 1 << 16  # keys, and tensors
 _MOST_STRINGS = 1 << 20
 _LONGEST_KEY = 1 << 16  # bytes, the format's own limit

@@ -90,7 +90,7 @@ def architecture_for(opened: Opened) -> str:
 
 def _output(path: epath.Path, opened: Opened, kind: str, overwrite: bool) -> epath.Path:
     if kind not in KINDS:
-        raise UserError(f"gguf_type={kind!r} is not written; written are {', '.join(KINDS)}.")
+        raise UserError(f"kind={kind!r} is not written; written are {', '.join(KINDS)}.")
     if not durable.is_local(path):
         raise UserError(f"{path}: GGUF files are written to a local disk. Copy it afterwards.")
     if path.suffix != ".gguf":
