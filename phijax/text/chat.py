@@ -164,7 +164,7 @@ def _renders_alike(
 
 
 def _check_tokens(tokenizer: TextTokenizer, format: ChatFormat) -> None:
-    for name in format.special_names():
+    for name in sorted(format.special_names()):
         if name not in tokenizer.specials.ids:
             known = ", ".join(tokenizer.specials.ids) or "none"
             raise UserError(
