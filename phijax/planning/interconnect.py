@@ -1,0 +1,123 @@
+"""Collectives on a torus: which chips take part, over which axes they lie, how long bytes take."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+from phijax.planning.assumptions import COLLECTIVE_LATENCY, Chip
+
+COLLECTIVES = frozenset(
+    {
+        "all-gather",
+        "all-reduce",
+        "reduce-scatter",
+        "all-to-all",
+        "collective-permute",
+        "ragged-all-to-all",
+        "collective-broadcast",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Torus:
+    """Where the chips of a program lie.
+
+    shape: chips along each axis. coordinates: of partition 0, 1, ...; the order of the mesh, not of device ids.
+    """
+
+    shape: tuple[int, ...]
+    coordinates: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def in_order(cls, shape: Sequence[int]) -> "Torus":
+        """Partitions counted along the first axis fastest."""
+        coordinates = []
+        for number in range(math.prod(shape)):
+            place = []
+            for length in shape:
+                place.append(number % length)
+                number //= length
+            coordinates.append(tuple(place))
+        return cls(tuple(shape), tuple(coordinates))
+
+    def bandwidth(self, group: Sequence[int], chip: Chip) -> float:
+        """Bytes a second that reach a chip in an all-gather over `group`: each axis that it spans adds its links.
+
+        Both directions of an axis work where the group closes the ring; on a line one does.
+        """
+        places = [self.coordinates[i] for i in group if i < len(self.coordinates)]
+        total = 0.0
+        for axis, length in enumerate(self.shape):
+            reached = len({place[axis] for place in places})
+            if reached > 1:
+                ring = reached == length and reached % chip.wraps_at == 0
+                total += chip.link_bandwidth * (2 if ring else 1)
+        return total or 2 * chip.link_bandwidth
+
+
+def seconds(kind: str, size: float, group: Sequence[int], torus: Torus, chip: Chip) -> float:
+    """One collective alone on its links.
+
+    Args:
+      size: bytes of the whole array: of a gather's result, of a scatter's input.
+    """
+    if kind == "collective-permute":
+        return size / chip.link_bandwidth + COLLECTIVE_LATENCY
+    chips = max(len(group), 1)
+    moved = size * (chips - 1) / chips / torus.bandwidth(group, chip)
+    # A reduction gathers what it has scattered; in an all-to-all on a torus half the bytes cross the middle.
+    factor = {"all-reduce": 2.0, "all-to-all": 0.5}.get(kind, 1.0)
+    return factor * moved + COLLECTIVE_LATENCY * max(1.0, math.log2(max(chips, 2)))
+
+
+def first_group(attributes: str, partitions: int) -> list[int]:
+    """Partitions of the first replica group, in any of XLA's spellings; all partitions where none is written."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    if listed:
+        return [int(n) for n in listed[1].split(",")]
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if iota:
+        groups, shape, order = ([int(n) for n in text.split(",")] if text else [] for text in iota.groups())
+        return _iota(shape, order or list(range(len(shape))), math.prod(groups[1:]))
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\](?:\([^)]*\))? ?\{(.*?)\}", attributes)
+    if mesh:
+        return _mesh_group(re.findall(r"'([^']+)'=(\d+)", mesh[1]), mesh[2])
+    return list(range(partitions))
+
+
+def _iota(shape: list[int], order: list[int], count: int) -> list[int]:
+    """The first `count` of 0, 1, ... laid out in `shape` and read with its axes in `order`."""
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    result = []
+    for number in range(count):
+        place = 0
+        for axis in reversed(order):
+            number, digit = divmod(number, shape[axis])
+            place += digit * strides[axis]
+        result.append(place)
+    return result
+
+
+def _mesh_group(axes: list[tuple[str, str]], used: str) -> list[int]:
+    """Named axes: "mesh['a'=2,'b'=4] {'b'}", and parts of them: "{'b':(1)2}", two of b, the first one behind 1."""
+    strides, stride = {}, 1
+    for name, size in reversed(axes):
+        strides[name] = (stride, int(size))
+        stride *= int(size)
+    group = [0]
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", used):
+        stride, length = strides[name]
+        if size:
+            stride, length = stride * length // (int(before) * int(size)), int(size)
+        group = [i + k * stride for i in group for k in range(length)]
+    return group
+
+
+def ring_direction(attributes: str, partitions: int) -> str | None:
+    """ "+" or "-" of a permute's first pair: the two directions are independent links. None: not a permute's text."""
+    pair = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes)
+    if not pair:
+        return None
+    return "+" if 0 < (int(pair[2]) - int(pair[1])) % partitions <= partitions // 2 else "-"

@@ -1,0 +1,70 @@
+"""Seconds of Pallas kernels, for which the compiler makes no estimate."""
+
+import re
+
+from phijax.planning.assumptions import ATTENTION_EFFICIENCY, Chip
+from phijax.planning.program_text import Operation, arrays_in
+
+KERNEL_TARGET = "tpu_custom_call"
+DEFAULT_BLOCK = 512
+
+
+def is_attention(operation: Operation) -> bool:
+    return any(word in operation.name.lower() for word in ("splash", "flash", "attention"))
+
+
+def seconds(operation: Operation, chip: Chip, *, window: int | None, balanced: bool) -> float:
+    """Attention by its padded matrix products at an assumed efficiency; any other kernel by its bytes in HBM.
+
+    Args:
+      window: keys that a query sees, if not all before it.
+      balanced: under `context`, whether queries are dealt so that all chips see as many keys.
+    """
+    if not is_attention(operation):
+        return 2 * operation.bytes / chip.hbm_bandwidth
+    operands = arrays_in(operation.attribute(r"operand_layout_constraints=\{(.*?)\}, (?:front|meta|back|custom)") or "")
+    heads = [a.shape for a in operands if a.dtype == "bf16" and len(a.shape) in (3, 4) and a.shape[-1] >= 64]
+    if not heads:
+        return 2 * operation.bytes / chip.hbm_bandwidth
+    query = heads[0]
+    *rows, length, width = query
+    count = 1
+    for n in rows:
+        count *= n
+    keys = max(shape[-2] for shape in heads)
+    width = -(-width // chip.matrix_side) * chip.matrix_side
+    share = seen_share(length, keys, _block(operation), window=window, balanced=balanced)
+    flops = products(operation) * 2 * count * length * keys * width * share
+    return flops / chip.peak_flops / ATTENTION_EFFICIENCY
+
+
+def products(operation: Operation) -> int:
+    """Matrix products of queries x keys x head: 2 forward, 5 in a fused backward, 3 for dq and 4 for dk, dv alone."""
+    if "fwd" in operation.name:
+        return 2
+    if re.search(r'use_fused_bwd_kernel[\\": ]+true', operation.attributes):
+        return 5
+    return 3 if "dq" in operation.name else 4
+
+
+def _block(operation: Operation) -> int:
+    found = operation.attribute(r'block_kv\\*": (\d+)')
+    return int(found) if found else DEFAULT_BLOCK
+
+
+def seen_share(queries: int, keys: int, block: int, *, window: int | None = None, balanced: bool = False) -> float:
+    """Share of the queries x keys square that the kernel computes: whole blocks with any key that is seen.
+
+    Fewer queries than keys: one chip's part under `context`, and the busiest chip (the last rows) is meant, unless
+    the rows are dealt evenly.
+    """
+    block = min(block, keys)
+    if queries < keys and balanced:
+        return 0.5 if window is None else min(0.5, window / keys)
+    first = keys - queries
+    total = 0
+    for start in range(first, keys, block):
+        last = min(start + block, keys)
+        lowest = max(0, start - window + 1) // block * block if window is not None else 0
+        total += (min(last, keys) - start) * (-(-last // block) * block - lowest)
+    return total / (queries * keys)
