@@ -251,10 +251,12 @@ def _long_rope(file: GgufFile, read: _Numbers, rotary_dim: int) -> LongRope | No
         if exact is None:
             values[name] = tuple(map(shortest, raw))
             continue
-        if not isinstance(exact, np.ndarray) or not np.array_equal(exact.astype(np.float32), raw):
+        with np.errstate(all="ignore"):
+            same = isinstance(exact, np.ndarray) and np.array_equal(exact.astype(np.float32), raw)
+        if not same:
             raise UserError(f"{file.path}: {_exact_key(name)} and {name} are not the same numbers.")
         values[name] = tuple(exact.tolist())
-    original = read.size("rope.scaling.original_context_length")
+    original = read.size("rope.scaling.original_context_length", least=2)  # its logarithm is a divisor
     return LongRope(values[SHORT_FACTORS], values[LONG_FACTORS], original)
 
 

@@ -6,8 +6,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from gguf_case import ARRAY, F32, Q4_0, STRING, gguf, key, tensor, text
+from gguf_case import ARRAY, F32, LONG, Q4_0, STRING, gguf, key, opened, tensor, text
 
+from phijax.checkpoint.gguf import write_gguf
 from phijax.checkpoint.gguf_file import read_file
 from phijax.checkpoint.open import open_checkpoint
 from phijax.errors import UserError
@@ -150,6 +151,28 @@ def test_what_the_header_says_is_read(tmp_path):
     assert file.tensors["b.weight"].size == 18 and file.tensors["b.weight"].offset == file.tensors["a"].offset + 64
     raw = file.data[file.tensors["a"].offset :][:24].view(np.float32)
     np.testing.assert_array_equal(raw, numbers)
+
+
+def test_damage_anywhere_in_a_header_is_a_message(tmp_path):
+    """One to three bytes of a real header replaced: it opens, or it is refused, and nothing else happens."""
+    path = write_gguf(opened(LONG), tmp_path / "m.gguf", kind="Q8_0")
+    whole = path.read_bytes()
+    end = min(tensor.offset for tensor in read_file(path).tensors.values())
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(rng.integers(1, 4)):
+            # The names and scores of tokens are most of a header: keys are before them, tensors behind.
+            low, high = ((0, 1500), (end - 2500, end), (0, end))[rng.integers(3)]
+            damaged[rng.integers(low, high)] = rng.choice([0, 1, 127, 128, 255, rng.integers(256)])
+        path.write_bytes(damaged)
+        try:
+            open_checkpoint(path).tokenizer()
+            outcomes.add("opened")
+        except UserError:
+            outcomes.add("refused")
+    assert outcomes == {"opened", "refused"}
 
 
 @pytest.mark.parametrize("where", ["nowhere.gguf", "folder.gguf"])
