@@ -331,13 +331,15 @@ def _long_rope_keys(model: ModelConfig) -> dict[str, Any]:
     if rope is None:
         return {}
     return {
+        # transformers 4 looks for it here and would else take max_position_embeddings, 5 for the one inside.
+        "original_max_position_embeddings": rope.original_max_position,
         "rope_scaling": {
             "rope_type": "longrope",
             "type": "longrope",
             "factor": model.max_position / rope.original_max_position,
             "original_max_position_embeddings": rope.original_max_position,
             **_lists(rope),
-        }
+        },
     }
 
 

@@ -31,7 +31,8 @@ def open_checkpoint(path: epath.PathLike) -> Opened:
             from phijax.checkpoint.gguf import open_gguf  # the format's package is an extra
 
             return open_gguf(path)
-        raise UserError(f"{path} is no checkpoint. {LOOKED_FOR}")
+        near = " Give the folder that it is in." if path.suffix in (".safetensors", ".json", ".bin") else ""
+        raise UserError(f"{path} is no checkpoint.{near} {LOOKED_FOR}")
     if is_ours(path):
         return open_ours(path)
     if is_huggingface(path):
@@ -40,8 +41,8 @@ def open_checkpoint(path: epath.PathLike) -> Opened:
 
 
 LOOKED_FOR = (
-    "A checkpoint is: the workdir of a run (checkpoints/), the folder of one of its steps (manifest.json), a Hugging "
-    "Face folder (config.json and *.safetensors), or a file *.gguf."
+    "A checkpoint is: the workdir of a run (checkpoints/), the folder of one of its steps (manifest.json and state/), "
+    "a Hugging Face folder (config.json and *.safetensors), or a file *.gguf."
 )
 
 

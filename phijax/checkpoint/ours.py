@@ -75,7 +75,9 @@ def array_spec(state: epath.Path, path: str) -> dict[str, Any]:
 
 def is_ours(path: epath.Path) -> bool:
     """Whether a folder is a step of ours, or the workdir of a run with steps."""
-    return (path / manifest.MANIFEST_FILE).exists() or (path / CHECKPOINTS_FOLDER).exists()
+    # Token shards have a manifest too.
+    step = (path / manifest.MANIFEST_FILE).exists() and (path / manifest.STATE_FOLDER).exists()
+    return step or (path / CHECKPOINTS_FOLDER).exists()
 
 
 def open_ours(path: epath.Path) -> Opened:

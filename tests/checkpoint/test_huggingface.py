@@ -10,7 +10,7 @@ import pytest
 from huggingface_case import L0, LONG, MODELS, PARTIAL, PHI3, TIED, WINDOW, Saved, edit, make, tensors, their_logits
 from quick_compilation import QUICK
 
-from phijax.checkpoint import huggingface_config, huggingface_export, names, ours_export
+from phijax.checkpoint import durable, huggingface_config, huggingface_export, names, ours_export
 from phijax.checkpoint.open import load_params, open_checkpoint
 from phijax.checkpoint.weight_source import model_shapes
 from phijax.errors import UserError
@@ -282,3 +282,13 @@ def test_buffers_of_old_files_and_a_second_copy_of_a_tied_head_are_ignored(saved
     assert open_checkpoint(folder).model == TIED
     edit(folder / "config.json", lambda c: c.update(tie_word_embeddings=False))
     assert "head" in open_checkpoint(folder).weights.shapes()
+
+
+def test_files_that_cannot_be_mapped_are_read_by_rows(saved, monkeypatch):
+    """As those of an object store."""
+    source = open_checkpoint(saved("phi3")).weights
+    indices = {path: tuple(slice(1, max(2, size - 1)) for size in shape) for path, shape in source.shapes().items()}
+    mapped = {path: source.read(path, index) for path, index in indices.items()}
+    monkeypatch.setattr(durable, "is_local", lambda path: False)
+    for path, index in indices.items():
+        np.testing.assert_array_equal(source.read(path, index), mapped[path], err_msg=path)
