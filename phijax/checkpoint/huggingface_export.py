@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -14,7 +14,7 @@ from phijax.checkpoint.weight_source import WeightSource, blocks, check_finite
 from phijax.errors import UserError
 
 DTYPES = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "bfloat16": np.dtype(jnp.bfloat16),
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }

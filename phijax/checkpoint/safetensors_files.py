@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -24,7 +24,7 @@ SINGLE_FILE = "model.safetensors"
 LONGEST_HEADER = 16_000_000  # bytes: 100,000 tensors; headers of real models have some ten thousand bytes
 LONGEST_INDEX = 16_000_000
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Protocol
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from phijax.errors import UserError
@@ -22,7 +22,7 @@ class WeightSource(Protocol):
         ...
 
     def dtype(self, path: str) -> np.dtype:
-        """As stored, ml_dtypes.bfloat16 included; float32 for weights that are stored quantised."""
+        """As stored, jnp.bfloat16 included; float32 for weights that are stored quantised."""
         ...
 
     def read(self, path: str, index: Index) -> np.ndarray:
@@ -61,7 +61,7 @@ def blocks(shape: tuple[int, ...], itemsize: int, limit: int = 64 << 20) -> Iter
 _EXPONENT = {
     np.dtype(np.float32): (np.uint32, 0x7F800000),
     np.dtype(np.float16): (np.uint16, 0x7C00),
-    np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
+    np.dtype(jnp.bfloat16): (np.uint16, 0x7F80),
 }
 
 
