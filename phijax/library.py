@@ -20,7 +20,7 @@ from phijax.model.config import ModelSection
 from phijax.model.params import axes, shapes
 from phijax.parallel import sharding
 from phijax.parallel.mesh import MeshConfig, make_mesh
-from phijax.text import chat
+from phijax.text import chat as chats
 from phijax.text.tokenizer import TextTokenizer
 
 Prompt = str | Sequence[int]
@@ -84,7 +84,7 @@ class Model:
         self.config = generator.model
         self.tokenizer = generator.tokenizer
         self._template, self._without_tokenizer = chat_template, without_tokenizer
-        self._format: chat.ChatFormat | None = None
+        self._format: chats.ChatFormat | None = None
 
     @overload
     def generate(self, prompts: str, sampling: Sampling | None = None, **settings) -> Result: ...
@@ -124,17 +124,17 @@ class Model:
         """
         self._need_tokenizer(True)
         form = self.chat_format()
-        encoded = chat.encode_chat(messages, self.tokenizer, form, generation_prompt=True)
-        ends = (*sampling.stop_ids, *chat.stop_ids(self.tokenizer, form))
+        encoded = chats.encode_chat(messages, self.tokenizer, form, generation_prompt=True)
+        ends = (*sampling.stop_ids, *chats.stop_ids(self.tokenizer, form))
         return encoded.tokens, dataclasses.replace(sampling, stop_ids=ends)
 
-    def chat_format(self) -> chat.ChatFormat:
+    def chat_format(self) -> chats.ChatFormat:
         """Raises: UserError where the checkpoint has no chat template, or one that is not known."""
         if self._format is None:
             self._need_tokenizer(True)
-            self._format = chat.recognise(self._template, self.tokenizer)
+            self._format = chats.recognise(self._template, self.tokenizer)
         if self._format is None:
-            known = ", ".join(form.name for form in chat.FORMATS)
+            known = ", ".join(form.name for form in chats.FORMATS)
             what = "has no chat template" if self._template is None else "has a chat template that is none of ours"
             raise UserError(f"This checkpoint {what} ({known}): it can continue text, but not chat.")
         return self._format
