@@ -4,10 +4,13 @@ import dataclasses
 import json
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+import real_model
 from absl.testing import flagsaver
 from quick_compilation import QUICK
 
@@ -189,3 +192,31 @@ def test_mistakes_are_named(arguments, message):
 )
 def test_sizes(text, size):
     assert export.parse_size(text) == size
+
+
+def test_the_command_ends_with_two_and_one_message():
+    command = [sys.executable, "-m", "phijax", "export"]
+    ended = subprocess.run(
+        [*command, "--checkpoint=/nowhere", "--format=hf", "--output=o"], capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (2, "error: No checkpoint at /nowhere: it does not exist.\n")
+    helped = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert helped.returncode == 0 and "--max_shard_size" in helped.stdout and "mistral" in helped.stdout
+
+
+@pytest.mark.slow
+def test_a_real_model_out_of_gguf_answers_in_transformers(tmp_path):
+    """SmolLM2-135M, a quarter of a minute: weights as transformers dequantises them, template and stop ids at work."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    file = real_model.find_or_skip()
+    assert run(f"--checkpoint={file}", "--format=hf", f"--output={tmp_path / 'hf'}") == 0
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    expected = theirs.state_dict()
+    assert ours.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = tokenizer.decode(ours.generate(**prompt, max_new_tokens=40, do_sample=False)[0])
+    assert answer.endswith("The capital of France is Paris.<|im_end|>")

@@ -1,8 +1,12 @@
 """Checkpoints of ours opened for reading: which step, slices, damage, meshes; nothing is read that is not asked for."""
 
 import dataclasses
+import json
 import pathlib
 import shutil
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +15,7 @@ import pytest
 from etils import epath
 from quick_compilation import QUICK
 
-from phijax.checkpoint import manifest, ours_export, reading
+from phijax.checkpoint import huggingface_export, manifest, ours_export, reading
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
 from phijax.checkpoint.open import load_params, open_checkpoint
@@ -219,3 +223,37 @@ def test_blocks_cut_an_array_once_in_order(shape, limit):
 def test_load_keeps_a_narrow_dtype_when_asked(workdir):
     got = leaves(load_params(open_checkpoint(workdir), mesh(), dtype=jnp.bfloat16))
     assert_same(got, {p: v.astype(jnp.bfloat16) for p, v in leaves(values(5, mesh())).items()})
+
+
+@pytest.mark.parametrize("kind", ["ours", "huggingface"])
+def test_each_of_two_processes_reads_its_own_devices_slices(workdir, tmp_path, kind):
+    """Half of every matrix each, the norms in full."""
+    path = workdir
+    if kind == "huggingface":
+        path = tmp_path / "hf"
+        huggingface_export.write(open_checkpoint(workdir), path, layout="phi3", dtype=None, max_shard_bytes=10**9)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    here = pathlib.Path(__file__).parent
+    children = [
+        subprocess.Popen(
+            [sys.executable, here / "load_child.py", path, str(number), port],
+            cwd=here.parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    ends = [child.communicate(timeout=120) for child in children]
+    assert [child.returncode for child in children] == [0, 0], ends
+    counts = [json.loads(output.splitlines()[-1]) for output, _ in ends]
+    for path, shape in model_shapes(MODEL).items():
+        total = int(np.prod(shape))
+        if path.endswith("scale"):
+            assert [count[path] for count in counts] == [total, total]
+        elif path in ("embedding", "head"):  # 400 of 1024 rows: all of them lie on the first process
+            assert [count.get(path, 0) for count in counts] == [total, 0]
+        else:
+            assert [count[path] for count in counts] == [total // 2, total // 2]
