@@ -16,7 +16,7 @@ from phijax import command
 from phijax.data.shard_manifest import MANIFEST_FILE, Manifest
 from phijax.data.shards import Shards
 from phijax.errors import UserError
-from phijax.text.tokenizer import Tokenizer
+from phijax.text.tokenizer import TextTokenizer
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_integer("rows", 3, "rows to decode, from all over the shards", flag_values=FLAGS)
@@ -114,7 +114,7 @@ def decoded_rows(shards: Shards, count: int) -> Iterator[str]:
         yield f"{head}\n{_decoded(tokenizer, tokens, starts)}"
 
 
-def _decoded(tokenizer: Tokenizer, tokens: np.ndarray, starts: np.ndarray) -> str:
+def _decoded(tokenizer: TextTokenizer, tokens: np.ndarray, starts: np.ndarray) -> str:
     pieces = []
     borders = np.flatnonzero(starts)
     for ids in np.split(tokens, borders[borders > 0]):

@@ -20,7 +20,8 @@ from phijax.curation.tokenize_shards import Stage, assemble_shard, is_validation
 from phijax.data.shard_manifest import MANIFEST_FILE, InputEntry, Manifest, ShardEntry, read_manifest
 from phijax.data.shards import Shards, token_dtype, write_atomically
 from phijax.errors import UserError
-from phijax.text.tokenizer import Tokenizer
+from phijax.text.open import open_tokenizer
+from phijax.text.tokenizer import TextTokenizer
 from phijax.text.train_tokenizer import train_tokenizer
 
 UNIT_BYTES = 32 << 20  # of input, tokenized by one process at a time: some ten seconds
@@ -59,7 +60,7 @@ class Plan:
     units: tuple[tuple[Part, ...], ...]
     num_train_shards: int
     num_validation_shards: int
-    given_tokenizer: Tokenizer | None
+    given_tokenizer: TextTokenizer | None
 
     @property
     def text_bytes(self) -> int:
@@ -103,7 +104,7 @@ def make_plan(request: Request) -> Plan:
         units=_units(parts_of(files, UNIT_BYTES)),
         num_train_shards=shards,
         num_validation_shards=math.ceil(shards * fraction),
-        given_tokenizer=Tokenizer.open(request.tokenizer) if request.tokenizer else None,
+        given_tokenizer=open_tokenizer(request.tokenizer) if request.tokenizer else None,
     )
 
 
@@ -237,7 +238,7 @@ def _remove_temporary_files(plan: Plan, work: pathlib.Path) -> None:
             path.unlink()
 
 
-def _tokenizer(plan: Plan, work: pathlib.Path, watch: Watch) -> Tokenizer:
+def _tokenizer(plan: Plan, work: pathlib.Path, watch: Watch) -> TextTokenizer:
     folder, temporary = work / "tokenizer", work / "tokenizer_being_written"
     if not folder.exists():
         tokenizer = plan.given_tokenizer
@@ -247,7 +248,7 @@ def _tokenizer(plan: Plan, work: pathlib.Path, watch: Watch) -> Tokenizer:
         shutil.rmtree(temporary, ignore_errors=True)
         tokenizer.save(temporary)
         temporary.rename(folder)
-    return Tokenizer.open(folder)
+    return open_tokenizer(folder)
 
 
 def _sample(plan: Plan) -> Iterator[str]:
@@ -316,7 +317,7 @@ def _assemble(
     return [ShardEntry(**entries[i]) for i in range(len(tasks))]
 
 
-def _manifests(plan: Plan, tokenizer: Tokenizer, counts: dict, entries: list[ShardEntry]) -> list[Manifest]:
+def _manifests(plan: Plan, tokenizer: TextTokenizer, counts: dict, entries: list[ShardEntry]) -> list[Manifest]:
     manifests = []
     for split in plan.folders:
         cut = plan.num_train_shards

@@ -17,7 +17,7 @@ import numpy as np
 
 from phijax.curation.documents import Document, Part, read_part
 from phijax.data.shards import ShardWriter, token_dtype
-from phijax.text.tokenizer import Tokenizer
+from phijax.text.open import open_tokenizer
 
 # Where a document's tokens lie in the file of its unit, and where they go.
 _PLACE = np.dtype([("order", "<u8"), ("shard", "<u4"), ("length", "<u8"), ("start", "<u8")])
@@ -41,7 +41,7 @@ def tokenize_unit(parts: Sequence[Part], stage: Stage, output: pathlib.Path) -> 
 
     Raises UserError for a file that cannot be read, OSError for a disk that cannot be written.
     """
-    tokenizer = Tokenizer.open(stage.tokenizer)
+    tokenizer = open_tokenizer(stage.tokenizer)
     dtype = token_dtype(tokenizer.vocab_size)
     counts = collections.Counter(read=0, train=0, validation=0, tokens=0, unknown_tokens=0)
     dropped: collections.Counter[str] = collections.Counter()
@@ -71,7 +71,7 @@ def tokenize_unit(parts: Sequence[Part], stage: Stage, output: pathlib.Path) -> 
 
 def assemble_shard(shard: int, units: Sequence[pathlib.Path], stage: Stage, output: pathlib.Path) -> dict[str, Any]:
     """Writes one shard out of what all units hold for it. Returns its entry for the manifest. Raises UserError."""
-    dtype = token_dtype(Tokenizer.open(stage.tokenizer).vocab_size)
+    dtype = token_dtype(open_tokenizer(stage.tokenizer).vocab_size)
     orders, documents = [], []
     for unit in units:
         for place, ids in _documents_of_shard(unit, shard, dtype):

@@ -19,7 +19,8 @@ from etils import epath
 
 from phijax.data.shard_manifest import DTYPES, Manifest, ShardEntry, read_manifest
 from phijax.errors import UserError
-from phijax.text.tokenizer import Tokenizer
+from phijax.text.open import open_tokenizer
+from phijax.text.tokenizer import TextTokenizer
 
 # magic, version, bytes of a token, zero, number of tokens, number of document starts; then the tokens, then the
 # indices of the starts as uint32. Little-endian.
@@ -181,7 +182,7 @@ class Shards:
                 raise UserError(
                     f"The shard {file} has {size} bytes; the manifest says {shard.bytes}. Copy or prepare it again."
                 )
-        found = Tokenizer.open(folder).fingerprint
+        found = open_tokenizer(folder).fingerprint
         if found != manifest.tokenizer_fingerprint:
             raise UserError(
                 f"The tokenizer in {folder} is not the one its shards were made with: fingerprint {found[:12]}, "
@@ -189,11 +190,11 @@ class Shards:
             )
         return cls(str(folder), manifest)
 
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> TextTokenizer:
         """The one the shards were made with."""
-        return Tokenizer.open(self._folder)
+        return open_tokenizer(self._folder)
 
-    def require_tokenizer(self, tokenizer: Tokenizer, where: str) -> None:
+    def require_tokenizer(self, tokenizer: TextTokenizer, where: str) -> None:
         """Raises UserError unless the shards were made with `tokenizer`; `where` says whose it is."""
         if tokenizer.fingerprint != self.tokenizer_fingerprint:
             raise UserError(

@@ -347,3 +347,25 @@ def test_tokens_that_the_tokenizer_does_not_know_are_counted(request_of, tmp_pat
     assert manifest.unknown_tokens > 30  # Chinese, Russian, emoji
     (known,) = run(request_of("known"))
     assert known.unknown_tokens == 0
+
+
+def test_a_byte_level_tokenizer(request_of, tmp_path):
+    """tokenizer.json alone, as SmolLM2's and phi-4's folders have it; the shards carry it on."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(CHAPTERS, trainer)
+    (tmp_path / "bpe").mkdir()
+    made.save(str(tmp_path / "bpe" / "tokenizer.json"))
+    (manifest,) = run(request_of(tokenizer=str(tmp_path / "bpe")), workers=2)
+    shards = Shards.open(tmp_path / "out")
+    assert (manifest.vocab_size, shards.tokenizer().end_of_text) == (600, 0)
+    tokens, _ = shards.read(0, [0])[0]
+    text = made.decode(tokens.tolist(), skip_special_tokens=False)
+    assert shards.tokenizer().decode(tokens.tolist()) == text
+    assert any(part and part in "\n".join(CHAPTERS + OTHERS) for part in text.split("<|endoftext|>"))
