@@ -202,7 +202,7 @@ class BpeTokenizer:
         (folder / JSON_FILE).write_text(self._spec)
         eos_name = name_of_special(self.specials, self.end_of_text if eos is None else eos)
         names = {"eos_token": eos_name, "pad_token": self._end_of_text}
-        write_names(folder, names, self.specials, {"tokenizer_class": "PreTrainedTokenizerFast"}, chat_template)
+        write_names(folder, names, self.specials, chat_template)
 
     def __reduce__(self):
         return _rebuild, (self._spec, self._where, self._end_of_text)

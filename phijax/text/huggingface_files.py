@@ -26,29 +26,30 @@ def write_sentencepiece(
 ) -> None:
     """tokenizer.model, added_tokens.json, tokenizer.json and the two files of names beside them.
 
-    A model that is not BPE, or that folds characters, gets no tokenizer.json: transformers converts it itself.
+    Raises UserError, before anything is written, for a model that merges cannot stand for: unigram, or one that folds
+    characters. transformers would convert it by itself and give other ids for some texts.
     """
+    parts = take_apart(model)
+    if not parts.joins or parts.changes_text:
+        raise UserError(
+            f"The SentencePiece model {'folds characters or spaces' if parts.joins else 'is no BPE model (unigram)'}, "
+            "so that no tokenizer.json gives its ids. phi-3's, Llama's and those trained here are BPE and fold nothing."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model)
     _write(folder / "added_tokens.json", dict(added_tokens))
-    parts = take_apart(model)
-    same = parts.joins and not parts.changes_text
-    if same:
-        spec = sentencepiece_json(parts.pieces, specials, dummy_space if parts.dummy_space else "never")
-        (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n")
+    spec = sentencepiece_json(parts.pieces, specials, dummy_space if parts.dummy_space else "never")
+    (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n")
     kinds = {PieceKind.UNKNOWN: "unk_token", PieceKind.CONTROL: "bos_token"}
     names = {kinds[p.kind]: p.text for p in parts.pieces if p.text in ("<unk>", "<s>") and p.kind in kinds}
     names |= {"eos_token": eos, "pad_token": pad}
-    llama = {"legacy": dummy_space != "first", "sp_model_kwargs": {}, "use_default_system_prompt": False}
-    tokenizer_class = {"tokenizer_class": _GENERIC} if same else {"tokenizer_class": "LlamaTokenizer", **llama}
-    write_names(folder, names, specials, tokenizer_class, chat_template)
+    write_names(folder, names, specials, chat_template)
 
 
 def write_names(
     folder: epath.Path,
     names: Mapping[str, str],
     specials: Specials,
-    settings: Mapping[str, Any],
     chat_template: str | None,
 ) -> None:
     """tokenizer_config.json and special_tokens_map.json. `names`: bos_token and the like -> the token."""
@@ -59,7 +60,7 @@ def write_names(
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,  # transformers' own sign for: no limit here
         **names,
-        **settings,
+        "tokenizer_class": _GENERIC,
     }
     if chat_template is not None:
         config["chat_template"] = chat_template

@@ -186,7 +186,7 @@ class Tokenizer:
         Args:
           chat_template: Jinja text that goes with it.
           eos: the id that generation stops at; None: that of the end of text.
-        Raises UserError where `eos` is no special token.
+        Raises UserError where `eos` is no special token, and for models that transformers has no like of.
         """
         write_sentencepiece(
             epath.Path(folder),

@@ -5,6 +5,7 @@ import pickle
 import random
 
 import pytest
+import sentencepiece
 from text_samples import CHAPTERS, PLAIN, SPECIAL, random_text
 
 from phijax.errors import UserError
@@ -207,6 +208,41 @@ def test_files_that_cannot_be_meant_are_refused(pieces, tmp_path, file, content,
     write(tmp_path, file, content)
     with pytest.raises(UserError, match=message):
         open_tokenizer(tmp_path)
+
+
+def trained(folder, **settings):
+    settings = {"model_type": "bpe", "byte_fallback": True, **IDENTITY, **settings}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CHAPTERS), model_prefix=str(folder / "m"), vocab_size=1000, minloglevel=2, **settings
+    )
+    return Tokenizer.open(folder / "m.model")
+
+
+IDENTITY = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+
+
+@pytest.mark.parametrize("settings", [dict(byte_fallback=False), dict(add_dummy_prefix=False), {}])
+@pytest.mark.parametrize("model_type", ["phi3", "llama"])
+def test_models_with_other_settings(tmp_path, settings, model_type):
+    """No bytes, no dummy space, pieces that join newlines with words."""
+    tokenizer = trained(tmp_path, **settings)
+    tokenizer.save_huggingface(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert_same_ids(tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path), tokenizer.specials.ids)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (dict(model_type="unigram"), "unigram"),
+        (dict(normalization_rule_name="nmt_nfkc"), "folds"),
+        (dict(remove_extra_whitespaces=True), "folds"),
+    ],
+)
+def test_what_transformers_would_encode_otherwise_is_not_written(tmp_path, settings, reason):
+    with pytest.raises(UserError, match=reason):
+        trained(tmp_path, **settings).save_huggingface(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_token_that_is_none_cannot_end_generation(pieces, tmp_path):
