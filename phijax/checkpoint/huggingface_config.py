@@ -63,6 +63,7 @@ INERT = frozenset(
     "num_beams num_beam_groups num_return_sequences early_stopping diversity_penalty no_repeat_ngram_size "
     "is_llama_config unsloth_version unsloth_fixed transformers.js_config base_model_tp_plan model_name".split()
 )
+NEUTRAL = {"full_attn_mod": 1, "interpolate_factor": 1}  # of phi-4-mini: with these values they do nothing
 ROPE_KEYS = {
     "type",
     "rope_type",
@@ -151,7 +152,9 @@ def _architecture(data: Mapping[str, Any], where: str) -> str:
 
 
 def _inert(key: str, value: Any) -> bool:
-    return key in USED or key in INERT or key.startswith("_") or value is None or value in (False, 0, "", [], {})
+    if key in USED or key in INERT or key.startswith("_"):
+        return True
+    return value is None or value in (False, 0, "", [], {}) or NEUTRAL.get(key) == value
 
 
 def _refusal(where: str, architecture: str, unknown: Mapping[str, Any]) -> str:
