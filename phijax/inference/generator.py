@@ -33,6 +33,7 @@ class Piece:
     logprob: float
     text: str
     result: Result | None  # on the row's last piece
+    logits: np.ndarray | None = None  # (V,) float32, what the token was chosen from; where it was asked for
 
 
 class Generator:
@@ -97,7 +98,12 @@ class Generator:
         return [results[row] for row in range(len(prompts))]
 
     def stream(
-        self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | None = None, *, names: Sequence[int] = ()
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: Sampling | None = None,
+        *,
+        names: Sequence[int] = (),
+        with_logits: bool = False,
     ) -> Iterator[Piece]:
         """As `generate`, token by token; joined, a row's texts are its result's. Arguments are checked at the call."""
         sampling = sampling or Sampling()
@@ -108,7 +114,7 @@ class Generator:
         names = list(names) or list(range(len(ids)))
         if len(names) != len(ids):
             raise UserError(f"{len(names)} names for {len(ids)} prompts.")
-        return self._groups(ids, names, sampling)
+        return self._groups(ids, names, sampling, with_logits)
 
     def ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Raises: UserError for a prompt that is empty, too long, or has ids that the model lacks."""
@@ -141,13 +147,13 @@ class Generator:
         ]
         return np.concatenate(parts)
 
-    def _groups(self, ids, names, sampling) -> Iterator[Piece]:
+    def _groups(self, ids, names, sampling, with_logits) -> Iterator[Piece]:
         for start in range(0, len(ids), LARGEST_BATCH):
             here = slice(start, start + LARGEST_BATCH)
-            for piece in self._decode(ids[here], names[here], sampling):
+            for piece in self._decode(ids[here], names[here], sampling, with_logits):
                 yield dataclasses.replace(piece, row=piece.row + start)
 
-    def _decode(self, ids: list[list[int]], names: list[int], sampling: Sampling) -> Iterator[Piece]:
+    def _decode(self, ids: list[list[int]], names: list[int], sampling: Sampling, with_logits: bool) -> Iterator[Piece]:
         room = [min(sampling.max_tokens, self.max_length - len(i)) for i in ids]
         texts = [self._continuation(i, n, sampling) for i, n in zip(ids, room, strict=True)]
         count = len(ids)
@@ -163,7 +169,8 @@ class Generator:
             behind.append(values)
         behind += [behind[0]] * (batch - count)
         rows = self._rows(ids, names, batch, plan.penalises)
-        logprobs, rows = programs.first(plan, settings, jnp.concatenate(behind), rows, one_by_one)
+        logits = jnp.concatenate(behind)
+        logprobs, rows = programs.first(plan, settings, logits, rows, one_by_one)
         frequencies = np.stack([self._frequencies(len(i)) for i in ids] + [self._frequencies(1)] * (batch - count))
         while True:
             tokens = np.asarray(rows.tokens)
@@ -171,7 +178,9 @@ class Generator:
             for row, text in enumerate(texts):
                 if text.finish is None:
                     new = text.add(int(tokens[row]), float(values[row]))
-                    yield Piece(row, int(tokens[row]), float(values[row]), new, text.result() if text.finish else None)
+                    seen = np.asarray(logits[row, : self.model.vocab_size]) if with_logits else None
+                    result = text.result() if text.finish else None
+                    yield Piece(row, int(tokens[row]), float(values[row]), new, result, seen)
             advance = np.array([text.finish is None for text in texts] + [False] * (batch - count), np.int32)
             if not advance.any():
                 return
@@ -182,7 +191,7 @@ class Generator:
                     frequencies[row] = self._frequencies(len(history) + 1)
                     *_, (_, _, prompt_cache) = self._prefill(history, frequencies[row])
                     cache = programs.insert(self._path, cache, prompt_cache, np.int32(row))
-            logprobs, rows, cache = programs.step(
+            logits, logprobs, rows, cache = programs.step(
                 self.model,
                 self._path,
                 self._attention_factor,

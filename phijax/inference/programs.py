@@ -100,7 +100,7 @@ def step(
 ):
     """Feeds each row's token and chooses its next. advance: (B,) int32, 1, or 0 for a row that has ended.
     count: rows to compute one by one, which keeps the bits of each; None: all together.
-    Returns: log-probabilities (B,), rows, cache.
+    Returns: logits (B, padded V), log-probabilities (B,), rows, cache.
     """
     held = jax.tree.leaves(cache)[0].shape[-4]  # a batch of two may hold one row: see `each_row`
     places = jnp.minimum(jnp.arange(rows.tokens.shape[0], dtype=jnp.int32), held - 1)
@@ -118,7 +118,7 @@ def step(
     )
     logits = cached.logits(c, weights, x[:, 0], count)
     logprobs, rows = _chosen(plan, settings, logits, rows, count)
-    return logprobs, rows._replace(positions=rows.positions + advance), cache
+    return logits, logprobs, rows._replace(positions=rows.positions + advance), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(3,))
