@@ -135,12 +135,19 @@ class BpeTokenizer:
         ids = self._plain.encode(text, add_special_tokens=False).ids
         if self._control_ids.isdisjoint(ids):
             return ids
-        # Only where a whole word may be a token without merges: part the name, so that it is no word.
-        name = self.specials.find(text)
-        if name is None:
+        # Only where a whole word may be a token without merges: part each name, so that it is no word.
+        runs = [""]
+        for part in self.specials.parts(text):
+            if isinstance(part, str):
+                runs[-1] += part
+            else:
+                name = self.specials.names[part]
+                runs[-1] += name[0]
+                runs.append(name[1:])
+        ids = [i for run in runs for i in self._plain.encode(run, add_special_tokens=False).ids]
+        if not self._control_ids.isdisjoint(ids):
             raise ValueError(f"{self._where} makes a special token of plain text that does not name it: {text[:80]!r}")
-        cut = text.index(name) + 1
-        return self.encode(text[:cut]) + self.encode(text[cut:])
+        return ids
 
     def encode_with_specials(self, text: str) -> list[int]:
         """Ids of text in which names of special tokens stand for those tokens. Never give it text of strangers."""

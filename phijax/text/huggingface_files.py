@@ -58,7 +58,7 @@ def write_names(
         "add_eos_token": False,
         "added_tokens_decoder": {str(i): token_entry(name, specials) for name, i in _in_order(specials)},
         "clean_up_tokenization_spaces": False,
-        "model_max_length": 10**30,  # transformers' own sign for: no limit here
+        "padding_side": "left",  # prompts of a batch end together
         **names,
         "tokenizer_class": _GENERIC,
     }

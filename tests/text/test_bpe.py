@@ -50,7 +50,7 @@ def test_where_whole_words_are_tokens_names_are_parted(byte_level_json):
     tokenizer = BpeTokenizer(json.dumps(spec))
     control = tokenizer.specials.ids["stop"]
     assert tokenizer.encode_with_specials("stop") == [control]
-    for text in ("stop", "a stop", "stopstop\nstop"):
+    for text in ("stop", "a stop", "stopstop\nstop", "stop\n" * 3000):
         assert control not in tokenizer.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
