@@ -38,7 +38,7 @@ def open_gguf(path: epath.PathLike) -> Opened:
     }
     # llama.cpp puts bos before SentencePiece's ids where a file does not say.
     default = file.metadata.get("tokenizer.ggml.model") == "llama"
-    extra["add_bos_token"] = file.metadata.get("tokenizer.ggml.add_bos_token", default) is True
+    extra["add_bos"] = file.metadata.get("tokenizer.ggml.add_bos_token", default) is True
     if isinstance(name := file.metadata.get("general.name"), str):
         extra["name"] = name
     return Opened(

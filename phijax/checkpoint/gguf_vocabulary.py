@@ -21,7 +21,7 @@ def vocabulary(tokenizer: TextTokenizer, rows: int, facts: Mapping[str, Any]) ->
 
     Args:
       rows: of the embedding; ids without a token become unused ones.
-      facts: of the checkpoint: bos_id, eos_id, pad_id, where it says them; add_bos_token.
+      facts: of the checkpoint: bos_id, eos_id, pad_id, where it says them; add_bos.
     Raises: UserError for a tokenizer that a GGUF file cannot hold, with the reason.
     """
     if tokenizer.vocab_size > rows:
@@ -113,7 +113,7 @@ def _ids(tokenizer: TextTokenizer, facts: Mapping[str, Any]) -> dict[str, Any]:
         # Without it llama.cpp takes <|end|> by its name, with a warning, and others not at all.
         "eot_token_id": next((names[name] for name in END_OF_TURN if name in names), None),
         # Ours puts nothing around a text, and llama.cpp would put bos before SentencePiece's.
-        "add_bos_token": bool(facts.get("add_bos_token", False)),
+        "add_bos_token": bool(facts.get("add_bos", False)),
         "add_eos_token": False,
     }
     return {key: value for key, value in out.items() if value is not None}

@@ -22,7 +22,8 @@ class Opened:
     chat_template: the Jinja text that the checkpoint carries.
     stop_ids: every id that ends a text, of generation_config.json or GGUF's eos and end-of-turn; () if it says none.
     extra: facts for whoever writes it out again; keys that all kinds share: "architecture" (transformers' name of
-      the class), "tokenizer_folder" (a path, or absent), "bos_id", "eos_id", "pad_id", "name".
+      the class), "tokenizer_folder" (a path, or absent), "bos_id", "eos_id", "pad_id", "name",
+      "add_bos" (whether bos goes before a text).
     """
 
     path: epath.Path

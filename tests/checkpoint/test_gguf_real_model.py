@@ -10,6 +10,7 @@ import real_model
 from gguf_case import everything
 from gguf_real_texts import TEXTS
 
+import phijax
 from phijax.checkpoint.gguf import open_gguf, write_gguf
 from phijax.model import params as parameters
 from phijax.model.backend import Backend
@@ -124,23 +125,18 @@ def test_greedy_continuations_are_those_of_transformers(prompt, opened, params, 
     # As long as all choices were the same, what we would choose next follows from one pass over theirs.
     got = np.argmax(logits(opened.model, params, tokens + expected[: count - 1], 128), axis=-1)[len(tokens) - 1 :]
     assert got.tolist() == expected[:count]
+    model = phijax.load(opened.path, max_length=512)
+    model.generator.stop_ids = ()  # a continuation, whatever ends an answer
+    cached = model.generate([tokens], max_tokens=count, temperature=0)[0]
+    assert list(cached.tokens) == expected[:count]
 
 
 @pytest.mark.slow
-def test_a_chat_knows_the_capital_of_france(opened, params):
-    import jinja2.sandbox
-
-    template = jinja2.sandbox.ImmutableSandboxedEnvironment().from_string(opened.chat_template)
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    mine = opened.tokenizer()
-    tokens = mine.encode_with_specials(template.render(messages=messages, add_generation_prompt=True))
-    answer = []
-    while len(answer) < 32:
-        token = int(np.argmax(logits(opened.model, params, tokens + answer, 128)[-1]))
-        if token in opened.stop_ids:
-            break
-        answer.append(token)
-    assert "Paris" in mine.decode(answer) and len(answer) < 32
+def test_a_chat_knows_the_capital_of_france(opened):
+    """The whole way: recognised chat format, cached decoding, the ids that end an answer."""
+    model = phijax.load(opened.path, max_length=512)
+    result = model.chat([{"role": "user", "content": "What is the capital of France?"}], max_tokens=32, temperature=0)
+    assert "Paris" in result.text and result.finish_reason == "stop"
 
 
 @pytest.mark.slow

@@ -244,6 +244,15 @@ def test_damaged_tokenizers_are_refused_when_asked_for(case, written):
         read.tokenizer()
 
 
+def test_whether_bos_goes_in_front_is_kept(written, tmp_path):
+    """llama.cpp's rule: before SentencePiece's ids it does, where a file does not say."""
+    assert open_gguf(written).extra["add_bos"] is False
+    silent = open_gguf(rewritten(written, add_bos_token=None))
+    assert silent.extra["add_bos"] is True and silent.extra["bos_id"] == 1
+    again = write_gguf(silent, tmp_path / "m.gguf", kind="F32")
+    assert arrays(again)["add_bos_token"] is True and open_gguf(again).extra["add_bos"] is True
+
+
 def test_ids_that_are_no_tokens_are_refused(written):
     with pytest.raises(UserError, match="names 400 as the id that ends a text"):
         open_gguf(rewritten(written, eos_token_id=400))
