@@ -46,6 +46,23 @@ def write_sentencepiece(
     write_names(folder, names, specials, chat_template)
 
 
+def keep_tokenizer_json(folder: str | epath.PathLike) -> bool:
+    """Makes transformers read a copied folder's tokenizer.json as it is. Returns whether anything had to be changed.
+
+    phi-3's files name LlamaTokenizer. For model type phi3 transformers 5 takes tokenizer.json as it is all the same; for
+    llama it remakes parts of it, and gives other ids behind special tokens and before spaces.
+    """
+    folder = epath.Path(folder)
+    path = folder / "tokenizer_config.json"
+    if not path.exists() or not (folder / "tokenizer.json").exists():
+        return False
+    config = json.loads(path.read_bytes())
+    if config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        return False
+    _write(path, config | {"tokenizer_class": _GENERIC})
+    return True
+
+
 def write_names(
     folder: epath.Path,
     names: Mapping[str, str],

@@ -9,7 +9,7 @@ import sentencepiece
 from text_samples import CHAPTERS, PLAIN, SPECIAL, random_text
 
 from phijax.errors import UserError
-from phijax.text.huggingface_files import sentencepiece_json
+from phijax.text.huggingface_files import keep_tokenizer_json, sentencepiece_json
 from phijax.text.open import open_tokenizer
 from phijax.text.sentencepiece_model import take_apart
 from phijax.text.specials import WHITE_SPACE, Specials
@@ -66,6 +66,16 @@ def test_ids_are_those_of_transformers_for_a_phi3_folder(pieces, tmp_path, setti
     folder = phi3_folder(pieces, tmp_path, **settings)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     assert_same_ids(open_tokenizer(folder), theirs, pieces.specials.ids)
+    assert open_tokenizer(folder).fingerprint == pieces.fingerprint
+
+
+def test_files_of_phi3_beside_weights_in_llamas_layout(pieces, tmp_path):
+    """Copied as they are, transformers gives other ids; with tokenizer.json taken as it is, the same."""
+    folder = phi3_folder(pieces, tmp_path, model_type="llama")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs("<|user|>\nHi")["input_ids"] != pieces.encode_with_specials("<|user|>\nHi")
+    assert keep_tokenizer_json(folder) and not keep_tokenizer_json(folder)
+    assert_same_ids(open_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder), pieces.specials.ids)
     assert open_tokenizer(folder).fingerprint == pieces.fingerprint
 
 
