@@ -49,8 +49,8 @@ def write_sentencepiece(
 def keep_tokenizer_json(folder: str | epath.PathLike) -> bool:
     """Makes transformers read a copied folder's tokenizer.json as it is. Returns whether anything had to be changed.
 
-    phi-3's files name LlamaTokenizer. For model type phi3 transformers 5 takes tokenizer.json as it is all the same; for
-    llama it remakes parts of it, and gives other ids behind special tokens and before spaces.
+    phi-3's files name LlamaTokenizer. For model type phi3 transformers 5 still takes tokenizer.json as it is; for llama
+    it remakes parts of it, and gives other ids behind special tokens and before spaces.
     """
     folder = epath.Path(folder)
     path = folder / "tokenizer_config.json"
