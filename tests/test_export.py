@@ -54,7 +54,7 @@ def on_one_device():
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> pathlib.Path:
     """As a run leaves it: one step, its tokenizer, its losses."""
-    folder = tmp_path_factory.mktemp("my_run")
+    folder = tmp_path_factory.mktemp("run") / "my_run"
     text = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
     train_tokenizer([text, *TEXTS], VOCABULARY).save(folder / "tokenizer")
     mixture = [{"path": "shards/prose", "weight": 1, "digest": "abcdef0123456789"}]
@@ -136,6 +136,13 @@ def test_the_card_tells_data_and_scores(exported):
     assert "# my_run" in card and "| step | 9 |" in card
     assert "9 steps of 8 rows of 64 tokens, 4,608 tokens in all; prose x 1 (digest abcdef012345)" in card
     assert "| held out, prose | 8 | 3.1250 |" in card and "| training | 8 | 3.2500 |" in card
+
+
+def test_weights_alone_keep_data_and_scores_for_the_card(workdir, exported, tmp_path):
+    """By way of a checkpoint of ours the card says the same."""
+    assert run(f"--checkpoint={workdir}", "--format=phijax", f"--output={tmp_path / 'my_run'}") == 0
+    assert run(f"--checkpoint={tmp_path / 'my_run'}", "--format=hf", f"--output={tmp_path / 'hf'}") == 0
+    assert (tmp_path / "hf" / "README.md").read_text() == (exported / "README.md").read_text()
 
 
 def test_ours_out_of_that_folder_keeps_tokenizer_template_and_stops(exported, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from phijax.checkpoint.opened import Opened
+from phijax.checkpoint.ours import is_step_of_run
 from phijax.model import params
 from phijax.model.config import ModelConfig
 from phijax.report.plot import HELD_OUT_LOSS
@@ -34,8 +35,8 @@ def render(opened: Opened, layout: str) -> str:
 
 def _source_name(opened: Opened) -> str:
     """The workdir's name for a run's step, else the folder's or file's own."""
-    run = opened.path.parent.parent
-    return run.name if opened.kind == "phijax" and opened.path.name.isdigit() and run.name else opened.path.stem
+    of_run = opened.kind == "phijax" and is_step_of_run(opened.path)
+    return opened.path.parent.parent.name if of_run else opened.path.stem
 
 
 def _what(opened: Opened, layout: str) -> str:
@@ -81,37 +82,36 @@ def _data(opened: Opened) -> str:
 
 
 def _scores(opened: Opened) -> str:
-    """Losses of the run's metrics.jsonl up to the step that was exported."""
-    path = _metrics_path(opened)
-    if path is None:
-        return ""
-    last: dict[str, tuple[int, float]] = {}
+    lines = [
+        f"| {_shown(name)} | {step:,} | {value:.4f} | {math.exp(min(value, 700.0)):,.2f} |"
+        for name, (step, value) in sorted(scores(opened).items())
+    ]
+    return (
+        "## Scores\n| loss | step | nats a token | perplexity |\n|---|---|---|---|\n" + "\n".join(lines)
+        if lines
+        else ""
+    )
+
+
+def scores(opened: Opened) -> dict[str, list]:
+    """Name of a loss -> [step, nats a token], its last of the run up to the step that was opened."""
+    if opened.kind != "phijax" or not is_step_of_run(opened.path):
+        return opened.extra.get("scores", {})
+    path = opened.path.parent.parent / "metrics.jsonl"
     try:
-        rows = read_metrics(path)
+        rows = read_metrics(path) if path.exists() else []
     except ValueError:
-        return ""
+        return {}
+    last: dict[str, list] = {}
     for row in rows:
         if row["step"] < opened.extra["step"]:
             named = {k: v for k, v in row.items() if k == "loss" or k.startswith(HELD_OUT_LOSS)}
-            last |= {name: (row["step"], value) for name, value in named.items() if isinstance(value, float)}
-    if not last:
-        return ""
-    lines = [
-        f"| {_shown(name)} | {step:,} | {value:.4f} | {math.exp(min(value, 700.0)):,.2f} |"
-        for name, (step, value) in sorted(last.items())
-    ]
-    return "## Scores\n| loss | step | nats a token | perplexity |\n|---|---|---|---|\n" + "\n".join(lines)
+            last |= {name: [row["step"], value] for name, value in named.items() if isinstance(value, float)}
+    return last
 
 
 def _shown(name: str) -> str:
     return "training" if name == "loss" else f"held out, {name.removeprefix(HELD_OUT_LOSS)}"
-
-
-def _metrics_path(opened: Opened) -> epath.Path | None:
-    if opened.kind != "phijax" or "step" not in opened.extra:
-        return None
-    path = opened.path.parent.parent / "metrics.jsonl"
-    return path if path.exists() else None
 
 
 def facts(opened: Opened) -> dict[str, Any]:
@@ -121,5 +121,10 @@ def facts(opened: Opened) -> dict[str, Any]:
         for key, value in opened.extra.items()
         if key in ("architecture", "bos_id", "eos_id", "pad_id", "name", "step", "identity")
     }
-    kept |= {"source": opened.kind, "stop_ids": list(opened.stop_ids), "chat_template": opened.chat_template}
+    kept |= {
+        "source": opened.kind,
+        "scores": scores(opened),
+        "stop_ids": list(opened.stop_ids),
+        "chat_template": opened.chat_template,
+    }
     return json.loads(json.dumps(kept))

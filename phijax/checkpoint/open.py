@@ -25,7 +25,11 @@ def open_checkpoint(path: epath.PathLike) -> Opened:
     """
     path = epath.Path(path)
     if not path.exists():
-        raise UserError(f"No checkpoint at {path}: it does not exist.")
+        hub = not path.is_absolute() and len(path.parts) == 2
+        raise UserError(
+            f"No checkpoint at {path}: it does not exist."
+            + (" phijax downloads nothing: give a folder that you have." if hub else "")
+        )
     if not path.is_dir():
         if path.suffix == ".gguf":
             from phijax.checkpoint.gguf import open_gguf  # the format's package is an extra

@@ -80,6 +80,11 @@ def is_ours(path: epath.Path) -> bool:
     return step or (path / CHECKPOINTS_FOLDER).exists()
 
 
+def is_step_of_run(folder: epath.Path) -> bool:
+    """Whether a step's folder lies in a workdir, whose tokenizer and metrics are then its own."""
+    return folder.parent.name == CHECKPOINTS_FOLDER
+
+
 def open_ours(path: epath.Path) -> Opened:
     """A run's workdir (its newest step whose every byte is as it was written), or one step's folder. Collective.
 
@@ -129,7 +134,9 @@ def _model_of(folder: epath.Path, described: dict) -> ModelConfig:
 
 def _tokenizer_folder(folder: epath.Path) -> epath.Path | None:
     """Inside of an exported checkpoint; beside the checkpoints of a run."""
-    candidates = [folder / TOKENIZER_FOLDER, folder.parent.parent / TOKENIZER_FOLDER]
+    candidates = [folder / TOKENIZER_FOLDER]
+    if is_step_of_run(folder):
+        candidates.append(folder.parent.parent / TOKENIZER_FOLDER)
     return next((candidate for candidate in candidates if candidate.is_dir()), None)
 
 

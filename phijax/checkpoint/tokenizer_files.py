@@ -25,6 +25,11 @@ FILES = (
     "merges.txt",
     "chat_template.jinja",
     GENERATION_FILE,
+    # Not of the tokenizer, but whoever passes weights on passes these on.
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
 )
 
 
