@@ -41,7 +41,7 @@ CHIPS = {
         Chip(
             name="v5e", peak_flops=PEAK_FLOPS["TPU v5e"], clock=1.5e9, hbm_bandwidth=8.1e11,
             hbm_bytes=int(15.75 * GIB), link_bandwidth=4.5e10, matrix_side=128, axes=2, wraps_at=16,
-            chips_per_host=4, host_bytes=188 * GIB,
+            chips_per_host=4, host_bytes=192 * 10**9,
         ),
         Chip(
             name="v5p", peak_flops=PEAK_FLOPS["TPU v5p"], clock=1.75e9, hbm_bandwidth=2.77e12,

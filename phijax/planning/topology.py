@@ -1,5 +1,6 @@
 """TPU slices that are not here: the compiler alone, on a CPU machine."""
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -7,20 +8,19 @@ from collections.abc import Sequence
 
 from phijax.errors import UserError
 from phijax.parallel import hardware
-from phijax.planning.assumptions import CHIPS, chip_of
+from phijax.planning.assumptions import chip_of
 from phijax.planning.interconnect import Torus
 
 
 def lengths_of(topology: str) -> list[int]:
     """Chips along each axis of "v5p:4x4x8". Raises: UserError for a name that is no slice."""
     match = re.fullmatch(r"(v\w+):(\d+(?:x\d+)+)", topology)
-    if not match or match[1] not in CHIPS:
+    axes = chip_of(topology).axes
+    if not match:
         raise UserError(f"{topology!r} is no TPU slice. Examples: v5e:16x16, v5p:4x4x8, v6e:16x16.")
     lengths = [int(n) for n in match[2].split("x")]
-    if len(lengths) != chip_of(topology).axes or 0 in lengths:
-        raise UserError(
-            f"{topology!r} is no TPU slice: {match[1]} slices have {chip_of(topology).axes} axes, all at least 1."
-        )
+    if len(lengths) != axes or 0 in lengths:
+        raise UserError(f"{topology!r} is no TPU slice: {match[1]} slices have {axes} axes, all at least 1.")
     return lengths
 
 
@@ -33,6 +33,25 @@ def torus_of(topology: str, devices: Sequence) -> Torus:
     """Where the devices of a mesh lie, in the mesh's order."""
     lengths = lengths_of(topology)
     return Torus(tuple(lengths), tuple(tuple(device.coords[: len(lengths)]) for device in devices))
+
+
+@dataclasses.dataclass(frozen=True)
+class ImaginaryDevice:
+    """What `mesh_utils` reads of a TPU: enough to lay a mesh onto a slice where no compiler is installed."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def imaginary_devices(topology: str, slices: int = 1) -> list[ImaginaryDevice]:
+    """A stand-in for every chip, in the compiler's order: the first axis fastest."""
+    places = Torus.in_order((*lengths_of(topology), 1, 1)[:3]).coordinates
+    return [ImaginaryDevice(k * len(places) + i, place, k) for k in range(slices) for i, place in enumerate(places)]
 
 
 def tpu_devices(topology: str, slices: int = 1) -> list:

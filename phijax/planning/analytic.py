@@ -1,0 +1,232 @@
+"""Memory and seconds of a train step from shapes alone: for searching, and where there is no compiler.
+
+The same parts as the compiled estimate has. What is counted: matrix products with heads padded as the unit pads them,
+the blocks that attention computes, bytes of stacks and collectives. What is fitted: the rates in `FITTED`, to compiled
+programs (benchmarks/plan_accuracy.py prints how well they hold).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from phijax.model import params
+from phijax.model.decoder import SAVEABLE, remat_names
+from phijax.model.kernels.splash import BLOCK
+from phijax.parallel import sharding
+from phijax.parallel.mesh import MeshConfig, make_mesh
+from phijax.planning import interconnect
+from phijax.planning.assumptions import ATTENTION_EFFICIENCY, Chip, chip_of
+from phijax.planning.estimator import Estimate
+from phijax.planning.interconnect import Torus
+from phijax.planning.kernels import BACKWARD_BLOCK, BACKWARD_PRODUCTS, seen_share
+from phijax.planning.topology import imaginary_devices, torus_of
+from phijax.training import cross_entropy
+from phijax.training.program import BatchShape, Recipe
+
+RAGGED = 1.2  # products take this much longer where gathered weights are laid out anew: measured on the compiler
+LANES = 128  # a head's dimensions lie in rows of as many
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """Rates read off compiled programs of a chip.
+
+    matrix: share of the peak that padded products reach. stacks: share of HBM's rate in writing and reading saved
+    activations. reductions: vector cycles for each number of a layer's norms and of attention's row sums, forward and
+    backward. elementwise: bytes moved for each byte of the residual stream and the heads. hides_gathers: whether
+    gathers run beside the core's work, as they do by default on this chip.
+    """
+
+    matrix: float
+    stacks: float
+    reductions: float
+    elementwise: float
+    hides_gathers: bool
+
+
+FITTED = {
+    "v5e": Fitted(matrix=0.93, stacks=0.58, reductions=0.075, elementwise=12.0, hides_gathers=True),
+    "v5p": Fitted(matrix=0.77, stacks=0.58, reductions=0.033, elementwise=8.0, hides_gathers=False),
+    "v6e": Fitted(matrix=0.80, stacks=0.58, reductions=0.075, elementwise=12.0, hides_gathers=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A mesh on a torus. groups: mesh axes -> the partitions of chip 0's group along them."""
+
+    chip: Chip
+    torus: Torus
+    sizes: Mapping[str, int]
+    groups: Mapping[str, tuple[int, ...]]
+
+    def seconds(self, kind: str, size: float, axes: str) -> float:
+        """One collective of `size` bytes along mesh axes ("fsdp", "data+fsdp"); nothing where they are one chip."""
+        group = self.groups[axes]
+        return interconnect.seconds(kind, size, group, self.torus, self.chip) if len(group) > 1 else 0.0
+
+
+def make_slice(topology: str, mesh: MeshConfig) -> Slice:
+    """Raises: UserError as `make_mesh`."""
+    laid = make_mesh(mesh, imaginary_devices(topology, mesh.slices)).devices
+    torus = torus_of(topology, laid.flat)
+    ids = np.arange(laid.size).reshape(laid.shape)
+    axes = dict(zip(sharding.MESH_AXES, range(4), strict=True))
+    groups = {}
+    for names in (*sharding.MESH_AXES, "data+fsdp"):
+        index = tuple(slice(None) if axis in names.split("+") else 0 for axis in axes)
+        groups[names] = tuple(int(i) for i in ids[index].ravel())
+    return Slice(chip_of(topology), torus, dict(zip(sharding.MESH_AXES, laid.shape, strict=True)), groups)
+
+
+def estimate(recipe: Recipe, where: Slice, shape: BatchShape) -> Estimate:
+    """Seconds of a step of (A, B, T)."""
+    c, sizes, chip = recipe.model, where.sizes, where.chip
+    fitted = FITTED[chip.name]
+    local = _Local(recipe, sizes, shape)
+    found = Estimate()
+    micro, layers = shape[0], c.num_layers
+
+    # Forward, and twice that backward; what is not saved is made again.
+    products = 3 * (local.attention_flops + local.mlp_flops) + local.recomputed_flops
+    head = 3 * 2 * c.padded_vocab_size // sizes["tensor"] * c.model_dim
+    found.matrix = micro * local.tokens * (layers * products + head) / (chip.peak_flops * fitted.matrix)
+    found.matrix *= RAGGED if params.check_mesh(c, sizes) else 1.0
+
+    width = -(-c.head_dim // chip.matrix_side) * chip.matrix_side
+    queries, keys = shape[2] // sizes["context"], shape[2]
+    forward, backward = (
+        seen_share(queries, keys, min(block, keys), window=c.sliding_window) for block in (BLOCK, BACKWARD_BLOCK)
+    )
+    kernels = (2 + 2 * local.attention_again) * forward + BACKWARD_PRODUCTS * backward
+    flops = kernels * 2 * (c.num_heads // sizes["tensor"]) * width * keys
+    found.attention = micro * local.tokens * layers * flops / chip.peak_flops / ATTENTION_EFFICIENCY
+
+    stacks = 2 * local.saved / (chip.hbm_bandwidth * fitted.stacks)
+    numbers = local.heads * local.head_width + 2 * c.model_dim
+    vector = stacks + numbers * fitted.reductions / chip.clock
+    vector += fitted.elementwise * numbers * local.compute / chip.hbm_bandwidth
+    vector += 3 * sum(local.again[name] for name in ("activation", "gate", "up")) / chip.hbm_bandwidth
+    optimizer = 10 * local.shard_bytes / chip.hbm_bandwidth + (micro - 1) * 3 * local.shard_bytes / chip.hbm_bandwidth
+    loss = 6 * 4 * local.vocab * local.tokens / chip.hbm_bandwidth * micro / 4
+    found.vector = micro * local.tokens * layers * vector + optimizer + loss
+
+    _communicate(found, local, where, micro, layers)
+    gathers = sum(t.seconds for kind, t in found.collectives.items() if kind == "gathered weights")
+    sums = sum(t.seconds for t in found.collectives.values()) - gathers
+    beside = found.matrix + found.vector + found.attention if fitted.hides_gathers else 0.0
+    found.exposed = sums + max(0.0, gathers - beside)
+    found.overlapped = gathers + sums - found.exposed
+    found.step = found.matrix + found.vector + found.attention + found.exposed
+    return found
+
+
+def _communicate(found: Estimate, local: "_Local", where: Slice, micro: int, layers: int) -> None:
+    def add(name: str, kind: str, size: float, axes: str, count: int) -> None:
+        took = where.seconds(kind, size, axes)
+        if took:
+            traffic = found.collectives[name]
+            traffic.count += count
+            traffic.bytes += size * count
+            traffic.seconds += took * count
+
+    add("gathered weights", "all-gather", local.layer_bytes, "fsdp", 2 * layers * micro)
+    add("gathered embedding and head", "all-gather", local.head_bytes, "fsdp", 2 * micro)
+    add("scattered gradients", "reduce-scatter", local.layer_bytes, "fsdp", layers * micro)
+    add("scattered gradients of embedding and head", "reduce-scatter", local.head_bytes, "fsdp", 2 * micro)
+    rounds = 1 if micro > 1 else layers
+    add("gradients over data", "all-reduce", local.shard_bytes / 2 / rounds, "data", rounds)
+    if where.sizes["context"] > 1:
+        add("keys and values over context", "all-gather", 2 * local.kv_bytes, "context", 2 * layers * micro)
+        add("their gradients", "reduce-scatter", 2 * local.kv_bytes, "context", layers * micro)
+        add("gradients over context", "all-reduce", local.layer_bytes, "context", layers * micro)
+    add("activations over tensor", "all-reduce", local.residual_bytes, "tensor", 4 * layers * micro)
+
+
+def memory(recipe: Recipe, sizes: Mapping[str, int], shape: BatchShape) -> dict[str, float]:
+    """Part -> bytes of one chip at the worse of two moments: the loss, or the last layer's backward pass."""
+    c = recipe.model
+    local = _Local(recipe, sizes, shape)
+    blocks = local.block_bytes
+    head_shards = local.shard_bytes - blocks
+    loss_side = local.head_elements * (local.compute + 4) + 2 * local.chunk_logits
+    layer_side = local.head_elements * 4
+    workspace = local.tokens * local.backward_bytes
+    at_loss = loss_side + 2 * local.residual_bytes > layer_side + workspace
+    return {
+        "parameters": local.shard_bytes,
+        "optimizer": 2 * local.shard_bytes,
+        "gradients": blocks + (local.shard_bytes if shape[0] > 1 else 0) + (0 if at_loss else head_shards / 2),
+        "saved activations": c.num_layers * local.tokens * local.saved,
+        "weights in the compute type": blocks * local.compute / 4 + (0 if at_loss else 1.5 * local.layer_bytes),
+        "logits and head": loss_side if at_loss else layer_side,
+        "batch": 5 * 4 * shape[0] * local.tokens,
+        "workspace": 2 * local.residual_bytes if at_loss else workspace,
+    }
+
+
+def state_bytes(recipe: Recipe, sizes: Mapping[str, int]) -> float:
+    """Parameters and both moments on one chip."""
+    return 3 * _Local(recipe, sizes, (1, sizes["data"] * sizes["fsdp"], sizes["context"])).shard_bytes
+
+
+class _Local:
+    """Numbers of one chip: of a micro-batch, a layer, a token."""
+
+    def __init__(self, recipe: Recipe, sizes: Mapping[str, int], shape: BatchShape):
+        c, tensor = recipe.model, sizes["tensor"]
+        self.compute = recipe.backend.dtype.itemsize
+        self.tokens = shape[1] * shape[2] // (sizes["data"] * sizes["fsdp"] * sizes["context"])
+        self.heads, self.kv_heads = c.num_heads // tensor, c.num_kv_heads // tensor
+        self.head_width = -(-c.head_dim // LANES) * LANES
+        self.ffn, self.vocab = c.ffn_dim // tensor, c.padded_vocab_size // tensor
+        # Weights.
+        self.shard_bytes, self.block_bytes, self.layer_bytes = 0.0, 0.0, 0.0
+        for path, dims in params.shapes(c).items():
+            names = params.axes(c)[path]
+            cut = 4 * math.prod(n // sharding.parts(a, sizes) for n, a in zip(dims, names, strict=True))
+            self.shard_bytes += cut
+            if path.startswith(f"{params.STACKED}/"):
+                self.block_bytes += cut
+                whole = math.prod(
+                    n // sharding.parts(a, sizes, gathered=True) for n, a in zip(dims, names, strict=True)
+                )
+                self.layer_bytes += whole / c.num_layers * self.compute
+        self.head_elements = self.vocab * c.model_dim
+        self.head_bytes = self.head_elements * self.compute
+        self.chunk_logits = min(cross_entropy.CHUNK, self.tokens) * self.vocab * 4
+        # Activations, bytes a token and layer. Heads lie in whole rows of lanes.
+        heads, kv = self.heads * self.head_width, self.kv_heads * self.head_width
+        sizes_of = {
+            **{"query": heads, "key": kv, "value": kv, "attention": heads, "mid": c.model_dim},
+            **{"gate": self.ffn, "up": self.ffn, "activation": self.ffn},
+        }
+        names = remat_names(recipe.backend.remat)
+        kept = set(SAVEABLE) if names is None else set(names)
+        if "attention_residuals" in kept or "attention" in kept:
+            kept.add("attention")
+        self.attention_again = "attention" not in kept
+        self.saved = self.compute * (c.model_dim + sum(n for name, n in sizes_of.items() if name in kept))
+        self.again = {name: 0 if name in kept else self.compute * n for name, n in sizes_of.items()}
+        self.residual_bytes = self.tokens * c.model_dim * self.compute
+        self.kv_bytes = self.tokens * sizes["context"] * kv * self.compute
+        # The backward pass of a layer: partial dq of every block of keys, gate and up and their gradients, heads.
+        blocks_of_keys = -(-shape[2] // BLOCK)
+        self.backward_bytes = self.compute * (
+            blocks_of_keys * heads + 2 * self.ffn + 3 * heads + 2 * kv + 3 * c.model_dim
+        )
+        # Products, FLOP a token and layer forward. The unit's output rows are lanes: a head of 96 takes 128.
+        d = c.model_dim
+        self.attention_flops = 2 * d * (2 * heads + 2 * kv)
+        self.mlp_flops = 2 * 3 * self.ffn * d
+        again = 0
+        again += 2 * d * (heads * self.attention_again)  # o is needed for what follows it
+        for name, width in (("query", heads), ("key", kv), ("value", kv)):
+            again += 2 * d * width if name not in kept else 0
+        if "mid" not in kept:
+            again += 2 * d * heads * (not self.attention_again)
+        for name in ("gate", "up"):
+            again += 2 * d * self.ffn if name not in kept else 0
+        self.recomputed_flops = again

@@ -1,0 +1,121 @@
+"""`phijax.plan` from the command line: exit codes, JSON, a program of the TPU compiler where it is installed."""
+
+import importlib.util
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from phijax import plan
+from phijax.errors import UserError
+from phijax.model import flops
+from phijax.model.config import ModelSection, resolve_model
+from phijax.model.presets import PRESETS
+
+CONFIG = str(pathlib.Path(__file__).with_name("tiny_plan.py"))
+MINI = str(pathlib.Path(__file__).parents[2] / "experiments" / "mini.py")
+GIB = 2**30
+
+
+def ask(capsys, *arguments, overrides=(), config=CONFIG) -> tuple[int, str, str]:
+    plan.FLAGS.unparse_flags()
+    for name in plan.FLAGS:
+        plan.FLAGS[name].unparse()
+    plan.FLAGS(["plan", f"--config={config}", *arguments])
+    code = plan.main([], list(overrides))
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_an_analytic_plan_of_mini(capsys):
+    code, out, _ = ask(capsys, "--topology=v5e:16x16", "--analytic", "--json", "--price_per_chip_hour=2", config=MINI)
+    answer = json.loads(out)
+    assert code == 0 and answer["fits"] and answer["chips"] == 256
+    assert answer["mesh"] == {"data": 2, "fsdp": 128, "context": 1, "tensor": 1}
+    step = answer["steps"][0]
+    assert step["method"] == "analytic" and "15 %" in step["error"]
+    # Rates, days and cost follow from the step's seconds and the config: 800,000 steps of 1024 x 4096 tokens.
+    tokens = 800_000 * 1024 * 4096
+    assert answer["tokens"] == tokens
+    seconds = 800_000 * step["step_seconds"]
+    assert answer["days"] == pytest.approx(seconds / 86400)
+    assert answer["chip_hours"] == pytest.approx(256 * seconds / 3600)
+    assert answer["cost"] == pytest.approx(2 * answer["chip_hours"])
+    assert step["tokens_per_second"] == pytest.approx(tokens / seconds)
+    model = resolve_model(ModelSection(preset="phi3_mini", sliding_window=None), PRESETS)
+    per_token = flops.train_flops_per_token(model, 4096)
+    assert step["mfu"] == pytest.approx(per_token * step["tokens_per_second"] / 256 / 197e12)
+    parts = step["seconds"]
+    summed = math.fsum(took for name, took in parts.items() if "overlapped" not in name)
+    assert summed == pytest.approx(step["step_seconds"])
+    assert sum(step["hbm_parts_bytes"].values()) == pytest.approx(step["hbm_peak_bytes"])
+    # 3 x 4 bytes of each parameter over 128 chips, on 4 chips of a host.
+    assert answer["host_memory_bytes"]["asynchronous"] == pytest.approx(12 * 3.82e9 / 128 * 4, rel=0.03)
+
+
+def test_text_says_what_it_is_and_phases_of_one_step_are_told_once(capsys):
+    code, out, _ = ask(capsys, "--topology=v5e:16x16", "--analytic", config=MINI)
+    assert code == 0
+    assert out.count("ANALYTIC") == 1 and "the same step as phase 0" in out
+    assert out.rstrip().endswith("fits")
+    assert "--price_per_chip_hour" in out
+
+
+def test_what_does_not_fit_is_an_answer_of_its_own(capsys):
+    more = [("data.micro_batches", "1"), ("data.phases[0].global_batch_size", "1024")]
+    code, out, _ = ask(capsys, "--topology=v5e:16x16", "--analytic", overrides=more, config=MINI)
+    assert code == plan.EXIT_DOES_NOT_FIT == 3
+    assert out.count("DOES NOT FIT") == 2
+
+
+@pytest.mark.parametrize(
+    ("topology", "overrides", "message"),
+    [
+        ("v5x:4x4", (), "Nearest: 'v5"),
+        ("v5e:4x4x4", (), "v5e slices have 2 axes"),
+        ("v5e:4x0", (), "all at least 1"),
+        ("v5e:4x4", (), "needs 4 devices, but there are 16"),
+        ("v5e:2x2", (("data.micro_batches", "3"),), "cannot be split over 3 micro-batches"),
+        ("v5e:2x2", (("mesh.fsdp", "2"), ("mesh.tensor", "2"), ("model.num_kv_heads", "1")), "mesh.tensor=2"),
+    ],
+)
+def test_a_mistake_is_the_users(capsys, topology, overrides, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        ask(capsys, f"--topology={topology}", "--analytic", overrides=overrides)
+
+
+def test_without_the_compiler_it_says_so(capsys, monkeypatch):
+    monkeypatch.setattr("phijax.planning.topology.has_compiler", lambda: False)
+    code, out, err = ask(capsys, "--topology=v5e:2x2")
+    assert code == 0 and "ANALYTIC" in out and "The TPU compiler is not here" in err
+
+
+def test_the_picture(capsys, tmp_path):
+    ask(capsys, "--topology=v5e:2x2", "--analytic", f"--plot={tmp_path}/plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_compiled_plan(capsys):
+    code, out, err = ask(capsys, "--topology=v5e:2x2", "--json")
+    answer = json.loads(out)
+    (step,) = answer["steps"]
+    assert code == 0 and step["method"] == "compiled" and "compiling" in err
+    # The parts come from the schedule, the peak from the compiler.
+    assert sum(step["hbm_parts_bytes"].values()) == pytest.approx(step["hbm_peak_bytes"], rel=0.05)
+    assert step["core_cycles"] > 0 and step["collectives"]
+    parts = step["seconds"]
+    summed = math.fsum(took for name, took in parts.items() if "overlapped" not in name)
+    assert summed == pytest.approx(step["step_seconds"])
+    # Parameters and moments to the byte, but for the scalars beside them: 2048 padded rows of the vocabulary.
+    projections = 3 * (4 * 384 * 384 + 3 * 1024 * 384) + 2 * 2048 * 384
+    assert step["hbm_parts_bytes"]["parameters"] == pytest.approx(projections + 7 * 384 * 4, rel=0.01)
+
+
+def test_help_has_the_codes():
+    ended = subprocess.run([sys.executable, "-m", "phijax", "plan", "--help"], capture_output=True, text=True)
+    assert ended.returncode == 0
+    assert "3 it does not" in ended.stdout and "--topology" in ended.stdout
