@@ -1,0 +1,102 @@
+"""Filters against transformers' processors; draws against the probabilities that they should have."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from phijax.errors import UserError
+from phijax.inference.sampling import Plan, Sampling, Settings, choose, filtered, penalised
+
+torch = pytest.importorskip("torch")
+processors = pytest.importorskip("transformers.generation.logits_process")
+
+VOCABULARY = 500
+
+
+@functools.lru_cache(maxsize=1)
+def logits() -> np.ndarray:
+    values = np.random.default_rng(0).standard_normal((4, VOCABULARY)).astype(np.float32) * 3
+    values[3, 7] = 20  # one token far above the rest
+    return values
+
+
+def theirs(temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
+    """In the order of GenerationMixin._get_logits_processor: temperature, top-k, top-p, min-p."""
+    scores, ids = torch.tensor(logits()), torch.zeros((4, 1), dtype=torch.long)
+    steps = [processors.TemperatureLogitsWarper(temperature)]
+    steps += [processors.TopKLogitsWarper(top_k)] if top_k else []
+    steps += [processors.TopPLogitsWarper(top_p)] if top_p < 1 else []
+    steps += [processors.MinPLogitsWarper(min_p)] if min_p else []
+    for step in steps:
+        scores = step(ids, scores)
+    return torch.softmax(scores, -1).numpy()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.9])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [(0, 1.0, 0.0), (1, 1.0, 0.0), (40, 1.0, 0.0), (0, 0.9, 0.0), (0, 1e-6, 0.0), (0, 1.0, 0.05), (30, 0.8, 0.1)]
+    + [(600, 0.99, 0.0), (0, 1.0, 1.0)],
+)
+def test_filtered_distributions_are_those_of_transformers(temperature, top_k, top_p, min_p):
+    ours = filtered(jnp.asarray(logits()) / temperature, np.int32(top_k), np.float32(top_p), np.float32(min_p))
+    expected = theirs(temperature, top_k, top_p, min_p)
+    got = np.asarray(jax.nn.softmax(ours))
+    np.testing.assert_array_equal(got > 0, expected > 0)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_repetition_penalty_is_that_of_transformers(penalty):
+    occurred = np.random.default_rng(1).integers(0, VOCABULARY, (4, 60))
+    seen = np.zeros((4, VOCABULARY), bool)
+    np.put_along_axis(seen, occurred, True, axis=1)
+    expected = processors.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(occurred), torch.tensor(logits()))
+    got = penalised(jnp.asarray(logits()), jnp.asarray(seen), np.float32(penalty))
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-6)
+
+
+def test_draws_have_their_probabilities_and_keep_to_the_filter():
+    """20,000 rows draw once each from one distribution; the count of a token is within five deviations of its mean."""
+    count = 20_000
+    row = jnp.asarray(np.log([0.5, 0.25, 0.15, 0.07, 0.03]), jnp.float32)
+    sampling = Sampling(temperature=1, top_k=3)
+    tokens, logprobs = jax.jit(functools.partial(choose, sampling.plan))(
+        Settings.of(sampling), jnp.tile(row, (count, 1)), None, jnp.arange(count), jnp.zeros(count, jnp.int32)
+    )
+    found = np.bincount(tokens, minlength=5)
+    expected = np.array([0.5, 0.25, 0.15, 0, 0]) / 0.9 * count
+    assert np.all(np.abs(found - expected) <= 5 * np.sqrt(expected))
+    np.testing.assert_allclose(logprobs, row[tokens], rtol=1e-5)  # the model's own, whatever was filtered
+
+
+def test_greedy_takes_the_first_of_the_likeliest():
+    sampling = Sampling(temperature=0)
+    assert sampling.plan == Plan(draws=False, filters=False, penalises=False)
+    tokens, _ = choose(
+        sampling.plan, Settings.of(sampling), jnp.asarray(logits()), None, jnp.arange(4), jnp.zeros(4, jnp.int32)
+    )
+    np.testing.assert_array_equal(tokens, logits().argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"seed": -1},
+        {"stop": ("",)},
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Sampling(**wrong).check()
