@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from phijax.planning.assumptions import COLLECTIVE_LATENCY, Chip
+from phijax.planning.assumptions import COLLECTIVE_LATENCY, DCN_BANDWIDTH_PER_HOST, Chip
 
 COLLECTIVES = frozenset(
     {
@@ -24,11 +24,13 @@ COLLECTIVES = frozenset(
 class Torus:
     """Where the chips of a program lie.
 
-    shape: chips along each axis. coordinates: of partition 0, 1, ...; the order of the mesh, not of device ids.
+    shape: chips along each axis of a slice. coordinates: of partition 0, 1, ...; the order of the mesh, not of device
+    ids. slices: which slice each lies in; () where there is one.
     """
 
     shape: tuple[int, ...]
     coordinates: tuple[tuple[int, ...], ...]
+    slices: tuple[int, ...] = ()
 
     @classmethod
     def in_order(cls, shape: Sequence[int]) -> "Torus":
@@ -41,6 +43,13 @@ class Torus:
                 number //= length
             coordinates.append(tuple(place))
         return cls(tuple(shape), tuple(coordinates))
+
+    def by_slice(self, group: Sequence[int]) -> tuple[list[int], int]:
+        """Those of a group that share a slice with its first one; over how many slices it reaches."""
+        if not self.slices:
+            return list(group), 1
+        home = self.slices[group[0]]
+        return [i for i in group if self.slices[i] == home], len({self.slices[i] for i in group})
 
     def bandwidth(self, group: Sequence[int], chip: Chip) -> float:
         """Bytes a second that reach a chip in an all-gather over `group`: each axis that it spans adds its links.
@@ -58,18 +67,26 @@ class Torus:
 
 
 def seconds(kind: str, size: float, group: Sequence[int], torus: Torus, chip: Chip) -> float:
-    """One collective alone on its links.
+    """One collective alone on its links: inside each slice, then between slices what is left to a chip.
 
     Args:
       size: bytes of the whole array: of a gather's result, of a scatter's input.
     """
+    near, slices = torus.by_slice(group)
     if kind == "collective-permute":
-        return size / chip.link_bandwidth + COLLECTIVE_LATENCY
-    chips = max(len(group), 1)
-    moved = size * (chips - 1) / chips / torus.bandwidth(group, chip)
+        rate = dcn_bandwidth(chip) if slices > 1 else chip.link_bandwidth
+        return size / rate + COLLECTIVE_LATENCY
+    chips = max(len(near), 1)
     # A reduction gathers what it has scattered; in an all-to-all on a torus half the bytes cross the middle.
     factor = {"all-reduce": 2.0, "all-to-all": 0.5}.get(kind, 1.0)
-    return factor * moved + COLLECTIVE_LATENCY * max(1.0, math.log2(max(chips, 2)))
+    inside = size * (chips - 1) / chips / torus.bandwidth(near, chip) if chips > 1 or slices == 1 else 0.0
+    between = size / chips * (slices - 1) / slices / dcn_bandwidth(chip)
+    return factor * (inside + between) + COLLECTIVE_LATENCY * max(1.0, math.log2(max(len(group), 2)))
+
+
+def dcn_bandwidth(chip: Chip) -> float:
+    """Bytes a second between slices for one chip: its share of its host's network."""
+    return DCN_BANDWIDTH_PER_HOST / chip.chips_per_host
 
 
 def first_group(attributes: str, partitions: int) -> list[int]:

@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from phijax.errors import UserError
 from phijax.parallel import hardware
@@ -29,10 +29,12 @@ def has_compiler() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def torus_of(topology: str, devices: Sequence) -> Torus:
+def torus_of(topology: str, devices: Iterable) -> Torus:
     """Where the devices of a mesh lie, in the mesh's order."""
-    lengths = lengths_of(topology)
-    return Torus(tuple(lengths), tuple(tuple(device.coords[: len(lengths)]) for device in devices))
+    lengths, devices = lengths_of(topology), list(devices)
+    slices = tuple(getattr(device, "slice_index", 0) for device in devices)
+    places = tuple(tuple(device.coords[: len(lengths)]) for device in devices)
+    return Torus(tuple(lengths), places, slices if len(set(slices)) > 1 else ())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,3 +57,14 @@ def test_the_directions_of_a_ring():
     assert ring_direction("source_target_pairs={{0,1},{1,2}}", 8) == "+"
     assert ring_direction("source_target_pairs={{0,7},{1,0}}", 8) == "-"
     assert ring_direction("replica_groups={{0,1}}", 8) is None
+
+
+def test_slices_are_joined_by_the_hosts_network():
+    torus = Torus((4, 4, 4), Torus.in_order((4, 4, 4)).coordinates * 2, (0,) * 64 + (1,) * 64)
+    assert torus.by_slice(range(128)) == (list(range(64)), 2)
+    # A gigabyte: a 64th of it for each chip, both ways, half of it from the other slice, at a quarter of 12.5 GB/s.
+    inside = 2 * 1e9 * 63 / 64 / (6 * 90e9)
+    between = 2 * 1e9 / 64 / 2 / (12.5e9 / 4)
+    assert seconds("all-reduce", 1e9, range(128), torus, V5P) == pytest.approx(inside + between + 7e-6)
+    pair = 2 * 1e9 / 2 / (12.5e9 / 4)  # one chip of each slice: all of it crosses
+    assert seconds("all-reduce", 1e9, [0, 64], torus, V5P) == pytest.approx(pair + 1e-6)

@@ -3,31 +3,17 @@
 import importlib.util
 import json
 import math
-import pathlib
 import subprocess
 import sys
 
 import pytest
+from plan_case import MINI, ask
 
 from phijax import plan
 from phijax.errors import UserError
 from phijax.model import flops
 from phijax.model.config import ModelSection, resolve_model
 from phijax.model.presets import PRESETS
-
-CONFIG = str(pathlib.Path(__file__).with_name("tiny_plan.py"))
-MINI = str(pathlib.Path(__file__).parents[2] / "experiments" / "mini.py")
-GIB = 2**30
-
-
-def ask(capsys, *arguments, overrides=(), config=CONFIG) -> tuple[int, str, str]:
-    plan.FLAGS.unparse_flags()
-    for name in plan.FLAGS:
-        plan.FLAGS[name].unparse()
-    plan.FLAGS(["plan", f"--config={config}", *arguments])
-    code = plan.main([], list(overrides))
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
 
 
 def test_an_analytic_plan_of_mini(capsys):

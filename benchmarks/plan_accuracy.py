@@ -1,0 +1,90 @@
+"""How far the plan's analytic figures are from compiled ones: python benchmarks/plan_accuracy.py [CASE ...]
+
+Each case is compiled for its slice by the TPU compiler (pip install 'phijax[tpu]'; a minute or two and 3 to 6 GB each)
+and set beside what `phijax.planning.analytic` says from shapes alone. Nothing is run.
+"""
+
+import dataclasses
+import sys
+
+from phijax.parallel import hardware
+
+hardware.prepare_cpu()
+
+from phijax.model.backend import CHOICES
+from phijax.model.presets import PRESETS
+from phijax.parallel.mesh import MeshConfig, make_mesh
+from phijax.planning import analytic
+from phijax.planning.assumptions import GIB
+from phijax.planning.compiled import DoesNotFit, compile_step
+from phijax.planning.topology import tpu_devices
+from phijax.training.cross_entropy import LossConfig
+from phijax.training.optimizer import OptimizerConfig
+from phijax.training.program import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """rows: sequences that data x fsdp chips take at once, for each of them."""
+
+    model: str
+    topology: str
+    mesh: MeshConfig
+    rows: int = 1
+    micro_batches: int = 1
+    length: int = 4096
+    remat: str = "save_all"
+
+
+CASES = (
+    Case("phi3_mini", "v5e:16x16", MeshConfig(data=2, fsdp=128)),
+    Case("phi3_mini", "v5e:16x16", MeshConfig(data=2, fsdp=128), micro_batches=4),
+    Case("phi3_mini", "v5e:4x4", MeshConfig(fsdp=16), remat="save_attention"),
+    Case("phi3_medium", "v5p:4x4x8", MeshConfig(data=2, fsdp=64), rows=2),
+    Case("phi3_medium", "v5p:2x2x4", MeshConfig(fsdp=16), rows=2, remat="save_mid_gate_up"),
+    Case("phi3_mini", "v5p:2x2x2", MeshConfig(fsdp=4, tensor=2), rows=2),
+    Case("phi3_mini", "v6e:16x16", MeshConfig(data=2, fsdp=128), rows=2),
+    Case("phi3_mini", "v5p:4x4x8", MeshConfig(fsdp=16, context=8), length=131_072, remat="save_attention"),
+)
+
+
+def compare(case: Case) -> str:
+    """One line of the table."""
+    model = dataclasses.replace(PRESETS[case.model], sliding_window=None)
+    if case.length > model.max_position:
+        model = dataclasses.replace(model, max_position=case.length)
+    backend = dataclasses.replace(CHOICES["tpu"], remat=case.remat)
+    recipe = Recipe(model, backend, OptimizerConfig(), LossConfig(), total_steps=10_000, seed=0)
+    where = analytic.make_slice(case.topology, case.mesh)
+    shape = (case.micro_batches, case.rows * where.sizes["data"] * where.sizes["fsdp"], case.length)
+    shapes = analytic.estimate(recipe, where, shape)
+    held = sum(analytic.memory(recipe, where.sizes, shape).values())
+    mesh = " x ".join(str(size) for size in where.sizes.values())
+    rows = f"{case.rows} x {case.micro_batches} x {case.length}"
+    name = f"{case.model.removeprefix('phi3_'):<7}{case.topology:<11}{mesh:<15}{rows:<15}"
+    devices = tpu_devices(case.topology)
+    compiled = compile_step(recipe, make_mesh(case.mesh, devices), case.topology, shape)
+    if isinstance(compiled, DoesNotFit):
+        return f"{name} does not fit: {compiled.message}"
+    e, parts = compiled.estimate, sum(compiled.hbm_parts.values())
+    pairs = " ".join(
+        f"{getattr(shapes, part):7.3f}/{getattr(e, part):7.3f}" for part in ("matrix", "vector", "attention", "exposed")
+    )
+    return (
+        f"{name}{shapes.step:8.3f}{e.step:9.3f}{shapes.step / e.step - 1:+8.1%}  {pairs}"
+        f"{held / GIB:8.2f}{compiled.hbm_peak / GIB:8.2f}{held / compiled.hbm_peak - 1:+8.1%}"
+        f"{parts / compiled.hbm_peak - 1:+8.2%}{compiled.compile_seconds:8.0f}"
+    )
+
+
+def main(numbers: list[str]) -> None:
+    print(
+        f"{'model':<7}{'slice':<11}{'mesh':<15}{'rows x A x T':<15}seconds compiled   error  matrix, vector, "
+        f"attention, exposed: shapes/compiled{'':15}GiB compiled   error   parts compile s"
+    )
+    for case in [CASES[int(n)] for n in numbers] or CASES:
+        print(compare(case), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,102 @@
+"""The figures from shapes: against recorded figures of compiled programs, and by how they move."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from phijax.errors import UserError
+from phijax.model import params
+from phijax.model.backend import CHOICES
+from phijax.model.decoder import REMAT_POLICIES
+from phijax.model.presets import PRESETS
+from phijax.parallel.mesh import MeshConfig, make_mesh
+from phijax.planning import analytic
+from phijax.planning.topology import has_compiler, imaginary_devices, tpu_devices
+from phijax.training.cross_entropy import LossConfig
+from phijax.training.optimizer import OptimizerConfig
+from phijax.training.program import Recipe
+
+
+def recipe(name="phi3_mini", **backend) -> Recipe:
+    model = dataclasses.replace(PRESETS[name], sliding_window=None)
+    return Recipe(
+        model, dataclasses.replace(CHOICES["tpu"], **backend), OptimizerConfig(), LossConfig(), total_steps=10, seed=0
+    )
+
+
+def estimate(r: Recipe, topology: str, mesh: MeshConfig, rows: int, micro: int = 1, length: int = 4096):
+    where = analytic.make_slice(topology, mesh)
+    shape = (micro, rows * where.sizes["data"] * where.sizes["fsdp"], length)
+    return analytic.estimate(r, where, shape), analytic.memory(r, where.sizes, shape)
+
+
+MESH = MeshConfig(data=2, fsdp=128)
+
+
+def test_parts_are_the_step():
+    found, _ = estimate(recipe(), "v5e:16x16", MESH, 1)
+    assert found.matrix + found.vector + found.attention + found.exposed == pytest.approx(found.step)
+    on_links = sum(traffic.seconds for traffic in found.collectives.values())
+    assert found.exposed + found.overlapped == pytest.approx(on_links)
+
+
+def test_parameters_moments_and_bytes_gathered_are_exact():
+    r = recipe()
+    _, held = estimate(r, "v5e:16x16", MESH, 1)
+    shards = sum(
+        4 * np.prod(shape) / (128 if len(shape) == 3 or "embed" in path or "head" in path else 1)
+        for path, shape in params.shapes(r.model).items()
+    )
+    assert held["parameters"] == shards and held["optimizer"] == 2 * shards
+    found, _ = estimate(r, "v5e:16x16", MESH, 1, micro=4)
+    gathered = found.collectives["gathered weights"]
+    # Forward and backward, 4 micro-batches, in bfloat16: the projections and the two norms of 32 layers.
+    assert gathered.bytes == 2 * 4 * 2 * 32 * (4 * 3072**2 + 3 * 8192 * 3072 + 2 * 3072)
+
+
+def test_saving_less_takes_more_time_and_less_memory():
+    policies = [name for name, saved in REMAT_POLICIES.items() if saved is not None]
+    found = [estimate(recipe(remat=policy), "v5e:16x16", MESH, 1) for policy in policies]
+    held = [memory["saved activations"] for _, memory in found]
+    products = [seconds.matrix + seconds.attention for seconds, _ in found]
+    assert held == sorted(held, reverse=True) and held[0] > 3 * held[-1]
+    assert products == sorted(products) and products[-1] > 1.25 * products[0]
+
+
+def test_ragged_rows_cost():
+    even, _ = estimate(recipe("phi3_medium"), "v5p:4x4x8", MeshConfig(data=2, fsdp=64), 2)
+    ragged, _ = estimate(recipe("phi3_medium"), "v5p:4x4x8", MeshConfig(fsdp=128), 2)
+    assert ragged.matrix == pytest.approx(analytic.RAGGED * even.matrix)
+    assert ragged.step > even.step
+
+
+def test_context_counts_the_busiest_chip():
+    short, _ = estimate(recipe(), "v5p:4x4x8", MeshConfig(data=2, fsdp=64), 1)
+    long, _ = estimate(recipe(), "v5p:4x4x8", MeshConfig(fsdp=16, context=8), 1, length=32768)
+    # As many tokens a chip; the last one sees 7.5 of 8 parts of 32768 keys, before it saw half of 4096.
+    assert long.matrix == pytest.approx(short.matrix)
+    assert 12 < long.attention / short.attention < 16
+    assert "keys and values over context" in long.collectives
+
+
+@pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
+@pytest.mark.parametrize(
+    ("topology", "mesh"),
+    [
+        ("v5e:16x16", MESH),
+        ("v5p:4x4x8", MeshConfig(data=2, fsdp=64)),
+        ("v5p:4x4x8", MeshConfig(fsdp=16, context=8)),
+        ("v5p:2x2x4", MeshConfig(data=4, fsdp=4, slices=2, tensor=2)),
+    ],
+)
+def test_imaginary_devices_lie_where_the_compilers_do(topology, mesh):
+    mine = make_mesh(mesh, imaginary_devices(topology, mesh.slices)).devices
+    theirs = make_mesh(mesh, tpu_devices(topology, mesh.slices)).devices
+    place = lambda d: (*d.coords, getattr(d, "slice_index", 0))  # noqa: E731
+    assert [place(d) for d in mine.flat] == [place(d) for d in theirs.flat]
+
+
+def test_a_mesh_of_another_size_is_refused():
+    with pytest.raises(UserError, match="needs 256 devices, but there are 16"):
+        analytic.make_slice("v5e:4x4", MESH)

@@ -1,0 +1,83 @@
+"""The search: which candidates there are, what drops them, what is compiled and what is said about the rest."""
+
+import json
+import pathlib
+
+import pytest
+from plan_case import MINI, ask
+
+from phijax import plan
+from phijax.model.presets import PRESETS
+from phijax.planning import search
+from phijax.planning.compiled import Compiled, DoesNotFit
+from phijax.planning.estimator import Estimate
+
+
+def test_meshes_use_every_chip_and_cut_at_heads():
+    found = list(search.meshes(16, 2, PRESETS["phi3_medium"], 4096))
+    assert {m.data * m.fsdp * m.context * m.tensor for m in found} == {16}
+    assert {m.tensor for m in found} == {1, 2}  # 10 kv heads
+    assert {m.context for m in found} == {1}  # 4096 tokens are not cut
+    assert all(m.data % 2 == 0 for m in found)  # two slices
+    assert len(found) == len(set(found))
+    assert {m.context for m in search.meshes(16, 1, PRESETS["phi3_mini"], 32768)} == {1, 2, 4, 8}
+
+
+def test_from_shapes_alone(capsys):
+    code, out, _ = ask(capsys, "--topology=v5e:16x16", "--search", "--analytic", "--json", config=MINI)
+    answer = json.loads(out)
+    assert code == 0
+    best = answer["candidates"][0]
+    # What hand search found on this slice: fsdp at most 128, one sequence a chip, nearly all saved.
+    assert int(best["mesh.fsdp"]) in (64, 128) and best["data.micro_batches"] == "4"
+    assert best["model.remat"].startswith("save_all")
+    seconds = [one["run_seconds"] for one in answer["candidates"]]
+    assert seconds == sorted(seconds)
+    assert answer["looked_at"] > len(seconds) and {one["method"] for one in answer["candidates"]} == {"analytic"}
+
+
+def test_winner_is_the_compilers_and_the_rest_is_named(capsys, monkeypatch):
+    """A compiler that refuses the first, and likes the third best."""
+    asked = []
+
+    def pretend(recipe, mesh, topology, shape):
+        asked.append((dict(mesh.shape), recipe.backend.remat, shape))
+        if len(asked) == 1:
+            return DoesNotFit("no", 2**34, 1.0)
+        step = 3.0 if len(asked) == 3 else 4.0
+        return Compiled(2**33, {"workspace": 2.0**33}, Estimate(step=step, matrix=step), 1.0)
+
+    monkeypatch.setattr("phijax.planning.compiled.compile_step", pretend)
+    monkeypatch.setattr("phijax.planning.topology.tpu_devices", lambda name, slices=1: imaginary(name, slices))
+    monkeypatch.setattr("phijax.planning.topology.has_compiler", lambda: True)
+    code, out, err = ask(capsys, "--topology=v5e:16x16", "--search", "--compile_top=3", config=MINI)
+    assert code == 0 and len(asked) == 4 and err.count("compiling") == 4
+    sizes, remat, _ = asked[2]
+    winner = out.splitlines()[-1]
+    expected = [f"--config.mesh.{k}={v}" for k, v in sizes.items() if {"data": 2, "fsdp": 128}.get(k, 1) != v]
+    assert winner == f"winner: {' '.join([*expected, f'--config.model.remat={remat}'])}"
+    assert "refused by the compiler" in out and "4 were compiled" in out and "were not" in out
+
+
+def imaginary(name, slices):
+    from phijax.planning.topology import imaginary_devices
+
+    return imaginary_devices(name, slices)
+
+
+def test_nothing_fits(capsys):
+    config = str(pathlib.Path(MINI).with_name("medium.py"))
+    code, out, err = ask(capsys, "--topology=v5e:2x2", "--search", "--analytic", config=config)
+    assert code == plan.EXIT_DOES_NOT_FIT and out == "" and "take more chips" in err
+
+
+@pytest.mark.parametrize(("top", "refusals", "compiled"), [(2, 0, 2), (2, 3, 5), (2, 9, 4)])
+def test_refused_ones_are_passed_over_up_to_a_limit(top, refusals, compiled):
+    candidates = [
+        search.Ranked(search.Candidate(None, "full", i), search.Work(None, ((1, (1, 1, 1)),)), i, 1, False)
+        for i in range(12)
+    ]
+    no, yes = DoesNotFit("no", None, 0.0), Compiled(1, {}, Estimate(step=1.0), 0.0)
+    done = search.compile_best(candidates, top, lambda c, r, s: no if c.micro_batches < refusals else yes)
+    assert len(done) == compiled
+    assert [one.refused for one in done] == sorted(one.refused for one in done)
