@@ -56,8 +56,8 @@ def weight_sizes(model):
 
 def test_it_fits_with_room(compiled):
     peak = compiled[1].memory_analysis().peak_memory_in_bytes
-    # 13.6 GiB when this was written; a growth of more than a few percent is a decision, not an accident.
-    assert peak < 14.0 * GIB < V5E_HBM
+    # 12.8 GiB when this was written; a growth of more than a few percent is a decision, not an accident.
+    assert peak < 13.2 * GIB < V5E_HBM
 
 
 def test_gathered_weights_lie_as_the_matrix_unit_reads_them(compiled, text):

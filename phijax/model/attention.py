@@ -31,7 +31,8 @@ class Attention(nnx.Module):
         q = split(x, self.q, heads=c.num_heads)
         k = split(x, self.k, heads=c.num_kv_heads)
         v = split(x, self.v, heads=c.num_kv_heads)
-        q = apply_rope(q, rope, c, by_matmul=backend.rope_by_matmul)
+        # The softmax's factor goes in here: part of the rotation's pass, and what is saved is what the kernels read.
+        q = apply_rope(q, rope, c, by_matmul=backend.rope_by_matmul) * c.head_dim**-0.5
         k = apply_rope(k, rope, c, by_matmul=backend.rope_by_matmul)
         q, k, v = (
             checkpoint_name(sharding.constrain(a, layout), name) for a, name in ((q, "query"), (k, "key"), (v, "value"))

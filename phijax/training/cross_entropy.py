@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from phijax.model.kernels.dense import MASKED
 from phijax.parallel import sharding
 
-CHUNK = 1024  # tokens: their float32 logits over 32768 rows take 128 MiB
+CHUNK = 2048  # tokens: their float32 logits over 32768 rows take 256 MiB
 
 
 @dataclasses.dataclass(frozen=True)

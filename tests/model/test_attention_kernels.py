@@ -51,7 +51,8 @@ def value_and_gradients(path, q, k, v, segments, d_out, window):
         layout = ("act_batch", "act_heads", "act_time", None)
         q, k, v, d_out = (sharding.constrain(a, layout) for a in (q, k, v, d_out))
         segments = sharding.constrain(segments, ("act_batch", "act_time"))
-        out, pull = jax.vjp(lambda q, k, v: path(q, k, v, segments, window=window), q, k, v)
+        # The kernels leave the factor 1/sqrt(H) to their caller, the reference has it.
+        out, pull = jax.vjp(lambda q, k, v: path(q * q.shape[-1] ** -0.5, k, v, segments, window=window), q, k, v)
         return out, *pull(d_out)
 
     return jax.jit(run, compiler_options=QUICK)(q, k, v, segments, d_out)
@@ -135,10 +136,10 @@ def test_on_meshes(small_blocks, name, shape, window):
 def test_bfloat16_keeps_float32_scores():
     """bfloat16 inputs and outputs, scores and softmax in float32: the error is that of rounding in and out."""
     q, k, v, segments, _ = inputs(150, 4, 2, 24)
-    q, k, v = (jnp.asarray(a, jnp.bfloat16) for a in (q, k, v))
-    reference = attention_reference(
-        *(np.asarray(a, np.float64) for a in (q, k, v)), segments, np.zeros(q.shape), window=40
-    )[0]
+    factor = q.shape[-1] ** -0.5
+    q, k, v = (jnp.asarray(a, jnp.bfloat16) for a in (q * factor, k, v))
+    wide = (np.asarray(a, np.float64) for a in (q, k, v))
+    reference = attention_reference(next(wide) / factor, *wide, segments, np.zeros(q.shape), window=40)[0]
     for name in ("dense", "blocked", "cudnn"):
         out = jax.jit(functools.partial(PATHS[name], window=40))(q, k, v, segments)
         assert out.dtype == jnp.bfloat16

@@ -22,7 +22,7 @@ def blocked_attention(
     """The same function as `dense_attention`: q (B, N, T, H), k and v (B, K, T, H) -> (B, N, T, H)."""
     b, n, t, h = q.shape
     kv_heads = k.shape[1]
-    grouped = (q * h**-0.5).reshape(b, kv_heads, n // kv_heads, t, h)
+    grouped = q.reshape(b, kv_heads, n // kv_heads, t, h)
     return _attend(grouped, k, v, segment_ids, window).reshape(b, n, t, h)
 
 
@@ -52,7 +52,7 @@ def _attend(q, k, v, segment_ids, window):
 
 
 def _forward(q, k, v, segment_ids, window):
-    """q: (B, K, G, T, H), already scaled; k, v: (B, K, T, H)."""
+    """q: (B, K, G, T, H); k, v: (B, K, T, H)."""
     outs, logsumexps = [], []
     for rows, keys in _blocks(q.shape[3], window):
         mask = _mask(rows, keys, segment_ids, window)

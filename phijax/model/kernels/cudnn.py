@@ -30,6 +30,7 @@ def cudnn_attention(
         k,
         v,
         mask=mask,
+        scale=1.0,
         is_causal=True,
         local_window_size=None if window is None else (window - 1, 0),
         implementation=implementation,

@@ -41,7 +41,6 @@ def splash_attention(
         residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
     )
-    q = q * q.shape[-1] ** -0.5
     if jax.sharding.get_abstract_mesh().empty:
         segments = kernel.SegmentIds(segment_ids, segment_ids)
         return jax.vmap(splash)(q, k, v, segments)
