@@ -11,7 +11,8 @@ if [[ "${1:-}" == "--help" || ! "${1:-}" =~ ^[1-9][0-9]*$ ]]; then
 fi
 count=$1; shift
 port=${PORT:-12345}
-python=${PYTHON:-python3}
+venv="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin/python"  # what `make setup` made
+python=${PYTHON:-$([[ -x "$venv" ]] && echo "$venv" || echo python3)}
 command=("$python" -m phijax.main --coordinator_address="localhost:$port" --process_count="$count")
 
 if $dry_run; then
