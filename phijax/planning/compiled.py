@@ -63,7 +63,7 @@ def compile_step(
     arguments = argument_parts(recipe, mesh, shape)
     return Compiled(
         hbm_peak=compiled.memory_analysis().peak_memory_in_bytes,
-        hbm_parts=memory_parts.by_part(lifetimes.peak(program), recipe, dict(mesh.shape), arguments),
+        hbm_parts=memory_parts.by_part(lifetimes.peak(program), recipe, dict(mesh.shape), shape, arguments),
         estimate=estimator.estimate(
             program, chip_of(topology), torus_of(topology, mesh.devices.flat), window=recipe.model.sliding_window
         ),

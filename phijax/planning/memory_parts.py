@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from phijax.model import params
 from phijax.parallel import sharding
 from phijax.planning.lifetimes import Buffer, Peak
-from phijax.training.program import Recipe
+from phijax.training.program import BatchShape, Recipe
 
 PARTS = (
     "parameters",
@@ -20,13 +20,15 @@ PARTS = (
 )
 
 
-def by_part(peak: Peak, recipe: Recipe, sizes: Mapping[str, int], arguments: Sequence[str]) -> dict[str, float]:
+def by_part(
+    peak: Peak, recipe: Recipe, sizes: Mapping[str, int], shape: BatchShape, arguments: Sequence[str]
+) -> dict[str, float]:
     """Part -> bytes of one chip.
 
     Args:
       arguments: part of each argument, in order.
     """
-    known = _Shapes(recipe, sizes)
+    known = _Shapes(recipe, sizes, shape)
     parts = dict.fromkeys(PARTS, 0.0)
     for buffer in peak.buffers:
         if buffer.argument is not None and buffer.argument < len(arguments):
@@ -39,9 +41,9 @@ def by_part(peak: Peak, recipe: Recipe, sizes: Mapping[str, int], arguments: Seq
 class _Shapes:
     """Sizes by which an array that is no argument is recognised."""
 
-    def __init__(self, recipe: Recipe, sizes: Mapping[str, int]):
+    def __init__(self, recipe: Recipe, sizes: Mapping[str, int], shape: BatchShape):
         c = recipe.model
-        self.layers = c.num_layers
+        self.stack = (c.num_layers, shape[1] // (sizes["data"] * sizes["fsdp"]))
         self.vocab = c.padded_vocab_size // sizes["tensor"]
         self.head = self.vocab * c.model_dim
         self.shards, self.gathered = set(), set()
@@ -65,6 +67,6 @@ class _Shapes:
             return "logits and head"
         if array.elements in self.gathered:
             return "weights in the compute type"
-        if len(array.shape) > 2 and array.shape[0] == self.layers:
+        if len(array.shape) > 3 and array.shape[:2] == self.stack:  # as many heads as layers are no stack
             return "saved activations"
         return "workspace"

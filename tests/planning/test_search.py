@@ -67,8 +67,8 @@ def imaginary(name, slices):
 
 def test_nothing_fits(capsys):
     config = str(pathlib.Path(MINI).with_name("medium.py"))
-    code, out, err = ask(capsys, "--topology=v5e:2x2", "--search", "--analytic", config=config)
-    assert code == plan.EXIT_DOES_NOT_FIT and out == "" and "take more chips" in err
+    code, out, _ = ask(capsys, "--topology=v5e:2x2", "--search", "--analytic", config=config)
+    assert code == plan.EXIT_DOES_NOT_FIT and "take more chips" in out and "winner" not in out
 
 
 @pytest.mark.parametrize(("top", "refusals", "compiled"), [(2, 0, 2), (2, 3, 5), (2, 9, 4)])

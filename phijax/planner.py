@@ -1,0 +1,169 @@
+"""One plan, assembled out of the rooms, as `run.py` assembles a training run; and the search for a better one."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from phijax import config as configs
+from phijax import run
+from phijax.checkpoint.host_memory import SYNCHRONOUS_LIMIT_GB, bytes_held_by_save
+from phijax.config import Config
+from phijax.model import params
+from phijax.model.config import resolve_model
+from phijax.model.presets import PRESETS
+from phijax.parallel.mesh import make_mesh
+from phijax.planning import analytic, compiled, search, topology
+from phijax.planning.assumptions import ANALYTIC_ERROR, COMPILED_ERROR
+from phijax.planning.run_plan import HostMemory, RunPlan
+from phijax.planning.search import Candidate, Ranked, Work
+from phijax.planning.step_plan import plan_step
+from phijax.training.program import Recipe, abstract_state
+
+Say = Callable[[str], None]
+
+
+def make_plan(
+    config: Config, slice_name: str, *, compiling: bool, price: float | None, say: Say
+) -> tuple[RunPlan, Recipe]:
+    """Compiles each distinct step of the config's phases, or estimates it from shapes.
+
+    Args:
+      slice_name: such as "v5p:4x4x8". price: of a chip and hour.
+    Raises: UserError for a config that this slice cannot run.
+    """
+    where = analytic.make_slice(slice_name, config.mesh)
+    recipe = run.make_recipe(config, dict(where.sizes), "tpu")
+    mesh = None
+    if can_compile(compiling, say):
+        mesh = make_mesh(config.mesh, topology.tpu_devices(slice_name, config.mesh.slices))
+    answers, steps = {}, []  # phases of one shape share a program
+    for phase, (name, shape) in zip(config.data.phases, run.shapes_by_phase(config).items(), strict=True):
+        if mesh is not None and shape not in answers:
+            say(f"compiling {shape} for {slice_name}: a minute or two ...")
+            answers[shape] = compiled.compile_step(recipe, mesh, slice_name, shape)
+        steps.append(plan_step(name, phase.steps, recipe, where, shape, answers.get(shape)))
+    backend = recipe.backend
+    plan = RunPlan(
+        topology=slice_name,
+        slices=config.mesh.slices,
+        sizes=where.sizes,
+        description=f"{params.count(recipe.model):,} parameters, attention {backend.attention}, remat {backend.remat}",
+        steps=tuple(steps),
+        host_memory=host_memory(recipe, where, mesh),
+        asynchronous=config.checkpoint.asynchronous,
+        price=price,
+        warnings=tuple(params.check_mesh(recipe.model, where.sizes)),
+    )
+    return plan, recipe
+
+
+def can_compile(wanted: bool, say: Say) -> bool:
+    if wanted and not topology.has_compiler():
+        say("The TPU compiler is not here (pip install 'phijax[tpu]'): figures are from shapes.")
+        return False
+    return wanted
+
+
+def host_memory(recipe: Recipe, where: analytic.Slice, mesh) -> HostMemory:
+    """What a save holds on the first host; without the compiler's devices an upper bound from shapes."""
+    chip = where.chip
+    if mesh is None:
+        held = int(chip.chips_per_host * analytic.state_bytes(recipe, where.sizes))
+        return HostMemory(held, min(held, SYNCHRONOUS_LIMIT_GB * 10**9), chip.host_bytes)
+    state = abstract_state(recipe, mesh)
+    held = (bytes_held_by_save(state, asynchronous=asynchronous) for asynchronous in (True, False))
+    return HostMemory(*held, chip.host_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """best: compiled, quickest first, then those refused on the way; rest: ranked from shapes alone.
+
+    winner: None where nothing fits. paste: what the winner changes in the config, as flags. fitting: by shapes.
+    """
+
+    best: list[Ranked]
+    rest: list[Ranked]
+    winner: Ranked | None
+    paste: list[str]
+    looked_at: int
+    fitting: int
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [
+            {
+                **one.candidate.overrides(),
+                "run_seconds": one.seconds,
+                "hbm_peak_bytes": one.peak,
+                "method": "compiled" if one.answers else "analytic",
+                "refused": one.refused,
+            }
+            for one in [*self.best, *self.rest]
+        ]
+        return {"winner": self.paste, "looked_at": self.looked_at, "fitting": self.fitting, "candidates": rows}
+
+    def lines(self) -> list[str]:
+        out = []
+        if self.best:
+            out += ["compiled, quickest first:", *search.table(self.best), f"  error: {COMPILED_ERROR}", ""]
+        out += ["from shapes alone, the best:", *search.table(self.rest[:12]), f"  error: {ANALYTIC_ERROR}", ""]
+        out.append(
+            f"{self.looked_at:,} candidates (meshes x remat policies x micro-batches) were ranked from shapes, "
+            f"{self.fitting:,} of them fit; {len(self.best)} were compiled, the other "
+            f"{self.looked_at - len(self.best):,} were not. Compiler options and offload to the host were not searched."
+        )
+        if self.winner is None:
+            return [*out, "Nothing fits: take more chips, or a shorter sequence."]
+        return [*out, f"winner: {' '.join(self.paste) or 'the config as it is'}"]
+
+
+def find(config: Config, slice_name: str, *, compiling: bool, top: int, say: Say) -> Found:
+    """Meshes, remat policies and micro-batches for the config's batch and phases, which stay as they are."""
+    phases, slices = config.data.phases, config.mesh.slices
+
+    def work_of(candidate: Candidate, where: analytic.Slice) -> Work:
+        changed = apply(config, candidate)
+        shapes = run.shapes_by_phase(changed).values()
+        recipe = run.make_recipe(changed, dict(where.sizes), "tpu")
+        return Work(recipe, tuple((phase.steps, shape) for phase, shape in zip(phases, shapes, strict=True)))
+
+    def compile_one(candidate: Candidate, recipe: Recipe, shape):
+        say(f"compiling {candidate.overrides()} {shape}: a minute or two ...")
+        mesh = make_mesh(candidate.mesh, topology.tpu_devices(slice_name, slices))
+        return compiled.compile_step(recipe, mesh, slice_name, shape)
+
+    chips = math.prod(topology.lengths_of(slice_name)) * slices
+    longest = max(phase.sequence_length for phase in phases)
+    options = list(search.meshes(chips, slices, resolve_model(config.model, PRESETS), longest))
+    batch = math.gcd(*(phase.global_batch_size for phase in phases))
+    micro_batches = [n for n in range(1, batch + 1) if batch % n == 0]
+    ranked, looked_at = search.rank(slice_name, options, micro_batches, work_of)
+    compiling = can_compile(compiling and top > 0, say)
+    best = search.compile_best(ranked, top, compile_one) if compiling else []
+    seen = {one.candidate for one in best}
+    rest = [one for one in ranked if one.candidate not in seen]
+    winner = next((one for one in (best if compiling else rest) if not one.refused), None)
+    return Found(best, rest, winner, changes(config, winner), looked_at, len(ranked))
+
+
+def apply(config: Config, candidate: Candidate) -> Config:
+    return dataclasses.replace(
+        config,
+        mesh=candidate.mesh,
+        model=dataclasses.replace(config.model, remat=candidate.remat),
+        data=dataclasses.replace(config.data, micro_batches=candidate.micro_batches),
+    )
+
+
+def changes(config: Config, winner: Ranked | None) -> list[str]:
+    """What the winner says otherwise than the config, as flags."""
+    if winner is None:
+        return []
+    old = configs.to_dict(config)
+    flags = []
+    for key, value in winner.candidate.overrides().items():
+        section, name = key.split(".")
+        if str(old[section][name]) != value:
+            flags.append(f"--config.{key}={value}")
+    return flags
