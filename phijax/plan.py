@@ -22,6 +22,10 @@ flags.DEFINE_string("topology", None, "TPU slice, such as v5e:16x16, v5p:4x4x8, 
 flags.DEFINE_float("price_per_chip_hour", None, "To tell the cost, in any currency.", flag_values=FLAGS)
 flags.DEFINE_boolean("analytic", False, "Compile nothing; figures from shapes, in a second.", flag_values=FLAGS)
 flags.DEFINE_boolean("json", False, "Print one JSON object instead of text.", flag_values=FLAGS)
+flags.DEFINE_multi_string(
+    "compiler_option", [], "NAME=VALUE for the TPU compiler; may be given often. No part of the run's config.",
+    flag_values=FLAGS,
+)  # fmt: skip
 flags.DEFINE_boolean("search", False, "Look for the best mesh, remat policy and micro-batches.", flag_values=FLAGS)
 flags.DEFINE_integer("compile_top", 6, "How many of the search's best are compiled.", flag_values=FLAGS)
 flags.DEFINE_string("plot", None, "PNG: memory and step time as stacked bars, and the roofline.", flag_values=FLAGS)
@@ -37,20 +41,27 @@ def main(arguments: list[str], overrides: list[tuple[str, str]]) -> int:
         raise UserError("What, and where? --config=experiments/mini.py --topology=v5e:16x16, say.")
     config = configs.load(FLAGS.config, overrides)
     say = functools.partial(print, file=sys.stderr, flush=True)
-    compiling = not FLAGS.analytic
+    how = planner.How(not FLAGS.analytic, compiler_options(FLAGS.compiler_option), say)
     if FLAGS.search:
-        found = planner.find(config, FLAGS.topology, compiling=compiling, top=FLAGS.compile_top, say=say)
+        found = planner.find(config, FLAGS.topology, how, top=FLAGS.compile_top)
         tell(found)
         return EXIT_DONE if found.winner else EXIT_DOES_NOT_FIT
-    plan, recipe = planner.make_plan(
-        config, FLAGS.topology, compiling=compiling, price=FLAGS.price_per_chip_hour, say=say
-    )
+    plan, recipe = planner.make_plan(config, FLAGS.topology, how, price=FLAGS.price_per_chip_hour)
     if FLAGS.plot:
         from phijax.planning.plot import plot_plan
 
         plot_plan(plan, recipe, FLAGS.plot)
     tell(plan)
     return EXIT_DONE if plan.fits else EXIT_DOES_NOT_FIT
+
+
+def compiler_options(given: list[str]) -> dict[str, str]:
+    """["xla_a=true"] -> {"xla_a": "true"}. Raises: UserError."""
+    pairs = [text.partition("=") for text in given]
+    for text, (name, sign, _) in zip(given, pairs, strict=True):
+        if not name or not sign:
+            raise UserError(f"--compiler_option={text}: NAME=VALUE is meant, as in xla_tpu_some_option=true.")
+    return {name: value for name, _, value in pairs}
 
 
 def tell(answer) -> None:

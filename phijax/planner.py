@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from phijax import config as configs
@@ -20,12 +20,23 @@ from phijax.planning.search import Candidate, Ranked, Work
 from phijax.planning.step_plan import plan_step
 from phijax.training.program import Recipe, abstract_state
 
-Say = Callable[[str], None]
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """compiling: where the compiler is installed. options: the compiler's, by name. say: is told what takes time."""
+
+    compiling: bool
+    options: Mapping[str, str]
+    say: Callable[[str], None]
+
+    def can_compile(self) -> bool:
+        if self.compiling and not topology.has_compiler():
+            self.say("The TPU compiler is not here (pip install 'phijax[tpu]'): figures are from shapes.")
+            return False
+        return self.compiling
 
 
-def make_plan(
-    config: Config, slice_name: str, *, compiling: bool, price: float | None, say: Say
-) -> tuple[RunPlan, Recipe]:
+def make_plan(config: Config, slice_name: str, how: How, *, price: float | None) -> tuple[RunPlan, Recipe]:
     """Compiles each distinct step of the config's phases, or estimates it from shapes.
 
     Args:
@@ -35,13 +46,13 @@ def make_plan(
     where = analytic.make_slice(slice_name, config.mesh)
     recipe = run.make_recipe(config, dict(where.sizes), "tpu")
     mesh = None
-    if can_compile(compiling, say):
+    if how.can_compile():
         mesh = make_mesh(config.mesh, topology.tpu_devices(slice_name, config.mesh.slices))
     answers, steps = {}, []  # phases of one shape share a program
     for phase, (name, shape) in zip(config.data.phases, run.shapes_by_phase(config).items(), strict=True):
         if mesh is not None and shape not in answers:
-            say(f"compiling {shape} for {slice_name}: a minute or two ...")
-            answers[shape] = compiled.compile_step(recipe, mesh, slice_name, shape)
+            how.say(f"compiling {shape} for {slice_name}: a minute or two ...")
+            answers[shape] = compiled.compile_step(recipe, mesh, slice_name, shape, options=how.options)
         steps.append(plan_step(name, phase.steps, recipe, where, shape, answers.get(shape)))
     backend = recipe.backend
     plan = RunPlan(
@@ -56,13 +67,6 @@ def make_plan(
         warnings=tuple(params.check_mesh(recipe.model, where.sizes)),
     )
     return plan, recipe
-
-
-def can_compile(wanted: bool, say: Say) -> bool:
-    if wanted and not topology.has_compiler():
-        say("The TPU compiler is not here (pip install 'phijax[tpu]'): figures are from shapes.")
-        return False
-    return wanted
 
 
 def host_memory(recipe: Recipe, where: analytic.Slice, mesh) -> HostMemory:
@@ -118,7 +122,7 @@ class Found:
         return [*out, f"winner: {' '.join(self.paste) or 'the config as it is'}"]
 
 
-def find(config: Config, slice_name: str, *, compiling: bool, top: int, say: Say) -> Found:
+def find(config: Config, slice_name: str, how: How, *, top: int) -> Found:
     """Meshes, remat policies and micro-batches for the config's batch and phases, which stay as they are."""
     phases, slices = config.data.phases, config.mesh.slices
 
@@ -129,9 +133,9 @@ def find(config: Config, slice_name: str, *, compiling: bool, top: int, say: Say
         return Work(recipe, tuple((phase.steps, shape) for phase, shape in zip(phases, shapes, strict=True)))
 
     def compile_one(candidate: Candidate, recipe: Recipe, shape):
-        say(f"compiling {candidate.overrides()} {shape}: a minute or two ...")
+        how.say(f"compiling {candidate.overrides()} {shape}: a minute or two ...")
         mesh = make_mesh(candidate.mesh, topology.tpu_devices(slice_name, slices))
-        return compiled.compile_step(recipe, mesh, slice_name, shape)
+        return compiled.compile_step(recipe, mesh, slice_name, shape, options=how.options)
 
     chips = math.prod(topology.lengths_of(slice_name)) * slices
     longest = max(phase.sequence_length for phase in phases)
@@ -139,7 +143,7 @@ def find(config: Config, slice_name: str, *, compiling: bool, top: int, say: Say
     batch = math.gcd(*(phase.global_batch_size for phase in phases))
     micro_batches = [n for n in range(1, batch + 1) if batch % n == 0]
     ranked, looked_at = search.rank(slice_name, options, micro_batches, work_of)
-    compiling = can_compile(compiling and top > 0, say)
+    compiling = top > 0 and how.can_compile()
     best = search.compile_best(ranked, top, compile_one) if compiling else []
     seen = {one.candidate for one in best}
     rest = [one for one in ranked if one.candidate not in seen]

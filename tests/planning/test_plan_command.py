@@ -79,6 +79,13 @@ def test_without_the_compiler_it_says_so(capsys, monkeypatch):
     assert code == 0 and "ANALYTIC" in out and "The TPU compiler is not here" in err
 
 
+def test_compiler_options():
+    given = ["xla_a=true", "xla_b=1=2", "xla_c="]
+    assert plan.compiler_options(given) == {"xla_a": "true", "xla_b": "1=2", "xla_c": ""}
+    with pytest.raises(UserError, match="NAME=VALUE"):
+        plan.compiler_options(["xla_a"])
+
+
 def test_the_picture(capsys, tmp_path):
     ask(capsys, "--topology=v5e:2x2", "--analytic", f"--plot={tmp_path}/plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")

@@ -40,7 +40,7 @@ def test_winner_is_the_compilers_and_the_rest_is_named(capsys, monkeypatch):
     """A compiler that refuses the first, and likes the third best."""
     asked = []
 
-    def pretend(recipe, mesh, topology, shape):
+    def pretend(recipe, mesh, topology, shape, options):
         asked.append((dict(mesh.shape), recipe.backend.remat, shape))
         if len(asked) == 1:
             return DoesNotFit("no", 2**34, 1.0)
