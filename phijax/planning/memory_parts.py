@@ -67,6 +67,6 @@ class _Shapes:
             return "logits and head"
         if array.elements in self.gathered:
             return "weights in the compute type"
-        if len(array.shape) > 3 and array.shape[:2] == self.stack:  # as many heads as layers are no stack
+        if array.shape[:2] == self.stack:  # as many heads as layers are no stack
             return "saved activations"
         return "workspace"

@@ -85,6 +85,37 @@ def test_by_hand():
     assert {buffer.argument for buffer in worst.buffers if buffer.operation in "pq"} == {0, 1}
 
 
+IN_PLACE = """HloModule small, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias) }, num_partitions=1
+
+%written (a: f32[6000], b: f32[10]) -> f32[6000] {
+  %a = f32[6000]{0} parameter(0)
+  %b = f32[10]{0} parameter(1)
+  %zero = s32[] constant(0)
+  %update = f32[6000]{0} dynamic-update-slice(%a, %b, %zero)
+  ROOT %same = f32[6000]{0} bitcast(%update)
+}
+
+ENTRY %main (p: f32[4000], q: f32[10]) -> (f32[4000]) {
+  %p = f32[4000]{0} parameter(0)
+  %q = f32[10]{0} parameter(1)
+  %origin = s32[]{:S(2)} constant(0)
+  %stack = f32[6000]{0} broadcast(%q)
+  %once = f32[6000]{0} dynamic-update-slice(%stack, %q, %origin)
+  %twice = f32[6000]{0} fusion(%once, %q), kind=kLoop, calls=%written
+  %start = (f32[6000]{0:S(1)}, f32[6000]{0}, u32[]{:S(2)}) copy-start(%twice)
+  %done = f32[6000]{0:S(1)} copy-done(%start)
+  %new = f32[4000]{0} add(%p, %twice)
+  ROOT %result = (f32[4000]{0}) tuple(%new)
+}
+"""
+
+
+def test_what_is_written_in_place_or_donated_is_held_once():
+    worst = peak(parse(IN_PLACE))
+    # One stack, though four operations name it, and no copy of it in HBM; the result lies where `p` was.
+    assert sorted(buffer.array.elements for buffer in worst.buffers) == [10, 4000, 6000]
+
+
 def test_the_reference_program_takes_what_its_compiler_said(shared):
     folder = shared / "reference" / "tpu_lab"
     expected = json.loads((folder / "mini_v5e_16x16_rows.expected.json").read_text())
