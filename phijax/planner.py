@@ -12,9 +12,10 @@ from phijax.config import Config
 from phijax.model import params
 from phijax.model.config import resolve_model
 from phijax.model.presets import PRESETS
+from phijax.parallel.hardware import COMPILER_PROFILES
 from phijax.parallel.mesh import make_mesh
 from phijax.planning import analytic, compiled, search, topology
-from phijax.planning.assumptions import ANALYTIC_ERROR, COMPILED_ERROR
+from phijax.planning.assumptions import ANALYTIC_ERROR, COMPILED_ERROR, chip_of
 from phijax.planning.run_plan import HostMemory, RunPlan
 from phijax.planning.search import Candidate, Ranked, Work
 from phijax.planning.step_plan import plan_step
@@ -84,13 +85,15 @@ def host_memory(recipe: Recipe, where: analytic.Slice, mesh) -> HostMemory:
 class Found:
     """best: compiled, quickest first, then those refused on the way; rest: ranked from shapes alone.
 
-    winner: None where nothing fits. paste: what the winner changes in the config, as flags. fitting: by shapes.
+    winner: None where nothing fits. paste: what the winner changes in the config, as flags. options: the compiler's
+    that it was compiled with. fitting: by shapes.
     """
 
     best: list[Ranked]
     rest: list[Ranked]
     winner: Ranked | None
     paste: list[str]
+    options: Mapping[str, str]
     looked_at: int
     fitting: int
 
@@ -102,23 +105,35 @@ class Found:
                 "hbm_peak_bytes": one.peak,
                 "method": "compiled" if one.answers else "analytic",
                 "refused": one.refused,
+                "profile": one.profile,
             }
             for one in [*self.best, *self.rest]
         ]
-        return {"winner": self.paste, "looked_at": self.looked_at, "fitting": self.fitting, "candidates": rows}
+        return {
+            "winner": self.paste,
+            "compiler_options": dict(self.options),
+            "looked_at": self.looked_at,
+            "fitting": self.fitting,
+            "candidates": rows,
+        }
 
     def lines(self) -> list[str]:
         out = []
         if self.best:
             out += ["compiled, quickest first:", *search.table(self.best), f"  error: {COMPILED_ERROR}", ""]
         out += ["from shapes alone, the best:", *search.table(self.rest[:12]), f"  error: {ANALYTIC_ERROR}", ""]
+        compiled_ones = len({one.candidate for one in self.best})
         out.append(
             f"{self.looked_at:,} candidates (meshes x remat policies x micro-batches) were ranked from shapes, "
-            f"{self.fitting:,} of them fit; {len(self.best)} were compiled, the other "
-            f"{self.looked_at - len(self.best):,} were not. Compiler options and offload to the host were not searched."
+            f"{self.fitting:,} of them fit; {compiled_ones} were compiled, the other "
+            f"{self.looked_at - compiled_ones:,} were not. Compiler options were tried on the quickest alone, "
+            "offload to the host not at all."
         )
         if self.winner is None:
             return [*out, "Nothing fits: take more chips, or a shorter sequence."]
+        if self.options:
+            arguments = " ".join(f"--{name}={value}" for name, value in self.options.items())
+            out.append(f'with LIBTPU_INIT_ARGS="{arguments}"')
         return [*out, f"winner: {' '.join(self.paste) or 'the config as it is'}"]
 
 
@@ -132,10 +147,11 @@ def find(config: Config, slice_name: str, how: How, *, top: int) -> Found:
         recipe = run.make_recipe(changed, dict(where.sizes), "tpu")
         return Work(recipe, tuple((phase.steps, shape) for phase, shape in zip(phases, shapes, strict=True)))
 
-    def compile_one(candidate: Candidate, recipe: Recipe, shape):
-        how.say(f"compiling {candidate.overrides()} {shape}: a minute or two ...")
-        mesh = make_mesh(candidate.mesh, topology.tpu_devices(slice_name, slices))
-        return compiled.compile_step(recipe, mesh, slice_name, shape, options=how.options)
+    def compile_one(one: Ranked, shape):
+        how.say(f"compiling {one.candidate.overrides()} {one.profile} {shape}: a minute or two ...")
+        mesh = make_mesh(one.candidate.mesh, topology.tpu_devices(slice_name, slices))
+        options = {**how.options, **profiles.get(one.profile, {})}
+        return compiled.compile_step(one.work.recipe, mesh, slice_name, shape, options=options)
 
     chips = math.prod(topology.lengths_of(slice_name)) * slices
     longest = max(phase.sequence_length for phase in phases)
@@ -144,11 +160,16 @@ def find(config: Config, slice_name: str, how: How, *, top: int) -> Found:
     micro_batches = [n for n in range(1, batch + 1) if batch % n == 0]
     ranked, looked_at = search.rank(slice_name, options, micro_batches, work_of)
     compiling = top > 0 and how.can_compile()
+    profiles = COMPILER_PROFILES[chip_of(slice_name).name]
     best = search.compile_best(ranked, top, compile_one) if compiling else []
+    if best and not best[0].refused:  # the quickest once more, under each set of options
+        again = [search.compile_all(dataclasses.replace(best[0], profile=name), compile_one) for name in profiles]
+        best = sorted([*best, *again], key=lambda one: (one.refused, one.seconds))
     seen = {one.candidate for one in best}
     rest = [one for one in ranked if one.candidate not in seen]
     winner = next((one for one in (best if compiling else rest) if not one.refused), None)
-    return Found(best, rest, winner, changes(config, winner), looked_at, len(ranked))
+    options = profiles.get(winner.profile, {}) if winner else {}
+    return Found(best, rest, winner, changes(config, winner), options, looked_at, len(ranked))
 
 
 def apply(config: Config, candidate: Candidate) -> Config:

@@ -21,6 +21,20 @@ PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
 }
 
+# Options of the TPU compiler that can pay off, by slice generation; none is set by default. For a run they are handed
+# over as LIBTPU_INIT_ARGS="--NAME=VALUE ..." before jax is imported, for one compilation as its compiler_options.
+_SPARSE_CORE = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
+    "xla_tpu_use_tc_device_shape_on_sc": "true",
+}
+COMPILER_PROFILES: dict[str, dict[str, dict[str, str]]] = {
+    "v5e": {},
+    "v5p": {"sparse_core": _SPARSE_CORE},  # collectives beside the core's work, which else waits for all of them
+    "v6e": {"sparse_core": _SPARSE_CORE},
+}
+
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak of one device in FLOP/s, or None where no figure is published (CPUs): then no MFU is reported."""

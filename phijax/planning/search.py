@@ -45,7 +45,10 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Ranked:
-    """seconds: of the whole run; peak: bytes of the worst phase; answers: the compiler's, for each distinct shape."""
+    """seconds: of the whole run; peak: bytes of the worst phase; answers: the compiler's, for each distinct shape.
+
+    profile: name of the compiler options (parallel/hardware.py) that it was compiled with, "" for none.
+    """
 
     candidate: Candidate
     work: Work
@@ -53,6 +56,7 @@ class Ranked:
     peak: float
     ragged: bool
     answers: tuple[Compiled | DoesNotFit, ...] = ()
+    profile: str = ""
 
     @property
     def refused(self) -> bool:
@@ -108,37 +112,42 @@ def rank(
     return sorted(found, key=lambda one: one.seconds), looked_at
 
 
-def compile_best(
-    ranked: Sequence[Ranked], top: int, compile_one: Callable[[Candidate, Recipe, BatchShape], Compiled | DoesNotFit]
-) -> list[Ranked]:
+CompileOne = Callable[[Ranked, BatchShape], Compiled | DoesNotFit]
+
+
+def compile_best(ranked: Sequence[Ranked], top: int, compile_one: CompileOne) -> list[Ranked]:
     """The best `top` that fit, compiled, quickest first, then those that the compiler refused on the way there."""
     fitting, refused = [], []
     for one in ranked:
         if len(fitting) == top or len(refused) == 2 * top:
             break
-        answers: dict[BatchShape, Compiled | DoesNotFit] = {}
-        for _, shape in one.work.phases:
-            if shape not in answers and not any(isinstance(a, DoesNotFit) for a in answers.values()):
-                answers[shape] = compile_one(one.candidate, one.work.recipe, shape)
-        done = dataclasses.replace(one, answers=tuple(answers.values()))
-        if done.refused:
-            refused.append(done)
-            continue
-        seconds = sum(steps * answers[shape].estimate.step for steps, shape in one.work.phases)
-        peak = max(answer.hbm_peak for answer in answers.values())
-        fitting.append(dataclasses.replace(done, seconds=seconds, peak=peak))
+        done = compile_all(one, compile_one)
+        (refused if done.refused else fitting).append(done)
     return sorted(fitting, key=lambda one: one.seconds) + refused
 
 
-def table(rows: Sequence[Ranked], baseline: float | None = None) -> list[str]:
-    """Lines of a table. Args: baseline: seconds of the run as configured, for the last column."""
+def compile_all(one: Ranked, compile_one: CompileOne) -> Ranked:
+    """`one` with the compiler's answers for every distinct shape, up to the first refusal."""
+    answers: dict[BatchShape, Compiled | DoesNotFit] = {}
+    for _, shape in one.work.phases:
+        if shape not in answers and not any(isinstance(answer, DoesNotFit) for answer in answers.values()):
+            answers[shape] = compile_one(one, shape)
+    done = dataclasses.replace(one, answers=tuple(answers.values()))
+    if done.refused:
+        return done
+    seconds = sum(steps * answers[shape].estimate.step for steps, shape in one.work.phases)
+    return dataclasses.replace(done, seconds=seconds, peak=max(answer.hbm_peak for answer in answers.values()))
+
+
+def table(rows: Sequence[Ranked]) -> list[str]:
+    """Lines of a table."""
     steps = [sum(n for n, _ in one.work.phases) for one in rows]
     out = [f"  {'data x fsdp x context x tensor':<31}{'remat':<26}{'A':>4}{'GiB':>8}{'s a step':>10}  "]
     for one, count in zip(rows, steps, strict=True):
         mesh = " x ".join(str(getattr(one.candidate.mesh, name)) for name in MESH_AXES)
         how = "refused by the compiler" if one.refused else "compiled" if one.answers else "analytic"
         how += ", rows not a multiple of 8" if one.ragged else ""
-        how += f", {one.seconds / baseline - 1:+.1%}" if baseline and not one.refused else ""
+        how += f", options {one.profile}" if one.profile else ""
         peak = one.peak
         out.append(
             f"  {mesh:<31}{one.candidate.remat:<26}{one.candidate.micro_batches:>4}{peak / GIB:>8.2f}"

@@ -65,6 +65,20 @@ def imaginary(name, slices):
     return imaginary_devices(name, slices)
 
 
+def test_the_quickest_is_tried_with_the_chips_compiler_options(capsys, monkeypatch):
+    def pretend(recipe, mesh, topology, shape, options):
+        step = 1.0 if "xla_tpu_use_tc_device_shape_on_sc" in options else 2.0
+        return Compiled(2**33, {"workspace": 2.0**33}, Estimate(step=step, matrix=step), 1.0)
+
+    monkeypatch.setattr("phijax.planning.compiled.compile_step", pretend)
+    monkeypatch.setattr("phijax.planning.topology.tpu_devices", lambda name, slices=1: imaginary(name, slices))
+    monkeypatch.setattr("phijax.planning.topology.has_compiler", lambda: True)
+    config = str(pathlib.Path(MINI).with_name("medium.py"))
+    code, out, err = ask(capsys, "--topology=v5p:4x4x8", "--search", "--compile_top=2", config=config)
+    assert code == 0 and err.count("compiling") == 3 and "2 were compiled" in out
+    assert 'with LIBTPU_INIT_ARGS="--xla_tpu_enable_sparse_core' in out and "options sparse_core" in out
+
+
 def test_nothing_fits(capsys):
     config = str(pathlib.Path(MINI).with_name("medium.py"))
     code, out, _ = ask(capsys, "--topology=v5e:2x2", "--search", "--analytic", config=config)
@@ -78,6 +92,8 @@ def test_refused_ones_are_passed_over_up_to_a_limit(top, refusals, compiled):
         for i in range(12)
     ]
     no, yes = DoesNotFit("no", None, 0.0), Compiled(1, {}, Estimate(step=1.0), 0.0)
-    done = search.compile_best(candidates, top, lambda c, r, s: no if c.micro_batches < refusals else yes)
+    done = search.compile_best(
+        candidates, top, lambda one, shape: no if one.candidate.micro_batches < refusals else yes
+    )
     assert len(done) == compiled
     assert [one.refused for one in done] == sorted(one.refused for one in done)
