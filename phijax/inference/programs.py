@@ -74,7 +74,7 @@ def prefill(
         c, path, weights, cache, tokens[None], positions[None], row, frequencies[None], attention_factor
     )
     x = x[0] if every else jax.lax.dynamic_slice_in_dim(x[0], count - 1, 1)
-    return cached.logits(c, weights, x), cache
+    return cached.logits(c, path, weights, x), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(1,))
@@ -116,7 +116,7 @@ def step(
         attention_factor,
         count,
     )
-    logits = cached.logits(c, weights, x[:, 0], count)
+    logits = cached.logits(c, path, weights, x[:, 0])
     logprobs, rows = _chosen(plan, settings, logits, rows, count)
     return logits, logprobs, rows._replace(positions=rows.positions + advance), cache
 

@@ -16,6 +16,7 @@ def choose_path(c: ModelConfig, backend: Backend, mesh: Mesh) -> cached.Path:
     tensor = mesh.shape["tensor"]
     return cached.Path(
         unrolled=not backend.scan_layers,
+        transposed=not backend.scan_layers and tensor == 1,
         dtype=backend.compute_dtype,
         rope_by_matmul=backend.rope_by_matmul,
         cut_by_time=mesh if tensor > 1 and c.num_kv_heads % tensor else None,
@@ -40,7 +41,9 @@ def place(c: ModelConfig, path: cached.Path, params: Params, mesh: Mesh) -> cach
         spec = PartitionSpec(*(rows(axis, length) for axis, length in zip(axes, leaf.shape, strict=True)))
         placed[name] = jax.device_put(leaf, NamedSharding(mesh, spec)).astype(path.dtype)
     weights = model_params.nested(placed)
-    return cached.layered(weights, c.num_layers) if path.unrolled else weights
+    if path.unrolled:
+        weights = cached.layered(weights, c.num_layers)
+    return cached.transposed(weights) if path.transposed else weights
 
 
 def cache_sharding(c: ModelConfig, path: cached.Path, mesh: Mesh) -> NamedSharding:

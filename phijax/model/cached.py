@@ -24,6 +24,8 @@ from phijax.model.rope import apply_rope
 from phijax.model.weights import project, project_back
 
 Weights = dict[str, Any]  # as Params, but "blocks" is a tuple of trees where layers are unrolled
+HEAD = "head"
+PROJECTED = frozenset({"q", "k", "v", "gate", "up"})
 Cache = Any  # (k, v), each (R, K, S, H): a tuple of these, or one with L in front
 
 
@@ -31,10 +33,14 @@ Cache = Any  # (k, v), each (R, K, S, H): a tuple of these, or one with L in fro
 class Path:
     """Static choices of an inference program.
 
+    transposed: matrices that `project` contracts lie as [D, rows], the head too. On CPU the product with few rows is
+      then 1.3 to 2 times as fast as over [rows, D], and, for two rows or more, the bits of a row depend neither on
+      how many there are nor on its place (tests/inference/test_batches.py): a batch of one is computed as two.
     cut_by_time: the mesh over whose axis `tensor` the cache is cut by time.
     """
 
     unrolled: bool
+    transposed: bool = False
     dtype: str = "float32"
     rope_by_matmul: bool = False
     cut_by_time: Mesh | None = None
@@ -44,6 +50,21 @@ def layered(weights: Params, num_layers: int) -> Weights:
     """Stacked blocks -> a tuple of `num_layers` trees. Copies; for programs whose layers are unrolled."""
     blocks = weights[STACKED]
     return {**weights, STACKED: tuple(jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(num_layers))}
+
+
+def transposed(weights: Weights) -> Weights:
+    """As `Path.transposed` wants them; a tied head gets a matrix of its own. Its own inverse but for that head."""
+    head = weights.get(HEAD, weights["embedding"])
+    return {**weights, HEAD: jnp.swapaxes(head, -1, -2), STACKED: _turned(weights[STACKED])}
+
+
+def _turned(blocks: Any) -> Any:
+    """Matrices that `project` contracts, from [rows, D] to [D, rows] or back."""
+
+    def turn(path, leaf):
+        return jnp.swapaxes(leaf, -1, -2) if path[-1].key in PROJECTED else leaf
+
+    return jax.tree_util.tree_map_with_path(turn, blocks)
 
 
 def empty_cache(c: ModelConfig, path: Path, rows: int, length: int) -> Cache:
@@ -77,11 +98,11 @@ def hidden(
     Returns: (B, T, D) after the final norm, and the cache.
     """
     rope = _rope_table(c, path, positions, frequencies, attention_factor)
-    top = _module(c, weights, _layer(weights, 0))
+    top = _module(c, path, weights, _layer(weights, 0))
     x = jnp.take(top.embedding[...], tokens, axis=0).astype(path.dtype)
 
     def body(x, layer, cache):
-        return _block(c, path, _module(c, weights, layer).blocks, x, rope, cache, rows, positions, count)
+        return _block(c, path, _module(c, path, weights, layer).blocks, x, rope, cache, rows, positions, count)
 
     if path.unrolled:
         new = []
@@ -94,42 +115,26 @@ def hidden(
     return each_row(top.final_norm, count)(x), cache
 
 
-def logits(c: ModelConfig, weights: Weights, x: jax.Array, count: jax.Array | None = None) -> jax.Array:
+def logits(c: ModelConfig, path: Path, weights: Weights, x: jax.Array) -> jax.Array:
     """(B, D) -> (B, padded V) float32, -inf where the vocabulary is padded. (Cutting the padding off is a copy.)"""
-    head = _module(c, weights, _layer(weights, 0)).head_rows()
-
-    def product(x: jax.Array) -> jax.Array:
-        return jnp.einsum("bd,vd->bv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
-
-    values = each_row(product, count)(x)
+    head = _module(c, path, weights, _layer(weights, 0)).head_rows().astype(x.dtype)
+    values = jnp.einsum("bd,vd->bv", x, head, preferred_element_type=jnp.float32)
     return jnp.where(jnp.arange(head.shape[0]) < c.vocab_size, values, -jnp.inf)
 
 
 def _block(c, path, block: Block, x, rope, cache, rows, positions, count):
     """One layer, the residual block of decoder.Block: x (B, T, D), cache (k, v) -> both anew.
 
-    In pieces that each end where all rows meet: at the cache, and after each large matrix, so that rows that are
-    computed one by one take turns at one matrix while it is in the processor's cache.
+    With `count`, what sums along a row does so row by row; products do not need it, see `Path.transposed`.
     """
     a, mlp = block.attention, block.mlp
 
-    def split(h, w, heads: int) -> jax.Array:
+    def split(h: jax.Array, w, heads: int) -> jax.Array:
         return _flat(project, h, w).reshape(*h.shape[:2], heads, -1).swapaxes(1, 2)
 
-    def enter(x, cos, sin):
-        h = block.attention_norm(x)
-        q, k, v = split(h, a.q, c.num_heads), split(h, a.k, c.num_kv_heads), split(h, a.v, c.num_kv_heads)
-        q, k = (apply_rope(y, (cos, sin), c, by_matmul=path.rope_by_matmul) for y in (q, k))
-        return q, k, v
-
-    def leave(x, out):
-        x = x + _flat(project_back, out.swapaxes(1, 2).reshape(*x.shape[:2], -1), a.o)
-        return x, block.mlp_norm(x)
-
-    def widen(h):
-        return jax.nn.silu(_flat(project, h, mlp.gate)) * _flat(project, h, mlp.up)
-
-    q, k, v = each_row(enter, count)(x, *rope)
+    h = each_row(block.attention_norm, count)(x)
+    q, k, v = split(h, a.q, c.num_heads), split(h, a.k, c.num_kv_heads), split(h, a.v, c.num_kv_heads)
+    q, k = (apply_rope(y, rope, c, by_matmul=path.rope_by_matmul) for y in (q, k))
     k_cache, v_cache = (
         write(old, new, rows, positions[:, 0], count=count) for old, new in zip(cache, (k, v), strict=True)
     )
@@ -139,10 +144,10 @@ def _block(c, path, block: Block, x, rope, cache, rows, positions, count):
         out = attention_cut_by_time(
             q, k_cache, v_cache, rows, positions, window=c.sliding_window, mesh=path.cut_by_time
         )
-    x, h = each_row(leave, count)(x, out)
-    h = each_row(widen, count)(h)
-    x = each_row(lambda x, h: x + _flat(project_back, h, mlp.down), count)(x, h)
-    return x, (k_cache, v_cache)
+    x = x + _flat(project_back, out.swapaxes(1, 2).reshape(*x.shape[:2], -1), a.o)
+    h = each_row(block.mlp_norm, count)(x)
+    h = jax.nn.silu(_flat(project, h, mlp.gate)) * _flat(project, h, mlp.up)
+    return x + _flat(project_back, h, mlp.down), (k_cache, v_cache)
 
 
 def _flat(verb: Callable, x: jax.Array, w) -> jax.Array:
@@ -166,6 +171,9 @@ def _layer(weights: Weights, number: int) -> Params:
     return blocks[number] if isinstance(blocks, tuple) else jax.tree.map(lambda a: a[number], blocks)
 
 
-def _module(c: ModelConfig, weights: Weights, layer: Params) -> Decoder:
-    """A Decoder whose `blocks` are one layer's."""
+def _module(c: ModelConfig, path: Path, weights: Weights, layer: Params) -> Decoder:
+    """A Decoder whose `blocks` are one layer's. XLA reads a transposed leaf where it lies."""
+    if path.transposed:
+        weights, layer = {**weights, HEAD: weights[HEAD].T}, _turned(layer)
+        c = dataclasses.replace(c, tied_head=False)
     return model_params.module(c, {**weights, STACKED: layer})

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from phijax.model.kernels.dense import MASKED
 from phijax.model.kernels.rows import each_row
 
-BLOCK = 256  # keys
+BLOCK = 128  # keys
 
 
 class Partial(NamedTuple):

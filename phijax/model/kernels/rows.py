@@ -9,8 +9,7 @@ import jax.numpy as jnp
 def each_row(f: Callable, count: jax.Array | None) -> Callable:
     """`f`, arrays (B, ...) -> array or tuple of arrays (B, ...): all rows at once, or each as a batch of one.
 
-    On CPU a product with one row (GEMV) and with eight (GEMM) add in different orders, and even a sum along a row can
-    depend on the row's place in the batch. Eight GEMVs cost there about what the GEMM does.
+    On CPU even a sum along a row can depend on the row's place in the batch, as vectors may lie across rows.
 
     The loop's length is an argument of the program and the arrays have two rows or more: of arrays with one row, or of
     a loop that is known to turn once, XLA makes other code, with other bits.
