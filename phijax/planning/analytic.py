@@ -26,6 +26,7 @@ from phijax.training import cross_entropy
 from phijax.training.program import BatchShape, Recipe
 
 RAGGED = 1.2  # products take this much longer where gathered weights are laid out anew: measured on the compiler
+AGAIN = 0.75  # bytes moved for each byte made again in the backward pass, as a share of `Fitted.elementwise`
 LANES = 128  # a head's dimensions lie in rows of as many
 
 
@@ -49,7 +50,7 @@ class Fitted:
 FITTED = {
     "v5e": Fitted(matrix=0.93, stacks=0.58, reductions=0.075, elementwise=12.0, hides_gathers=True),
     "v5p": Fitted(matrix=0.77, stacks=0.58, reductions=0.033, elementwise=8.0, hides_gathers=False),
-    "v6e": Fitted(matrix=0.80, stacks=0.58, reductions=0.075, elementwise=12.0, hides_gathers=True),
+    "v6e": Fitted(matrix=0.60, stacks=0.20, reductions=0.067, elementwise=12.0, hides_gathers=False),
 }
 
 
@@ -108,7 +109,7 @@ def estimate(recipe: Recipe, where: Slice, shape: BatchShape) -> Estimate:
     numbers = local.heads * local.head_width + 2 * c.model_dim
     vector = stacks + numbers * fitted.reductions / chip.clock
     vector += fitted.elementwise * numbers * local.compute / chip.hbm_bandwidth
-    vector += 3 * sum(local.again[name] for name in ("activation", "gate", "up")) / chip.hbm_bandwidth
+    vector += AGAIN * fitted.elementwise * sum(local.again.values()) / chip.hbm_bandwidth
     optimizer = 10 * local.shard_bytes / chip.hbm_bandwidth + (micro - 1) * 3 * local.shard_bytes / chip.hbm_bandwidth
     loss = 6 * 4 * local.vocab * local.tokens / chip.hbm_bandwidth * micro / 4
     found.vector = micro * local.tokens * layers * vector + optimizer + loss
@@ -151,7 +152,7 @@ def memory(recipe: Recipe, sizes: Mapping[str, int], shape: BatchShape) -> dict[
     local = _Local(recipe, sizes, shape)
     blocks = local.block_bytes
     head_shards = local.shard_bytes - blocks
-    loss_side = local.head_elements * (local.compute + 4) + 2 * local.chunk_logits
+    loss_side = local.head_elements * (local.compute + 4) + local.chunk_logits
     layer_side = local.head_elements * 4
     workspace = local.tokens * local.backward_bytes
     at_loss = loss_side + 2 * local.residual_bytes > layer_side + workspace

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from phijax.data.batch import abstract_batch, batch_sharding
+from phijax.errors import UserError
 from phijax.planning import estimator, lifetimes, memory_parts
 from phijax.planning.assumptions import chip_of
 from phijax.planning.estimator import Estimate
@@ -50,11 +51,14 @@ def compile_step(
     Args:
       mesh: over `topology.tpu_devices(topology)`.
       options: the compiler's, by name.
+    Raises: UserError for an option that this compiler does not take.
     """
     started = time.monotonic()
     try:
         compiled = lower_train_step(recipe, mesh, shape).compile(compiler_options=dict(options) if options else None)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if options and "INVALID_ARGUMENT" in str(error):
+            raise UserError(f"The TPU compiler refuses an option of {dict(options)}: {_first_line(error)}") from error
         if not _is_out_of_memory(str(error)):
             raise
         return DoesNotFit(_first_line(error), needed_bytes(str(error)), time.monotonic() - started)

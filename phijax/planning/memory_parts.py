@@ -60,6 +60,8 @@ class _Shapes:
 
     def part(self, buffer: Buffer) -> str:
         array = buffer.array
+        if array.shape[:2] == self.stack:  # before all else: a stack may have as many elements as a gathered weight
+            return "saved activations"
         if array.elements in self.shard_elements:
             # With float32 weights in a float32 program both look alike; they are gradients far more often.
             return "gradients" if array.dtype == "f32" else "weights in the compute type"
@@ -67,6 +69,4 @@ class _Shapes:
             return "logits and head"
         if array.elements in self.gathered:
             return "weights in the compute type"
-        if array.shape[:2] == self.stack:  # as many heads as layers are no stack
-            return "saved activations"
         return "workspace"
