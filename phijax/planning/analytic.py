@@ -26,6 +26,8 @@ from phijax.training import cross_entropy
 from phijax.training.program import BatchShape, Recipe
 
 RAGGED = 1.2  # products take this much longer where gathered weights are laid out anew: measured on the compiler
+LOGITS_PASSES = 1.5  # over float32 logits outside of the products' own fusions
+GATHERED = "gathered weights"
 AGAIN = 0.75  # bytes moved for each byte made again in the backward pass, as a share of `Fitted.elementwise`
 LANES = 128  # a head's dimensions lie in rows of as many
 
@@ -84,44 +86,56 @@ def make_slice(topology: str, mesh: MeshConfig) -> Slice:
 
 def estimate(recipe: Recipe, where: Slice, shape: BatchShape) -> Estimate:
     """Seconds of a step of (A, B, T)."""
-    c, sizes, chip = recipe.model, where.sizes, where.chip
-    fitted = FITTED[chip.name]
-    local = _Local(recipe, sizes, shape)
-    found = Estimate()
-    micro, layers = shape[0], c.num_layers
-
-    # Forward, and twice that backward; what is not saved is made again.
-    products = 3 * (local.attention_flops + local.mlp_flops) + local.recomputed_flops
-    head = 3 * 2 * c.padded_vocab_size // sizes["tensor"] * c.model_dim
-    found.matrix = micro * local.tokens * (layers * products + head) / (chip.peak_flops * fitted.matrix)
-    found.matrix *= RAGGED if params.check_mesh(c, sizes) else 1.0
-
-    width = -(-c.head_dim // chip.matrix_side) * chip.matrix_side
-    queries, keys = shape[2] // sizes["context"], shape[2]
-    forward, backward = (
-        seen_share(queries, keys, min(block, keys), window=c.sliding_window) for block in (BLOCK, BACKWARD_BLOCK)
+    local = _Local(recipe, where.sizes, shape)
+    found = Estimate(
+        matrix=_matrix(recipe, where, local, shape),
+        attention=_attention(recipe, where, local, shape),
+        vector=_vector(recipe, where, local, shape),
     )
-    kernels = (2 + 2 * local.attention_again) * forward + BACKWARD_PRODUCTS * backward
-    flops = kernels * 2 * (c.num_heads // sizes["tensor"]) * width * keys
-    found.attention = micro * local.tokens * layers * flops / chip.peak_flops / ATTENTION_EFFICIENCY
-
-    stacks = 2 * local.saved / (chip.hbm_bandwidth * fitted.stacks)
-    numbers = local.heads * local.head_width + 2 * c.model_dim
-    vector = stacks + numbers * fitted.reductions / chip.clock
-    vector += fitted.elementwise * numbers * local.compute / chip.hbm_bandwidth
-    vector += AGAIN * fitted.elementwise * sum(local.again.values()) / chip.hbm_bandwidth
-    optimizer = 10 * local.shard_bytes / chip.hbm_bandwidth + (micro - 1) * 3 * local.shard_bytes / chip.hbm_bandwidth
-    loss = 6 * 4 * local.vocab * local.tokens / chip.hbm_bandwidth * micro / 4
-    found.vector = micro * local.tokens * layers * vector + optimizer + loss
-
-    _communicate(found, local, where, micro, layers)
-    gathers = sum(t.seconds for kind, t in found.collectives.items() if kind == "gathered weights")
+    _communicate(found, local, where, shape[0], recipe.model.num_layers)
+    gathers = sum(t.seconds for kind, t in found.collectives.items() if kind == GATHERED)
     sums = sum(t.seconds for t in found.collectives.values()) - gathers
-    beside = found.matrix + found.vector + found.attention if fitted.hides_gathers else 0.0
+    beside = found.matrix + found.vector + found.attention if FITTED[where.chip.name].hides_gathers else 0.0
     found.exposed = sums + max(0.0, gathers - beside)
     found.overlapped = gathers + sums - found.exposed
     found.step = found.matrix + found.vector + found.attention + found.exposed
     return found
+
+
+def _matrix(recipe: Recipe, where: Slice, local: "_Local", shape: BatchShape) -> float:
+    """Forward, twice that backward, and what is made again."""
+    c, chip = recipe.model, where.chip
+    layer = 3 * (local.attention_flops + local.mlp_flops) + local.recomputed_flops
+    head = 3 * 2 * local.vocab * c.model_dim
+    flops = shape[0] * local.tokens * (c.num_layers * layer + head)
+    ragged = RAGGED if params.check_mesh(c, where.sizes) else 1.0
+    return ragged * flops / (chip.peak_flops * FITTED[chip.name].matrix)
+
+
+def _attention(recipe: Recipe, where: Slice, local: "_Local", shape: BatchShape) -> float:
+    """The blocks that the kernels compute, as `kernels.seconds` counts them."""
+    c, chip, keys = recipe.model, where.chip, shape[2]
+    forward, backward = (
+        seen_share(keys // where.sizes["context"], keys, min(block, keys), window=c.sliding_window)
+        for block in (BLOCK, BACKWARD_BLOCK)
+    )
+    products = (2 + 2 * local.attention_again) * forward + BACKWARD_PRODUCTS * backward
+    width = -(-c.head_dim // chip.matrix_side) * chip.matrix_side
+    flops = shape[0] * local.tokens * c.num_layers * products * 2 * local.heads * width * keys
+    return flops / chip.peak_flops / ATTENTION_EFFICIENCY
+
+
+def _vector(recipe: Recipe, where: Slice, local: "_Local", shape: BatchShape) -> float:
+    """Bytes of stacks, of the residual stream and the heads, of the logits, of the optimizer; cycles of sums."""
+    c, chip, micro = recipe.model, where.chip, shape[0]
+    fitted = FITTED[chip.name]
+    numbers = local.heads * local.head_width + 2 * c.model_dim
+    moved = fitted.elementwise * (numbers * local.compute + AGAIN * sum(local.again.values()))
+    layer = (2 * local.saved / fitted.stacks + moved) / chip.hbm_bandwidth + numbers * fitted.reductions / chip.clock
+    logits = LOGITS_PASSES * 4 * local.vocab / chip.hbm_bandwidth
+    # Float32: parameters and moments read and written, gradients read and clipped; each further micro-batch adds up.
+    update = (10 + 3 * (micro - 1)) * local.shard_bytes / chip.hbm_bandwidth
+    return micro * local.tokens * (c.num_layers * layer + logits) + update
 
 
 def _communicate(found: Estimate, local: "_Local", where: Slice, micro: int, layers: int) -> None:
@@ -133,12 +147,13 @@ def _communicate(found: Estimate, local: "_Local", where: Slice, micro: int, lay
             traffic.bytes += size * count
             traffic.seconds += took * count
 
-    add("gathered weights", "all-gather", local.layer_bytes, "fsdp", 2 * layers * micro)
+    add(GATHERED, "all-gather", local.layer_bytes, "fsdp", 2 * layers * micro)
     add("gathered embedding and head", "all-gather", local.head_bytes, "fsdp", 2 * micro)
     add("scattered gradients", "reduce-scatter", local.layer_bytes, "fsdp", layers * micro)
     add("scattered gradients of embedding and head", "reduce-scatter", local.head_bytes, "fsdp", 2 * micro)
-    rounds = 1 if micro > 1 else layers
-    add("gradients over data", "all-reduce", local.shard_bytes / 2 / rounds, "data", rounds)
+    # Of several micro-batches the float32 sums cross once; of one, each layer's gradients in the compute type.
+    rounds, size = (1, local.shard_bytes) if micro > 1 else (layers, local.shard_bytes * local.compute / 4)
+    add("gradients over data", "all-reduce", size / rounds, "data", rounds)
     if where.sizes["context"] > 1:
         add("keys and values over context", "all-gather", 2 * local.kv_bytes, "context", 2 * layers * micro)
         add("their gradients", "reduce-scatter", 2 * local.kv_bytes, "context", layers * micro)
