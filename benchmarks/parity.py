@@ -6,10 +6,9 @@ tests/inference/test_parity.py holds every line below 1e-4.
 """
 
 import dataclasses
-import functools
 import os
 import tempfile
-from collections.abc import Callable
+from functools import lru_cache, partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -91,7 +90,7 @@ def transformers_model(shape: Shape):
     return model.eval()
 
 
-@functools.lru_cache(maxsize=8)
+@lru_cache(maxsize=8)
 def both(shape: Shape):
     """The model of transformers, ours of the folder that it saves, and our parameters for the training path."""
     theirs = transformers_model(shape)
@@ -113,6 +112,28 @@ def their_logits(model, tokens: np.ndarray) -> np.ndarray:
         return model(torch.tensor(tokens, dtype=torch.long)[None], use_cache=False).logits[0].numpy()
 
 
+def their_decoding(model, prompt: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens (T,) with the prompt in front, logits (steps, V)) of greedy decoding with a cache."""
+    import torch
+
+    ids = torch.tensor(prompt, dtype=torch.long)[None]
+    with torch.inference_mode():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=steps,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return out.sequences[0].numpy(), np.concatenate([step.numpy() for step in out.logits])
+
+
+def packed_documents() -> list[np.ndarray]:
+    """Documents that share a row, each longer than the window."""
+    return [random_tokens(n, seed=n) for n in (31, 12, 24)]
+
+
 def forward(shape: Shape, length: int) -> float:
     """All logits of one text."""
     theirs, ours, _ = both(shape)
@@ -123,7 +144,7 @@ def forward(shape: Shape, length: int) -> float:
 def packed(shape: Shape) -> float:
     """Documents of one row of the training path, against each document alone."""
     theirs, ours, weights = both(shape)
-    documents = [random_tokens(n, seed=n) for n in (31, 12, 24)]
+    documents = packed_documents()
     positions = np.concatenate([np.arange(len(d), dtype=np.int32) for d in documents])[None]
     segments = np.concatenate([np.full(len(d), i + 1, np.int32) for i, d in enumerate(documents)])[None]
     tokens = np.concatenate(documents)[None]
@@ -140,24 +161,12 @@ def packed(shape: Shape) -> float:
 
 def decoded(shape: Shape, start: int, steps: int) -> float:
     """Logits of every step of greedy decoding with a cache, as long as both sides choose the same tokens."""
-    import torch
-
     theirs, ours, _ = both(shape)
     prompt = random_tokens(start)
-    with torch.inference_mode():
-        ids = torch.tensor(prompt, dtype=torch.long)[None]
-        out = theirs.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=steps,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    expected = np.concatenate([step.numpy() for step in out.logits])
+    tokens, expected = their_decoding(theirs, prompt, steps)
     pieces = list(ours.generator.stream([prompt], Sampling(temperature=0, max_tokens=steps), with_logits=True))
     worst = 0.0
-    for piece, row, token in zip(pieces, expected, out.sequences[0, start:].tolist(), strict=True):
+    for piece, row, token in zip(pieces, expected, tokens[start:].tolist(), strict=True):
         worst = max(worst, difference(piece.logits, row))
         second, first = np.sort(row)[-2:]
         if piece.token != token:
@@ -171,23 +180,24 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max())
 
 
-CASES: dict[str, Callable[[], float]] = {
-    "4K": lambda: forward(PLAIN, 300),
-    "window shorter than the text": lambda: forward(WINDOW, 60),
-    "LongRoPE below the switch": lambda: forward(LONG, L0 - 1),
-    "LongRoPE at the switch": lambda: forward(LONG, L0),
-    "LongRoPE one above the switch": lambda: forward(LONG, L0 + 1),
-    "LongRoPE far above the switch": lambda: forward(LONG, 3 * L0),
-    "partial rotary, tied head": lambda: forward(PARTIAL, 50),
-    "Llama, tied head, grouped heads": lambda: forward(LLAMA, 50),
-    "packed rows": lambda: packed(WINDOW),
-    "cached decoding, 64 tokens": lambda: decoded(PLAIN, 10, 64),
-    "cached decoding, window": lambda: decoded(WINDOW, 10, 64),
-    "cached decoding wholly below the switch": lambda: decoded(LONG, 5, L0 - 6),
-    "cached decoding across the switch": lambda: decoded(LONG, L0 - 10, 64),
-    "cached decoding wholly above the switch": lambda: decoded(LONG, L0 + 5, 64),
-    "cached decoding, partial rotary, tied, across": lambda: decoded(PARTIAL, L0 - 10, 64),
-    "cached decoding, Llama": lambda: decoded(LLAMA, 10, 64),
+CASES: dict[str, partial[float]] = {
+    "4K": partial(forward, PLAIN, 300),
+    "window shorter than the text": partial(forward, WINDOW, 60),
+    "LongRoPE below the switch": partial(forward, LONG, L0 - 1),
+    "LongRoPE at the switch": partial(forward, LONG, L0),
+    "LongRoPE one above the switch": partial(forward, LONG, L0 + 1),
+    "LongRoPE far above the switch": partial(forward, LONG, 3 * L0),
+    "partial rotary, tied head": partial(forward, PARTIAL, 50),
+    "Llama, tied head, grouped heads": partial(forward, LLAMA, 50),
+    "packed rows": partial(packed, PLAIN),
+    "packed rows, window": partial(packed, WINDOW),
+    "cached decoding, 64 tokens": partial(decoded, PLAIN, 10, 64),
+    "cached decoding, window": partial(decoded, WINDOW, 10, 64),
+    "cached decoding wholly below the switch": partial(decoded, LONG, 5, L0 - 6),
+    "cached decoding across the switch": partial(decoded, LONG, L0 - 10, 64),
+    "cached decoding wholly above the switch": partial(decoded, LONG, L0 + 5, 64),
+    "cached decoding, partial rotary, tied, across": partial(decoded, PARTIAL, L0 - 10, 64),
+    "cached decoding, Llama": partial(decoded, LLAMA, 10, 64),
 }
 
 
