@@ -17,7 +17,7 @@ from phijax.model.kernels.splash import RESIDUALS
 from phijax.model.mlp import Mlp
 from phijax.model.norm import RMSNorm
 from phijax.model.rope import rope_table
-from phijax.model.weights import weight
+from phijax.model.weights import weight, whole
 from phijax.parallel import sharding
 
 SAVEABLE = ("query", "key", "value", "attention", RESIDUALS, "mid", "gate", "up", "activation")
@@ -76,7 +76,7 @@ class Decoder(nnx.Module):
         Returns: (B, T, D) in the compute dtype, after the final norm.
         """
         rope = rope_table(self.c, positions, length, backend.dtype, by_matmul=backend.rope_by_matmul)
-        x = embed(self.embedding[...], tokens, backend.dtype)
+        x = embed(whole(self.embedding), tokens, backend.dtype)
         x = sharding.constrain(x, ("act_batch", "act_time", "act_embed"))
         body = rematerialised(lambda x, block: block(x, rope, segment_ids, backend), backend)
         if backend.scan_layers:
@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
 
     def head_rows(self) -> jax.Array:
         """(padded V, D) float32: the head, or the embedding where they are tied."""
-        return self.embedding[...] if self.head is None else self.head[...]
+        return whole(self.embedding if self.head is None else self.head)
 
 
 def rematerialised(body: Callable, backend: Backend) -> Callable:

@@ -1,5 +1,7 @@
 """Weights of projections and the only two verbs that contract them: `project` and `project_back`.
 
+A weight is an array, or in few bits (`quantized.py`) where it is only read.
+
 Every projection is one leaf [rows, D], D last and whole on every chip: measured on the TPU compiler, a D cut over
 256 chips costs 16 % of a step in relayout copies. Rows are cut, `tensor` first, so that tensor parallelism cuts at
 heads. While it is used a weight is gathered over `fsdp`.
@@ -11,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from phijax.model import quantized
+from phijax.model.quantized import Quantized
 from phijax.parallel import sharding
 
 
@@ -28,6 +32,9 @@ def project(x: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax.Arra
     The split into heads is part of the contraction because a reshape of its result is a copy on TPU when H is not a
     multiple of 128 (mini: 96), while one of the weight's rows is free.
     """
+    if isinstance(w.get_value(), Quantized):
+        out = quantized.project(x, w.get_value())
+        return out if heads is None else out.reshape(*x.shape[:-1], heads, -1).swapaxes(1, 2)
     matrix = gathered(w[...], w.axes, x.dtype)
     if heads is None:
         return jax.lax.dot_general(x, matrix, (((x.ndim - 1,), (1,)), ((), ())))
@@ -36,10 +43,19 @@ def project(x: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax.Arra
 
 def project_back(h: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax.Array:
     """(..., rows) -> (..., D); with `heads`: (B, N, T, H) -> (B, T, D)."""
+    if isinstance(w.get_value(), Quantized):
+        h = h if heads is None else h.swapaxes(1, 2).reshape(h.shape[0], h.shape[2], -1)
+        return quantized.project_back(h, w.get_value())
     matrix = gathered(w[...], w.axes, h.dtype)
     if heads is None:
         return jax.lax.dot_general(h, matrix, (((h.ndim - 1,), (0,)), ((), ())))
     return jnp.einsum("bnth,nhd->btd", h, matrix.reshape(heads, -1, matrix.shape[-1]))
+
+
+def whole(w: nnx.Param) -> jax.Array:
+    """The weight as an array (rows, D), whatever its format; for what is neither of the two contractions."""
+    value = w.get_value()
+    return quantized.dequantize(value) if isinstance(value, Quantized) else w[...]
 
 
 def gathered(matrix: jax.Array, axes: Sequence[str], dtype: jnp.dtype) -> jax.Array:
