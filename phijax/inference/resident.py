@@ -8,6 +8,7 @@ from phijax.model import params as model_params
 from phijax.model.backend import Backend
 from phijax.model.config import ModelConfig
 from phijax.model.params import Params
+from phijax.model.quantized import Quantized
 from phijax.parallel import sharding
 
 
@@ -26,7 +27,8 @@ def choose_path(c: ModelConfig, backend: Backend, mesh: Mesh) -> cached.Path:
 def place(c: ModelConfig, path: cached.Path, params: Params, mesh: Mesh) -> cached.Weights:
     """Parameters as the programs use them: gathered over every axis but `tensor`, once; cast; a layer an array.
 
-    A leaf whose heads (or rows) `tensor` does not divide is whole on every chip.
+    A leaf whose heads (or rows) `tensor` does not divide is whole on every chip. Of quantised leaves the integers are
+    cut so; their scales too, where they have as many groups of rows.
     """
     heads = {"heads": c.num_heads, "kv_heads": c.num_kv_heads}
 
@@ -35,11 +37,18 @@ def place(c: ModelConfig, path: cached.Path, params: Params, mesh: Mesh) -> cach
             return None
         return "tensor" if heads.get(axis, length) % mesh.shape["tensor"] == 0 else None
 
+    def put(array: jax.Array, cut: list[str | None]) -> jax.Array:
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*cut)))
+
     placed = {}
     for name, leaf in model_params.flat(params).items():
         axes = model_params.axes(c)[name]
-        spec = PartitionSpec(*(rows(axis, length) for axis, length in zip(axes, leaf.shape, strict=True)))
-        placed[name] = jax.device_put(leaf, NamedSharding(mesh, spec)).astype(path.dtype)
+        cut = [rows(axis, length) for axis, length in zip(axes, leaf.shape, strict=True)]
+        if isinstance(leaf, Quantized):
+            groups = [None if n % mesh.shape["tensor"] else at for at, n in zip(cut, leaf.scales.shape, strict=True)]
+            placed[name] = Quantized(put(leaf.values, cut), put(leaf.scales, groups))
+        else:
+            placed[name] = put(leaf, cut).astype(path.dtype)
     weights = model_params.nested(placed)
     if path.unrolled:
         weights = cached.layered(weights, c.num_layers)

@@ -15,13 +15,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from phijax.model import params as model_params
+from phijax.model import quantized
 from phijax.model.config import ModelConfig
 from phijax.model.decoder import Block, Decoder
 from phijax.model.kernels.decode import attention_cut_by_time, cached_attention, write
 from phijax.model.kernels.rows import each_row
 from phijax.model.params import STACKED, Params
+from phijax.model.quantized import Quantized
 from phijax.model.rope import apply_rope
-from phijax.model.weights import project, project_back
+from phijax.model.weights import lookup, project, project_back
 
 Weights = dict[str, Any]  # as Params, but "blocks" is a tuple of trees where layers are unrolled
 HEAD = "head"
@@ -55,16 +57,20 @@ def layered(weights: Params, num_layers: int) -> Weights:
 def transposed(weights: Weights) -> Weights:
     """As `Path.transposed` wants them; a tied head gets a matrix of its own. Its own inverse but for that head."""
     head = weights.get(HEAD, weights["embedding"])
-    return {**weights, HEAD: jnp.swapaxes(head, -1, -2), STACKED: _turned(weights[STACKED])}
+    return {**weights, HEAD: _swapped(head), STACKED: _turned(weights[STACKED])}
 
 
 def _turned(blocks: Any) -> Any:
     """Matrices that `project` contracts, from [rows, D] to [D, rows] or back."""
 
     def turn(path, leaf):
-        return jnp.swapaxes(leaf, -1, -2) if path[-1].key in PROJECTED else leaf
+        return _swapped(leaf) if path[-1].key in PROJECTED else leaf
 
-    return jax.tree_util.tree_map_with_path(turn, blocks)
+    return jax.tree_util.tree_map_with_path(turn, blocks, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+
+
+def _swapped(leaf: jax.Array | Quantized) -> jax.Array | Quantized:
+    return jax.tree.map(lambda a: jnp.swapaxes(a, -1, -2), leaf)
 
 
 def empty_cache(c: ModelConfig, path: Path, rows: int, length: int) -> Cache:
@@ -99,7 +105,7 @@ def hidden(
     """
     rope = _rope_table(c, path, positions, frequencies, attention_factor)
     top = _module(c, path, weights, _layer(weights, 0))
-    x = jnp.take(top.embedding[...], tokens, axis=0).astype(path.dtype)
+    x = lookup(top.embedding, tokens, path.dtype)
 
     def body(x, layer, cache):
         return _block(c, path, _module(c, path, weights, layer).blocks, x, rope, cache, rows, positions, count)
@@ -117,8 +123,13 @@ def hidden(
 
 def logits(c: ModelConfig, path: Path, weights: Weights, x: jax.Array) -> jax.Array:
     """(B, D) -> (B, padded V) float32, -inf where the vocabulary is padded. (Cutting the padding off is a copy.)"""
-    head = _module(c, path, weights, _layer(weights, 0)).head_rows().astype(x.dtype)
-    values = jnp.einsum("bd,vd->bv", x, head, preferred_element_type=jnp.float32)
+    module = _module(c, path, weights, _layer(weights, 0))
+    head = (module.embedding if module.head is None else module.head).get_value()
+    if isinstance(head, Quantized):
+        values = quantized.project(x, head, jnp.float32)
+    else:
+        head = module.head_rows().astype(x.dtype)
+        values = jnp.einsum("bd,vd->bv", x, head, preferred_element_type=jnp.float32)
     return jnp.where(jnp.arange(head.shape[0]) < c.vocab_size, values, -jnp.inf)
 
 
@@ -174,6 +185,6 @@ def _layer(weights: Weights, number: int) -> Params:
 def _module(c: ModelConfig, path: Path, weights: Weights, layer: Params) -> Decoder:
     """A Decoder whose `blocks` are one layer's. XLA reads a transposed leaf where it lies."""
     if path.transposed:
-        weights, layer = {**weights, HEAD: weights[HEAD].T}, _turned(layer)
+        weights, layer = {**weights, HEAD: _swapped(weights[HEAD])}, _turned(layer)
         c = dataclasses.replace(c, tied_head=False)
     return model_params.module(c, {**weights, STACKED: layer})

@@ -52,6 +52,13 @@ def project_back(h: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax
     return jnp.einsum("bnth,nhd->btd", h, matrix.reshape(heads, -1, matrix.shape[-1]))
 
 
+def lookup(w: nnx.Param, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows of an embedding that lies whole on this chip: (...) int32 -> (..., D) in dtype."""
+    if isinstance(w.get_value(), Quantized):
+        return quantized.lookup(w.get_value(), tokens, dtype)
+    return jnp.take(w[...], tokens, axis=0).astype(dtype)
+
+
 def whole(w: nnx.Param) -> jax.Array:
     """The weight as an array (rows, D), whatever its format; for what is neither of the two contractions."""
     value = w.get_value()
