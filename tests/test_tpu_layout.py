@@ -11,11 +11,12 @@ import pytest
 
 from phijax.model import params
 from phijax.model.backend import CHOICES
+from phijax.model.kernels.splash import BLOCK
 from phijax.model.presets import PRESETS
 from phijax.parallel import hlo
 from phijax.parallel.mesh import MeshConfig, make_mesh
 from phijax.planning.topology import tpu_devices
-from phijax.training.cross_entropy import LossConfig
+from phijax.training.cross_entropy import CHUNK, LossConfig
 from phijax.training.optimizer import OptimizerConfig
 from phijax.training.program import Recipe, lower_train_step
 
@@ -81,7 +82,19 @@ def test_no_full_logits_exist(compiled, text):
     vocabulary = compiled[0].padded_vocab_size
     full = LENGTH * vocabulary  # of the one sequence a chip holds
     assert [i.name for i in hlo.instructions(text) if i.elements >= full and vocabulary in i.shape] == []
-    assert any(i.elements == 1024 * vocabulary for i in hlo.instructions(text))  # a chunk's logits: the text was read
+    chunk = CHUNK * vocabulary
+    assert any(i.elements == chunk and vocabulary in i.shape for i in hlo.instructions(text))  # the text was read
+
+
+def test_no_sum_of_the_queries_gradients_stands_alone(compiled, text):
+    """The backward kernel leaves one for each block of keys. Summed as a reduction they cost 4 % of the step."""
+    model = compiled[0]
+    size = model.num_heads * LENGTH * model.head_dim
+    assert [i.name for i in hlo.instructions(text) if i.opcode == "reduce" and i.elements == size] == []
+    partial = [
+        i for i in hlo.instructions(text) if i.elements == size * LENGTH // BLOCK and i.shape[-1] == model.head_dim
+    ]
+    assert partial  # they are there
 
 
 def test_weight_gradients_are_scattered_not_summed_in_full(compiled, text):
