@@ -37,22 +37,24 @@ class Fitted:
     """Rates read off compiled programs of a chip.
 
     matrix: share of the peak that padded products reach. stacks: share of HBM's rate in writing and reading saved
-    activations. reductions: vector cycles for each number of a layer's norms and of attention's row sums, forward and
-    backward. elementwise: bytes moved for each byte of the residual stream and the heads. hides_gathers: whether
-    gathers run beside the core's work, as they do by default on this chip.
+    activations. sums: vector cycles for each number of a layer's norms and heads, forward and backward.
+    partial_sums: for each number of attention's partial dq, of which every block of keys leaves one to be added up.
+    elementwise: bytes moved for each byte of the residual stream and the heads. hides_gathers: whether gathers run
+    beside the core's work, as they do by default on this chip.
     """
 
     matrix: float
     stacks: float
-    reductions: float
+    sums: float
+    partial_sums: float
     elementwise: float
     hides_gathers: bool
 
 
 FITTED = {
-    "v5e": Fitted(matrix=0.93, stacks=0.58, reductions=0.075, elementwise=12.0, hides_gathers=True),
-    "v5p": Fitted(matrix=0.77, stacks=0.58, reductions=0.033, elementwise=8.0, hides_gathers=False),
-    "v6e": Fitted(matrix=0.60, stacks=0.20, reductions=0.067, elementwise=12.0, hides_gathers=False),
+    "v5e": Fitted(matrix=0.93, stacks=0.58, sums=0.030, partial_sums=0.028, elementwise=12.0, hides_gathers=True),
+    "v5p": Fitted(matrix=0.77, stacks=0.58, sums=0.018, partial_sums=0.0115, elementwise=8.0, hides_gathers=False),
+    "v6e": Fitted(matrix=0.60, stacks=0.20, sums=0.025, partial_sums=0.026, elementwise=12.0, hides_gathers=False),
 }
 
 
@@ -131,7 +133,8 @@ def _vector(recipe: Recipe, where: Slice, local: "_Local", shape: BatchShape) ->
     fitted = FITTED[chip.name]
     numbers = local.heads * local.head_width + 2 * c.model_dim
     moved = fitted.elementwise * (numbers * local.compute + AGAIN * sum(local.again.values()))
-    layer = (2 * local.saved / fitted.stacks + moved) / chip.hbm_bandwidth + numbers * fitted.reductions / chip.clock
+    cycles = numbers * fitted.sums + local.blocks_of_keys * local.heads * local.head_width * fitted.partial_sums
+    layer = (2 * local.saved / fitted.stacks + moved) / chip.hbm_bandwidth + cycles / chip.clock
     logits = LOGITS_PASSES * 4 * local.vocab / chip.hbm_bandwidth
     # Float32: parameters and moments read and written, gradients read and clipped; each further micro-batch adds up.
     update = (10 + 3 * (micro - 1)) * local.shard_bytes / chip.hbm_bandwidth
@@ -229,9 +232,10 @@ class _Local:
         self.residual_bytes = self.tokens * c.model_dim * self.compute
         self.kv_bytes = self.tokens * sizes["context"] * kv * self.compute
         # The backward pass of a layer: partial dq of every block of keys, gate and up and their gradients, heads.
-        blocks_of_keys = -(-shape[2] // BLOCK)
+        self.blocks_of_keys = -(-shape[2] // BLOCK)
+        gathered = 2 * kv * sizes["context"] if sizes["context"] > 1 else 0
         self.backward_bytes = self.compute * (
-            blocks_of_keys * heads + 2 * self.ffn + 3 * heads + 2 * kv + 3 * c.model_dim
+            gathered + self.blocks_of_keys * heads + 2 * self.ffn + 3 * heads + 2 * kv + 3 * c.model_dim
         )
         # Products, FLOP a token and layer forward. The unit's output rows are lanes: a head of 96 takes 128.
         d = c.model_dim
