@@ -61,7 +61,7 @@ def compare(case: Case) -> str:
     held = sum(analytic.memory(recipe, where.sizes, shape).values())
     mesh = " x ".join(str(size) for size in where.sizes.values())
     rows = f"{case.rows} x {case.micro_batches} x {case.length}"
-    name = f"{case.model.removeprefix('phi3_'):<7}{case.topology:<11}{mesh:<15}{rows:<15}"
+    name = f"{case.model.removeprefix('phi3_'):<7}{case.topology:<11}{mesh:<17}{rows:<17}"
     devices = tpu_devices(case.topology)
     compiled = compile_step(recipe, make_mesh(case.mesh, devices), case.topology, shape)
     if isinstance(compiled, DoesNotFit):
@@ -79,7 +79,7 @@ def compare(case: Case) -> str:
 
 def main(numbers: list[str]) -> None:
     print(
-        f"{'model':<7}{'slice':<11}{'mesh':<15}{'rows x A x T':<15}seconds compiled   error  matrix, vector, "
+        f"{'model':<7}{'slice':<11}{'mesh':<17}{'rows x A x T':<17}seconds compiled   error  matrix, vector, "
         f"attention, exposed: shapes/compiled{'':15}GiB compiled   error   parts compile s"
     )
     for case in [CASES[int(n)] for n in numbers] or CASES:

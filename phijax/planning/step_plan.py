@@ -96,13 +96,15 @@ def plan_step(
     """Args: compiled: what the compiler said; None where it was not asked, then all is analytic."""
     chip, chips = where.chip, math.prod(where.sizes.values())
     flops = train_flops_per_token(recipe.model, shape[2]) * math.prod(shape)
+    context = where.sizes["context"]
+    note = f"attention is the busiest chip's: the last of {context} sees nearly all keys" if context > 1 else ""
     if isinstance(compiled, Compiled):
         return StepPlan(
             name, shape, steps, "compiled", chip, chips, True, compiled.hbm_peak, compiled.hbm_parts,
-            compiled.estimate, flops, COMPILED_ERROR, compile_seconds=compiled.compile_seconds,
+            compiled.estimate, flops, COMPILED_ERROR, note, compiled.compile_seconds,
         )  # fmt: skip
     parts = analytic.memory(recipe, where.sizes, shape)
-    peak, note, fits = sum(parts.values()), "", sum(parts.values()) <= chip.hbm_bytes
+    peak, fits = sum(parts.values()), sum(parts.values()) <= chip.hbm_bytes
     seconds = 0.0
     if isinstance(compiled, DoesNotFit):
         fits, seconds = False, compiled.compile_seconds
