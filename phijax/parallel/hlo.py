@@ -1,33 +1,15 @@
-"""Reads compiled programs: the few facts about XLA's text that layout and collectives are judged by."""
+"""The few facts about compiled programs that layout and collectives are judged by."""
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator
 
-_BYTES = {
-    "pred": 1,
-    "s4": 0.5,
-    "u4": 0.5,
-    "s8": 1,
-    "u8": 1,
-    "bf16": 2,
-    "f16": 2,
-    "s16": 2,
-    "u16": 2,
-    "f32": 4,
-    "s32": 4,
-}
-_BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = ([a-z]\w*)\[([\d,]*)\](\{[^ ]*\})? ([\w\-]+)\((.*)$")
-_WHILE = re.compile(r"\bwhile\(.*\bbody=%([\w.\-]+)")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%([\w.\-]+)")
+from phijax.parallel.program_text import BYTES, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line with an array result; tuples are left out, since their parts have lines of their own."""
+    """An operation with an array result; tuples are left out, since their parts have operations of their own."""
 
     computation: str
     name: str
@@ -43,41 +25,32 @@ class Instruction:
 
     @property
     def bytes(self) -> float:
-        return self.elements * _BYTES.get(self.dtype, 4)
+        return self.elements * BYTES.get(self.dtype, 4)
 
 
 def instructions(text: str) -> Iterator[Instruction]:
-    """Every instruction of `compiled.as_text()` that makes one array, with the computation it stands in."""
-    computation = ""
-    for line in text.splitlines():
-        started = _COMPUTATION.match(line)
-        if started:
-            computation = started[1]
-            continue
-        found = _INSTRUCTION.match(line)
-        if found:
-            name, dtype, dimensions, layout, opcode, rest = found.groups()
-            shape = tuple(int(n) for n in dimensions.split(",") if n)
-            yield Instruction(computation, name, dtype, shape, layout or "", opcode, rest)
+    """Every operation of `compiled.as_text()` that makes one array, with the computation it stands in."""
+    for computation, operations in parse(text).computations.items():
+        for o in operations:
+            if o.result.startswith("(") or not o.arrays:
+                continue
+            (array,) = o.arrays
+            rest = f"{o.inside}){o.attributes}"
+            yield Instruction(computation, o.name, array.dtype, array.shape, array.layout, o.opcode, rest)
 
 
 def loop_computations(text: str) -> set[str]:
     """Computations that run once a trip of some loop: the bodies and all that they call, fusions included."""
-    calls: dict[str, set[str]] = {}
-    bodies, computation = set(), ""
-    for line in text.splitlines():
-        started = _COMPUTATION.match(line)
-        if started:
-            computation = started[1]
-            continue
-        calls.setdefault(computation, set()).update(_CALLED.findall(line))
-        bodies.update(_WHILE.findall(line))
-    reached, waiting = set(), list(bodies)
+    computations = parse(text).computations
+    loops = [o for operations in computations.values() for o in operations if o.opcode == "while"]
+    reached, waiting = set(), [body for loop in loops if (body := loop.attribute(r"body=%?([\w.\-]+)"))]
     while waiting:
         name = waiting.pop()
         if name not in reached:
             reached.add(name)
-            waiting += calls.get(name, ())
+            for o in computations.get(name, ()):
+                condition = o.attribute(r"condition=%?([\w.\-]+)")
+                waiting += [*o.called, *([condition] if condition else [])]
     return reached
 
 

@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 
 from phijax.data.batch import abstract_batch, batch_sharding
 from phijax.errors import UserError
+from phijax.parallel.program_text import parse
 from phijax.planning import estimator, lifetimes, memory_parts
 from phijax.planning.assumptions import chip_of
 from phijax.planning.estimator import Estimate
-from phijax.planning.program_text import parse
 from phijax.planning.topology import torus_of
 from phijax.training.program import BatchShape, Recipe, abstract_state, lower_train_step
 

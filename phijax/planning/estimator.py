@@ -9,10 +9,10 @@ import collections
 import dataclasses
 import re
 
+from phijax.parallel.program_text import Operation, Program, parse
 from phijax.planning import interconnect, kernels
 from phijax.planning.assumptions import SMALLEST_COUNTED, VMEM_SPEEDUP, Chip
 from phijax.planning.interconnect import COLLECTIVES, Torus
-from phijax.planning.program_text import Operation, Program, parse
 
 FREE = frozenset(
     {

@@ -2,8 +2,8 @@
 
 import re
 
+from phijax.parallel.program_text import Operation, arrays_in
 from phijax.planning.assumptions import ATTENTION_EFFICIENCY, Chip
-from phijax.planning.program_text import Operation, arrays_in
 
 KERNEL_TARGET = "tpu_custom_call"
 # Splash's backward kernel says neither that it makes dq too nor its blocks where they are looked for, and is taken as

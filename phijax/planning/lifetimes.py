@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import re
 
-from phijax.planning.program_text import Array, Operation, Program
+from phijax.parallel.program_text import Array, Operation, Program
 
 # Operations whose result is their operand under another name or type.
 RENAMING = frozenset({"bitcast", "opt-barrier", "tuple", "while", "add-dependency", "async-update", "after-all"})

@@ -6,8 +6,8 @@ import pathlib
 
 import pytest
 
+from phijax.parallel.program_text import Array, arrays_in, parse
 from phijax.planning.lifetimes import peak
-from phijax.planning.program_text import Array, arrays_in, parse
 
 OURS = pathlib.Path(__file__).with_name("mini_v5e_16x16.hlo.gz")
 GIB = 2**30
