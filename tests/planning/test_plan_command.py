@@ -9,11 +9,16 @@ import sys
 import pytest
 from plan_case import MINI, ask
 
-from phijax import plan
+from phijax import plan, planner
 from phijax.errors import UserError
 from phijax.model import flops
 from phijax.model.config import ModelSection, resolve_model
 from phijax.model.presets import PRESETS
+from phijax.planning import compiled, topology
+from phijax.planning.compiled import DoesNotFit
+from phijax.planning.run_plan import HostMemory
+
+GIB = 2**30
 
 
 def test_an_analytic_plan_of_mini(capsys):
@@ -77,6 +82,30 @@ def test_without_the_compiler_it_says_so(capsys, monkeypatch):
     monkeypatch.setattr("phijax.planning.topology.has_compiler", lambda: False)
     code, out, err = ask(capsys, "--topology=v5e:2x2")
     assert code == 0 and "ANALYTIC" in out and "The TPU compiler is not here" in err
+
+
+def test_a_refusal_of_the_compiler_is_told_with_its_words(capsys, monkeypatch):
+    refusal = DoesNotFit("Used 16.91G of 15.75G hbm", compiled.needed_bytes("Used 16.91G of 15.75G hbm"), 2.0)
+    monkeypatch.setattr(compiled, "compile_step", lambda *given, options: refusal)
+    monkeypatch.setattr(topology, "has_compiler", lambda: True)
+    monkeypatch.setattr(topology, "tpu_devices", topology.imaginary_devices)
+    monkeypatch.setattr(planner, "host_memory", lambda *given: HostMemory(1, 1, 2))
+    code, out, _ = ask(capsys, "--topology=v5e:16x16", config=MINI)
+    assert code == plan.EXIT_DOES_NOT_FIT
+    assert "16.91 of 15.75 GiB, DOES NOT FIT" in out and "the compiler refuses it (Used 16.91G" in out
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("... Used 16.91G of 15.75G hbm. Exceeded hbm capacity by 1.2G.", 16.91),
+        ("the total memory required for HLO temporaries (2.00T) exceeds available HBM (15.75G).", 2048),
+        ("something else", None),
+    ],
+)
+def test_needed_bytes(message, gib):
+    found = compiled.needed_bytes(message)
+    assert found is None if gib is None else found == pytest.approx(gib * GIB)
 
 
 def test_compiler_options():
