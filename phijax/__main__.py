@@ -5,6 +5,7 @@ Verbs (`phijax VERB --help` lists the flags of one):
   prepare  raw text -> token shards: --input=GLOB --output=DIR
   generate text from a run: --checkpoint=WORKDIR --prompt=TEXT
   export   any checkpoint -> Hugging Face, GGUF, ours: --checkpoint=ANY --format=hf --output=DIR
+  quantize weights in four or eight bits: --checkpoint=ANY --scheme=int4_g128 --output=DIR
   plan     what a run needs and costs on TPUs, before renting: --config=FILE --topology=v5p:4x4x8
   show     print the manifest of shards or of checkpoints: DIR
 """
@@ -16,7 +17,7 @@ from typing import NoReturn
 from phijax import command
 from phijax.errors import UserError, nearest_name
 
-VERBS = ("main", "prepare", "generate", "export", "plan", "show")
+VERBS = ("main", "prepare", "generate", "export", "quantize", "plan", "show")
 
 
 def main() -> NoReturn:

@@ -39,7 +39,7 @@ def load(
 
     Args:
       max_length, long_rope: as inference.Generator takes them.
-      dtype: of weights and computation; "auto": float32 on CPU, bfloat16 elsewhere.
+      dtype: of computation, and of weights that are not quantised; "auto": float32 on CPU, bfloat16 elsewhere.
       tensor: devices over which the weights are cut.
     Raises: UserError for what is no checkpoint, or cannot be cut so.
     """
@@ -59,7 +59,7 @@ def load(
         tokenizer, missing = None, error
     else:
         missing = None
-    params = load_params(opened, mesh, dtype=backend.dtype)
+    params = load_params(opened, mesh, dtype=backend.dtype, keep_quantized=True)
     generator = Generator(
         opened.model,
         params,

@@ -10,10 +10,13 @@ from jax.sharding import Mesh
 
 from phijax.checkpoint.huggingface import is_huggingface, open_huggingface
 from phijax.checkpoint.opened import Opened
-from phijax.checkpoint.ours import is_ours, open_ours
+from phijax.checkpoint.ours import OursSource, is_ours, open_ours
 from phijax.checkpoint.weight_source import WeightSource, blocks
 from phijax.errors import UserError
 from phijax.model import params
+from phijax.model.quantized import Quantized
+from phijax.parallel import sharding
+from phijax.quantization.policy import summed_axis
 
 __all__ = ["Opened", "load_params", "open_checkpoint"]
 
@@ -50,25 +53,29 @@ LOOKED_FOR = (
 )
 
 
-def load_params(opened: Opened, mesh: Mesh, *, dtype: Any = jnp.float32) -> params.Params:
+def load_params(opened: Opened, mesh: Mesh, *, dtype: Any = jnp.float32, keep_quantized: bool = False) -> params.Params:
     """The parameters on `mesh`, the vocabulary padded with rows of zeros.
 
     Each process reads only what its devices hold. Values are those of the file: float32 holds every bfloat16 and
     float16; a narrower `dtype` rounds to the nearest.
 
+    Args: keep_quantized: leaves that a checkpoint of ours stores quantised become `Quantized`, for inference.
     Raises: UserError for weights that cannot be read.
     """
     shardings = params.flat(params.shardings(opened.model, mesh))
+    narrow = opened.weights.schemes if keep_quantized and isinstance(opened.weights, OursSource) else {}
     return params.nested(
         {
-            path: _load_leaf(opened.weights, path, shape, shardings[path], np.dtype(dtype))
+            path: _load_quantized(opened, path, shape, mesh)
+            if path in narrow
+            else _load_leaf(opened.weights, path, shape, shardings[path], np.dtype(dtype))
             for path, shape in params.shapes(opened.model).items()
         }
     )
 
 
 def _load_leaf(
-    source: WeightSource, path: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding, dtype: np.dtype
+    source: WeightSource, path: str, shape: tuple[int, ...], layout: jax.sharding.Sharding, dtype: np.dtype
 ) -> jax.Array:
     read: dict[tuple, np.ndarray] = {}  # devices that hold copies of a piece share one reading of it
 
@@ -78,7 +85,24 @@ def _load_leaf(
             read[bounds] = _read_padded(source, path, bounds, dtype)
         return read[bounds]
 
-    return jax.make_array_from_callback(shape, sharding, piece)
+    return jax.make_array_from_callback(shape, layout, piece)
+
+
+def _load_quantized(opened: Opened, path: str, shape: tuple[int, ...], mesh: Mesh) -> Quantized:
+    source, axes = opened.weights, params.axes(opened.model)[path]
+    scheme = source.schemes[path]
+    kind = jnp.int4 if scheme.bits == 4 else jnp.int8
+    groups = scheme.scales_shape(shape, summed_axis(path))
+    # An axis whose groups the mesh does not cut evenly has its scales on every chip.
+    cut = [None if n % sharding.parts(name, mesh.shape) else name for n, name in zip(groups, axes, strict=True)]
+    return Quantized(
+        jax.make_array_from_callback(
+            shape, sharding.sharding(mesh, axes), lambda index: source.read_values(path, index).astype(kind)
+        ),
+        jax.make_array_from_callback(
+            groups, sharding.sharding(mesh, cut), lambda index: source.read_scales(path, index)
+        ),
+    )
 
 
 def _read_padded(source: WeightSource, path: str, bounds: tuple[tuple[int, int], ...], dtype: np.dtype) -> np.ndarray:

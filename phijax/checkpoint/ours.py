@@ -1,6 +1,7 @@
 """Opens a checkpoint of ours, a run's or an exported one, to read its weights alone. Takes no lock, changes nothing."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,12 +16,16 @@ from phijax.checkpoint.weight_source import Index, model_shapes
 from phijax.errors import UserError
 from phijax.model import params
 from phijax.model.config import ModelConfig, model_from_dict
+from phijax.quantization import packing, policy
+from phijax.quantization.policy import Scheme
 from phijax.text.open import open_tokenizer
 from phijax.text.tokenizer import TextTokenizer
 
 TOKENIZER_FOLDER = "tokenizer"
 CHECKPOINTS_FOLDER = "checkpoints"
 PARAMS = "params/"
+QUANTIZATION = "quantization"  # in the manifest's extra: the schemes by leaf, the method, the errors
+VALUES, SCALES = "values", "scales"  # of four bits: two to a byte, see quantization/packing.py
 
 # A chunk that several reads share is decoded once while it lies here. Chunks of one layer fit; those of checkpoints
 # written before the chunk size was bounded (run_state.CHUNK_BYTES) may not, and are then decoded for each layer.
@@ -28,22 +33,34 @@ CACHE_BYTES = 256 << 20
 
 
 class OursSource:
-    """Leaves of params/ in one step's folder, read through TensorStore without Orbax: slices, not whole arrays."""
+    """Leaves of params/ in one step's folder, read through TensorStore without Orbax: slices, not whole arrays.
 
-    def __init__(self, folder: epath.Path, model: ModelConfig, leaves: list[dict]):
+    Leaves with a scheme are stored quantised, as VALUES and SCALES below their path; `read` gives them in float32.
+    """
+
+    def __init__(
+        self, folder: epath.Path, model: ModelConfig, leaves: list[dict], schemes: Mapping[str, Scheme] | None = None
+    ):
         """Args: leaves: those of the manifest. Raises: UserError where they are not this model's."""
         self._folder = durable.absolute(folder)
+        self.schemes = dict(schemes or {})
         self._shapes = model_shapes(model)
         stored = {leaf["path"]: leaf for leaf in leaves}
-        padded = params.shapes(model)
-        wanted = [
-            {"path": PARAMS + path, "shape": list(shape), "dtype": stored.get(PARAMS + path, {}).get("dtype")}
-            for path, shape in padded.items()
-        ]
+        wanted = []
+        for path, shape in params.shapes(model).items():
+            if path in self.schemes:
+                wanted += described(path, shape, self.schemes[path])
+            else:
+                dtype = stored.get(PARAMS + path, {}).get("dtype")
+                wanted.append({"path": PARAMS + path, "shape": list(shape), "dtype": dtype})
         lines = manifest.differences(leaves, wanted, partial=True)
-        extra = [path for path in stored if path.startswith(PARAMS) and path[len(PARAMS) :] not in padded]
+        known = {leaf["path"] for leaf in wanted}
+        extra = [path for path in stored if path.startswith(PARAMS) and path not in known]
         manifest.refuse_differences(folder, lines + [f"{path}: only in the checkpoint" for path in extra], len(stored))
-        self._dtypes = {path: jnp.dtype(stored[PARAMS + path]["dtype"]) for path in padded}
+        self._dtypes = {
+            path: jnp.dtype(jnp.float32 if path in self.schemes else stored[PARAMS + path]["dtype"])
+            for path in self._shapes
+        }
         self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
         self._arrays: dict[str, tensorstore.TensorStore] = {}
 
@@ -55,8 +72,33 @@ class OursSource:
 
     def read(self, path: str, index: Index) -> np.ndarray:
         bounded = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, self._shapes[path], strict=True))
+        return self._dequantized(path, bounded) if path in self.schemes else self._stored(path, bounded)
+
+    def read_values(self, path: str, index: Index) -> np.ndarray:
+        """Integers of a quantised leaf as int8; `index` may reach into the rows that pad the vocabulary."""
+        if self.schemes[path].bits == 8:
+            return self._stored(f"{path}/{VALUES}", index)
+        start, stop, _ = index[-1].indices(self._shapes[path][-1])
+        packed = self._stored(f"{path}/{VALUES}", (*index[:-1], slice(start // 2, -(-stop // 2))))
+        return packing.unpack(packed)[..., start % 2 : start % 2 + stop - start]
+
+    def read_scales(self, path: str, index: Index) -> np.ndarray:
+        """Scales of a quantised leaf, float16; `index` counts groups."""
+        return self._stored(f"{path}/{SCALES}", index)
+
+    def _dequantized(self, path: str, index: Index) -> np.ndarray:
+        whole = self._shapes[path]
+        axis = policy.summed_axis(path) % len(whole)
+        group = self.schemes[path].group or whole[axis]
+        start, stop = index[axis].start, index[axis].stop
+        groups = (*index[:axis], slice(start // group, -(-stop // group)), *index[axis + 1 :])
+        scales = np.repeat(self.read_scales(path, groups).astype(np.float32), group, axis)
+        within = start - start // group * group
+        return self.read_values(path, index) * np.take(scales, range(within, within + stop - start), axis)
+
+    def _stored(self, path: str, index: Index) -> np.ndarray:
         try:
-            return np.asarray(self._array(path)[bounded].read().result())
+            return np.asarray(self._array(path)[index].read().result())
         except ValueError as error:  # what TensorStore raises for files that are missing or cannot be decoded
             raise UserError(f"{self._folder}: {path} cannot be read: {error}") from error
 
@@ -65,6 +107,16 @@ class OursSource:
             spec = array_spec(self._folder / manifest.STATE_FOLDER, PARAMS + path)
             self._arrays[path] = tensorstore.open(spec, context=self._context, open=True, read=True).result()
         return self._arrays[path]
+
+
+def described(path: str, shape: tuple[int, ...], scheme: Scheme) -> list[dict]:
+    """The manifest's entries of a quantised leaf."""
+    values = (*shape[:-1], shape[-1] // 2) if scheme.bits == 4 else shape
+    scales = scheme.scales_shape(shape, policy.summed_axis(path))
+    return [
+        {"path": f"{PARAMS}{path}/{VALUES}", "shape": list(values), "dtype": "uint8" if scheme.bits == 4 else "int8"},
+        {"path": f"{PARAMS}{path}/{SCALES}", "shape": list(scales), "dtype": "float16"},
+    ]
 
 
 def array_spec(state: epath.Path, path: str) -> dict[str, Any]:
@@ -91,20 +143,20 @@ def open_ours(path: epath.Path) -> Opened:
     Raises: UserError for a damaged step (file named), or where there is none.
     """
     folder = epath.Path(from_process_zero(lambda: str(_whole_step(path))))
-    described = reading.read_manifest(folder)
-    model = _model_of(folder, described)
-    extra = dict(described["extra"])
+    content = reading.read_manifest(folder)
+    model = _model_of(folder, content)
+    extra = dict(content["extra"])
     carried = extra.get("weights_only") or {}  # what an export of another kind of checkpoint wrote down
     tokenizer = _tokenizer_folder(folder)
     facts = {key: value for key, value in carried.items() if key not in ("chat_template", "stop_ids")}
-    facts |= {"step": described["step"], "identity": described["identity"]}
+    facts |= {"step": content["step"], "identity": content["identity"]}
     if tokenizer is not None:
         facts["tokenizer_folder"] = tokenizer
     return Opened(
         path=folder,
         kind="phijax",
         model=model,
-        weights=OursSource(folder, model, described["leaves"]),
+        weights=OursSource(folder, model, content["leaves"], _schemes_of(folder, extra)),
         tokenizer=functools.partial(_open_tokenizer, folder, tokenizer),
         chat_template=carried.get("chat_template"),
         stop_ids=tuple(carried.get("stop_ids", ())),
@@ -125,9 +177,17 @@ def _whole_step(path: epath.Path) -> epath.Path:
     return folder / str(whole)
 
 
-def _model_of(folder: epath.Path, described: dict) -> ModelConfig:
+def _schemes_of(folder: epath.Path, extra: dict) -> dict[str, Scheme]:
+    """Leaf path -> scheme of what is stored quantised."""
+    names = extra.get(QUANTIZATION, {}).get("schemes", {})
+    if unknown := sorted(set(names.values()) - set(policy.SCHEMES)):
+        raise UserError(f"{folder} is quantised as {unknown[0]}; this version of phijax knows {list(policy.SCHEMES)}.")
+    return {path: policy.SCHEMES[name] for path, name in names.items()}
+
+
+def _model_of(folder: epath.Path, content: dict) -> ModelConfig:
     try:
-        return model_from_dict(described["identity"]["model"])
+        return model_from_dict(content["identity"]["model"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder}: {manifest.MANIFEST_FILE} does not say which model it is of ({error!r}).") from error
 

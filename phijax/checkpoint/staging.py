@@ -27,17 +27,23 @@ def check_output(output: epath.Path, nbytes: int) -> None:
         raise UserError(f"--output={output} needs {nbytes / 1e9:.1f} GB; {parent} has {free / 1e9:.1f} GB free.")
 
 
+def unfinished(output: epath.Path) -> epath.Path:
+    """Where `output` is written until it is whole."""
+    return output.parent / f"{output.name}{UNFINISHED}"
+
+
 @contextlib.contextmanager
-def staged(output: epath.Path) -> Iterator[epath.Path]:
+def staged(output: epath.Path, *, resumable: bool = False) -> Iterator[epath.Path]:
     """Gives a folder to write to, OUTPUT.unfinished, which becomes `output` at the end, after all of it is durable.
 
     After an exception nothing is left; after a kill the unfinished folder is, and the next export removes it.
+    Args: resumable: what a killed process left is given as it is, and Ctrl-C leaves it too.
     """
     output = durable.absolute(output)
-    folder = output.parent / f"{output.name}{UNFINISHED}"
-    if folder.exists():
+    folder = unfinished(output)
+    if folder.exists() and not resumable:
         folder.rmtree()
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
         for file in durable.files_below(folder):
@@ -51,7 +57,7 @@ def staged(output: epath.Path) -> Iterator[epath.Path]:
             os.rmdir(os.fspath(output))  # empty: check_output
         folder.rename(output)
         durable.sync_directory(output.parent)
-    except BaseException:
-        if folder.exists():
+    except BaseException as error:
+        if folder.exists() and not (resumable and isinstance(error, KeyboardInterrupt)):
             folder.rmtree()
         raise

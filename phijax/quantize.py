@@ -1,0 +1,133 @@
+"""Small weights: phijax quantize --checkpoint=ANY --scheme=int4_g128 --output=DIR [--held_out=SHARDS|FILE.txt]
+
+--checkpoint is the workdir of a run, the folder of one of its steps, a Hugging Face folder or a GGUF file. Schemes:
+  int8, int4                         one scale for each output channel
+  int4_g128, int4_g64, int4_g32      one scale for each 128, 64 or 32 weights along the input
+  ..._down8, ..._head8               the same, with down, or embedding and head, in int8
+  int4_g64,down=int8,head=as_stored  any of them, kinds changed singly: qkv, o, gate_up, down, embedding, head
+The result is a checkpoint of ours: phijax generate and phijax.load take it as any other, phijax export writes what it
+stands for in float32. With --held_out it is compared with the float model: KL, perplexity, top-1; quality.json and
+error_by_layer.png lie beside the weights. Killed, the same command goes on where it was.
+"""
+
+import dataclasses
+import math
+import time
+
+from absl import flags
+
+from phijax import command
+from phijax.errors import EXIT_DONE, UserError, nearest_name
+from phijax.parallel import hardware
+
+METHODS = ("rtn",)
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("checkpoint", None, "What to quantise; any kind of checkpoint.", flag_values=FLAGS)
+flags.DEFINE_string("scheme", None, "As above: int8, int4, int4_g128, int4_g64, ...", flag_values=FLAGS)
+flags.DEFINE_string("output", None, "The folder to write; it must not be there yet.", flag_values=FLAGS)
+flags.DEFINE_string("method", "rtn", "rtn: round to nearest, with the scale of least squared error.", flag_values=FLAGS)
+flags.DEFINE_string("held_out", None, "A folder of token shards, or a text file, to compare on.", flag_values=FLAGS)
+flags.DEFINE_integer("rows", 16, "Held-out rows.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("row_length", 512, "Tokens of a row, of a text file.", lower_bound=2, flag_values=FLAGS)
+flags.DEFINE_boolean("dry_run", False, "Says what would be written, and writes nothing.", flag_values=FLAGS)
+
+QUALITY_FILE, PLOT_FILE = "quality.json", "error_by_layer.png"
+
+
+def main(arguments: list[str]) -> int:
+    if arguments:
+        raise UserError(f"{arguments[0]!r} is not a flag. --help lists them.")
+    for name in ("checkpoint", "scheme", "output"):
+        if not FLAGS[name].value and not (name == "output" and FLAGS.dry_run):
+            raise UserError(f"--{name} is missing. --help lists the flags.")
+    if FLAGS.method not in METHODS:
+        near = nearest_name(FLAGS.method, METHODS)
+        nearest = f" Nearest: {near}." if near else ""
+        raise UserError(f"--method={FLAGS.method} is not one of {', '.join(METHODS)}.{nearest}")
+    hardware.prepare_cpu()
+
+    from etils import epath
+
+    from phijax.checkpoint import durable, manifest, quantized_export, staging
+    from phijax.checkpoint.open import open_checkpoint
+    from phijax.quantization import policy, report
+    from phijax.quantization.rounding import round_to_nearest
+
+    opened = open_checkpoint(FLAGS.checkpoint)
+    quantized_export.refuse_quantized(opened)
+    assigned = policy.assign(opened.model, policy.parse(FLAGS.scheme))
+    shapes, nbytes = opened.weights.shapes(), quantized_export.nbytes(opened, assigned)
+    print(f"{opened.path}: a {opened.kind} checkpoint, to {FLAGS.scheme} by {FLAGS.method}")
+    print("\n".join(report.size_table(shapes, assigned, nbytes)))
+    if FLAGS.dry_run:
+        print(f"would write {FLAGS.output or '(nowhere)'}")
+        return EXIT_DONE
+    output = epath.Path(FLAGS.output)
+    staging.check_output(output, 0)
+    rows = _held_out_rows(opened)  # before hours are spent
+    errors = quantized_export.write(
+        opened, output, assigned, round_to_nearest, method=FLAGS.method, say=print, on_piece=_progress()
+    )
+    size = durable.bytes_below(output / manifest.STATE_FOLDER)
+    facts = {
+        "scheme": FLAGS.scheme,
+        "method": FLAGS.method,
+        "bytes_on_disk": size,
+        "bytes_before_compression": sum(nbytes.values()),
+        "bits_per_weight": 8 * sum(nbytes.values()) / sum(math.prod(shape) for shape in shapes.values()),
+        "relative_error": errors,
+    }
+    report.plot_errors(errors, output / PLOT_FILE)
+    print(f"wrote {output}: {size / 1e9:.3f} GB ({size / 2**30:.3f} GiB) of weights on disk")
+    print(f"  relative error of the weights, by layer: {output / PLOT_FILE}")
+    if rows:
+        quality = _measure(opened.path, output, rows)
+        facts["quality"] = dataclasses.asdict(quality) | {"held_out": FLAGS.held_out}
+        print("\n".join(quality.lines()))
+    else:
+        print("NOT MEASURED: what this cost in quality. Give --held_out=SHARDS or a text file.")
+    durable.write_json(output / QUALITY_FILE, facts)
+    return EXIT_DONE
+
+
+def _held_out_rows(opened) -> list:
+    if not FLAGS.held_out:
+        return []
+    from phijax.evaluation.fixed_rows import read_fixed_rows
+
+    length = min(FLAGS.row_length, opened.model.max_position - 2)
+    return read_fixed_rows(
+        FLAGS.held_out, opened.tokenizer(), count=FLAGS.rows, length=length, vocab_size=opened.model.vocab_size
+    )
+
+
+def _measure(source, output, rows):
+    """One model in memory at a time; the float model's logits wait on disk."""
+    from phijax import library
+    from phijax.quantization import report
+
+    length = max(len(row) for row in rows) + 1
+
+    def logits_of(checkpoint):
+        return library.load(checkpoint, max_length=length).generator.logits
+
+    return report.measure(rows, lambda: logits_of(source), lambda: logits_of(output), say=print)
+
+
+def _progress():
+    """Says every ten seconds how far it is."""
+    begin = said = time.monotonic()
+
+    def on_piece(done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said > 10 or done == total:
+            said = now
+            print(f"  {done} of {total} matrices, {(now - begin) / done * (total - done):.0f} s left", flush=True)
+
+    return on_piece
+
+
+if __name__ == "__main__":
+    command.run(main, FLAGS)
