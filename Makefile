@@ -40,6 +40,7 @@ demo: setup
 	@echo "  $(BIN)/phijax show build/python_text/train --rows=2"
 	@echo "  $(BIN)/phijax main --config=experiments/tiny.py --workdir=build/longer --config.data.phases[0].steps=1000"
 	@echo "  $(BIN)/phijax prepare --input='FOLDER/*.txt' --output=build/mine --vocab_size=2048 --block=256   # your own text"
+	@echo "  $(BIN)/phijax export --checkpoint=build/tiny --format=hf --output=build/tiny_hf   # for transformers"
 	@echo "  $(BIN)/phijax main --config=experiments/medium.py --dry_run   # 14B, planned"
 
 # One line at the end that says how many passed, also for a reader of logs.
@@ -65,6 +66,8 @@ format: $(VENV)/.installed-test
 benchmarks: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/train_step_cpu.py
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/parity.py
 
 clean:
 	rm -rf build $(VENV)
