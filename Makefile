@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-slow test-llama lint format benchmarks clean
+.PHONY: setup demo test test-slow test-llama lint format benchmarks parity-peers clean
 
 setup: $(VENV)/.installed
 
@@ -69,5 +69,17 @@ benchmarks: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/parity.py
 
+# Our logits and those of EasyDeL and KerasHub beside transformers'. Each peer has an environment of its own, 5 GB together.
+parity-peers: $(VENV)/.installed-test .venv-peers/easydel/.installed .venv-peers/keras-hub/.installed
+	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/parity_peers.py
+
+# A peer that does not install is a result too: pip's reason goes into the table.
+.venv-peers/%/.installed: benchmarks/peers/%.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $< 2> $(@D)/pip.log \
+	  || grep ERROR $(@D)/pip.log | tail -n 1 > $(@D)/failed
+	touch $@
+
 clean:
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) .venv-peers
