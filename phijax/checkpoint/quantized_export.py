@@ -24,7 +24,7 @@ from phijax.quantization.policy import Scheme
 from phijax.quantization.rounding import Rounded
 
 PROGRESS_FILE = "progress.jsonl"  # a line a piece that lies on disk; gone when all do
-VOCABULARY_ROWS = 64 << 20  # bytes of float32 of an embedding or a head that are quantised at once
+VOCABULARY_BYTES = 64 << 20  # bytes of float32 of an embedding or a head that are quantised at once
 
 Quantize = Callable[[np.ndarray, Scheme, int], Rounded]  # a matrix, its scheme, the axis of its groups
 
@@ -46,9 +46,9 @@ def pieces(opened: Opened, assigned: Mapping[str, Scheme]) -> list[Piece]:
     """All of them, layer by layer, as most files lie."""
     found = []
     for path, shape in opened.weights.shapes().items():
-        limit = VOCABULARY_ROWS if len(shape) == 2 else math.prod(shape[1:]) * 4
         if path in assigned:
-            indices: Iterator[Index] = blocks(shape, 4, limit)
+            rows = _vocabulary_rows(shape[-1]) if len(shape) == 2 else shape[-2]
+            indices: Iterator[Index] = blocks(shape, 4, 4 * shape[-1] * rows)
         else:
             indices = blocks(shape, opened.weights.dtype(path).itemsize)
         found += [Piece(path, index, index[0].start if len(shape) == 3 else 0) for index in indices]
@@ -154,6 +154,9 @@ class _Arrays:
             leaf = self._described[PARAMS + path]
             shape, dtype = tuple(leaf["shape"]), np.dtype(jax.numpy.dtype(leaf["dtype"]))
             rows = min(shape[-2], max(1, LARGEST_CHUNK // (shape[-1] * dtype.itemsize))) if len(shape) > 1 else 1
+            if len(shape) == 2 and path.rpartition("/")[0] in self._assigned:
+                # What is written at once is whole chunks: a chunk that is written again leaves its old bytes behind.
+                rows = min(rows, _vocabulary_rows(self._opened.model.model_dim))
             spec = array_spec(self._state, PARAMS + path)
             spec["metadata"] = {
                 "shape": shape,
@@ -166,6 +169,11 @@ class _Arrays:
             }
             self._open[path] = tensorstore.open(spec, context=self._context, create=True, open=True).result()
         return self._open[path]
+
+
+def _vocabulary_rows(model_dim: int) -> int:
+    """How many rows of an embedding or a head are quantised at once."""
+    return max(1, VOCABULARY_BYTES // (4 * model_dim))
 
 
 def _stacked(array: np.ndarray, piece: Piece) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from etils import epath
 from quantized_case import MODEL, SCHEME, one_device, quantized_params, random_params, save_run
 
@@ -283,3 +284,18 @@ def test_bfloat16_stays_where_it_is_not_quantized(workdir, tmp_path):
     np.testing.assert_array_equal(after.weights.read("head", whole), before.weights.read("head", whole))
     scale = "blocks/mlp_norm/scale"
     np.testing.assert_array_equal(after.weights.read(scale, whole), before.weights.read(scale, whole))
+
+
+def test_a_vocabulary_in_pieces_is_written_once(workdir, tmp_path, expected, monkeypatch):
+    """Pieces are whole chunks: no chunk is written again, whose old bytes would stay in the files."""
+    monkeypatch.setattr(quantized_export, "VOCABULARY_BYTES", 100 * 64 * 4)
+    opened = open_checkpoint(workdir)
+    assert sum(piece.path == "embedding" for piece in quantized_export.pieces(opened, ASSIGNED)) == 7
+    errors = write(workdir, tmp_path / "out")
+    assert len(errors["embedding"]) == 1
+    assert_same(
+        params.flat(load_params(open_checkpoint(tmp_path / "out"), one_device(), keep_quantized=True)), expected
+    )
+    for name, columns in (("values", 32), ("scales", 2)):
+        spec = quantized_export.array_spec(epath.Path(tmp_path / "out" / "state"), f"params/head/{name}")
+        assert tensorstore.open(spec, open=True, read=True).result().chunk_layout.read_chunk.shape == (100, columns)

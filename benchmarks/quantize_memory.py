@@ -1,0 +1,106 @@
+"""Peak host memory and size on disk of quantising a full-size model: python benchmarks/quantize_memory.py
+
+Writes weights of the preset's shapes in bfloat16 as a checkpoint of ours (normal, as trained weights roughly are: 7.6
+GB for phi3_mini, less compression), then runs phijax quantize on them in a process of its own. Reported are VmHWM of
+/proc/self/status, the most memory that the process ever had resident, and what lies on disk. Removes all of it.
+"""
+
+import argparse
+import multiprocessing
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import time
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+MEMORY_BOUND = 6 << 30
+SIZE_BOUND = {"int4_g128": 1.84}  # GiB, of phi3_mini with everything in it
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="phi3_mini")
+    parser.add_argument("--scheme", default="int4_g128")
+    parser.add_argument("--folder", default=tempfile.gettempdir())
+    arguments = parser.parse_args()
+    work = pathlib.Path(tempfile.mkdtemp(prefix="quantize-memory-", dir=arguments.folder))
+    try:
+        in_process(make, work / "float", arguments.preset)
+        peak, seconds = in_process(measure, work / "float", arguments.scheme, work / "small")
+        size = sum(file.stat().st_size for file in (work / "small").rglob("*") if file.is_file())
+        print(
+            f"{arguments.preset} {arguments.scheme}: VmHWM {peak / 2**30:.2f} GiB, {seconds:.0f} s, "
+            f"{size / 1e9:.3f} GB = {size / 2**30:.3f} GiB on disk"
+        )
+        allowed = SIZE_BOUND.get(arguments.scheme, float("inf")) if arguments.preset == "phi3_mini" else float("inf")
+        within = peak <= MEMORY_BOUND and size / 2**30 <= allowed
+        print("within the bounds" if within else "ABOVE A BOUND")
+        return 0 if within else 1
+    finally:
+        shutil.rmtree(work)
+
+
+def in_process(act, *arguments):
+    """`act(*arguments)` in a fresh interpreter: VmHWM never falls."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(act, arguments)
+
+
+def make(folder: pathlib.Path, preset: str) -> None:
+    """A checkpoint of ours, weights alone, streamed."""
+    import functools
+
+    from phijax.checkpoint import ours_export
+    from phijax.checkpoint.opened import Opened
+    from phijax.checkpoint.weight_source import model_shapes
+    from phijax.errors import UserError
+    from phijax.model.presets import PRESETS
+
+    model, half = PRESETS[preset], np.dtype(ml_dtypes.bfloat16)
+    random = np.random.default_rng(0)
+    block = (0.02 * random.standard_normal(1 << 26, np.float32)).astype(half)
+
+    class Source:
+        shapes = functools.partial(model_shapes, model)
+
+        def dtype(self, path):
+            return half
+
+        def read(self, path, index):
+            shape = tuple(i.stop - i.start for i in index)
+            start = int(random.integers(block.size - int(np.prod(shape))))
+            return block[start : start + int(np.prod(shape))].reshape(shape)
+
+    def tokenizer():
+        raise UserError("random weights have none")
+
+    opened = Opened(epath.Path(folder), "phijax", model, Source(), tokenizer)
+    ours_export.write(opened, epath.Path(folder), dtype=None)
+
+
+def measure(source: pathlib.Path, scheme: str, output: pathlib.Path) -> tuple[int, float]:
+    """As the command does it. -> VmHWM in bytes, seconds."""
+    from phijax import quantize
+
+    begin = time.monotonic()
+    quantize.FLAGS(["quantize", f"--checkpoint={source}", f"--scheme={scheme}", f"--output={output}"])
+    quantize.main([])
+    return status("VmHWM"), time.monotonic() - begin
+
+
+def status(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    sys.exit(main())

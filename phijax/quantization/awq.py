@@ -1,0 +1,117 @@
+"""Activation-aware scaling: input channels that carry much are made larger before rounding, so that they lose less.
+
+Lin et al. 2023, arXiv:2306.00978: W -> W diag(s), s = mean|x|^a, and 1/s goes into whatever makes x: the norm before
+q, k, v, before gate and up, and before the head; for down, the rows of up. The model stays the same function, and its
+files stay ordinary. o has no such place: grouped heads share their v.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from phijax.model.config import ModelConfig
+from phijax.model.quantized import Quantized, dequantize
+from phijax.quantization import calibrate
+from phijax.quantization.policy import Scheme, summed_axis
+from phijax.quantization.rounding import round_to_nearest
+
+EXPONENTS = tuple(float(a) for a in np.linspace(0.0, 1.0, 11))  # the first is rounding as it is
+QUICK_FACTORS = (1.08, 0.92, 0.8)  # of the many scales that are tried, see rounding.FACTORS
+SAMPLES = 256  # tokens whose outputs are compared
+
+# Fold -> the leaves whose inputs it scales.
+SCALED: dict[str, tuple[str, ...]] = {
+    "qkv": ("blocks/attention/q", "blocks/attention/k", "blocks/attention/v"),
+    "gate_up": ("blocks/mlp/gate", "blocks/mlp/up"),
+    "down": ("blocks/mlp/down",),
+    "head": ("head",),
+}
+# Fold -> the leaf that takes its inverse, and along which axis.
+INVERSE: dict[str, tuple[str, int]] = {
+    "qkv": ("blocks/attention_norm/scale", -1),
+    "gate_up": ("blocks/mlp_norm/scale", -1),
+    "down": ("blocks/mlp/up", -2),
+    "head": ("final_norm/scale", -1),
+}
+
+Folds = dict[str, np.ndarray]  # fold -> (L, inputs) float32, of the head (inputs,)
+
+
+def choose_folds(
+    c: ModelConfig,
+    read: calibrate.Read,
+    assigned: Mapping[str, Scheme],
+    tokens: np.ndarray,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> Folds:
+    """The scales of every layer, by the least squared error of its outputs on rows of tokens (B, T).
+
+    Matrices that stay as stored need none, and take none along with those that do not: a fold is made where all that
+    it scales is quantised.
+    """
+    wanted = [fold for fold, paths in SCALED.items() if all(path in assigned for path in paths)]
+    found: dict[str, list[np.ndarray]] = {}
+    last = None
+    for number, weights, inputs, out in calibrate.layers(c, read, tokens):
+        for fold in wanted:
+            if fold != "head":
+                matrices = {path: _leaf(weights, path) for path in SCALED[fold]}
+                found.setdefault(fold, []).append(_choose(getattr(inputs, fold), matrices, assigned))
+        last = out
+        on_layer(number + 1, c.num_layers)
+    folds = {fold: np.stack(layers) for fold, layers in found.items()}
+    if "head" in wanted:
+        into = calibrate.final_norm(c, read("final_norm/scale", (slice(0, c.model_dim),)), last)
+        head = read("head", (slice(0, c.vocab_size), slice(0, c.model_dim)))
+        folds["head"] = _choose(into, {"head": head}, assigned)
+    return folds
+
+
+def fold(path: str, values: np.ndarray, index: tuple[slice, ...], folds: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A part of a leaf, float32, with its scales and inverses in it. index: where the part lies; all bounds given."""
+    for name, scales in folds.items():
+        for leaf, axis, inverse in (*((p, summed_axis(p), False) for p in SCALED[name]), (*INVERSE[name], True)):
+            if leaf == path:
+                here = scales[(*index[: scales.ndim - 1], index[axis])]
+                here = here[..., None] if axis == -2 else here[..., None, :] if values.ndim > here.ndim else here
+                values = values / here if inverse else values * here
+    return values
+
+
+def is_folded(path: str, folds: Mapping[str, np.ndarray]) -> bool:
+    return any(path in SCALED[name] or path == INVERSE[name][0] for name in folds)
+
+
+def _choose(x: jax.Array, matrices: Mapping[str, np.ndarray], assigned: Mapping[str, Scheme]) -> np.ndarray:
+    flat = x.reshape(-1, x.shape[-1])
+    size = np.asarray(jnp.mean(jnp.abs(flat), axis=0), np.float64)
+    samples = flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES]
+    best, chosen = np.inf, np.ones(flat.shape[-1], np.float32)
+    for exponent in EXPONENTS:
+        scales = np.maximum(size, 1e-4 * size.max() + 1e-30) ** exponent
+        scales = (scales / np.sqrt(scales.max() * scales.min())).astype(np.float32)
+        error = sum(
+            float(_output_error(samples, matrix, scales, assigned[path], summed_axis(path)))
+            for path, matrix in matrices.items()
+        )
+        if error < best:
+            best, chosen = error, scales
+    return chosen
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _output_error(x: jax.Array, matrix: jax.Array, scales: jax.Array, scheme: Scheme, axis: int) -> jax.Array:
+    """Summed square of what rounding changes in the outputs for x (S, inputs), the scales folded in and out again."""
+    matrix = matrix.astype(jnp.float32)
+    factor = scales if axis == -1 else scales[:, None]
+    rounded = round_to_nearest(matrix * factor, scheme, axis, QUICK_FACTORS)
+    change = dequantize(Quantized(rounded.values, rounded.scales)) / factor - matrix
+    return jnp.sum(jnp.square(x @ (change.T if axis == -1 else change)))
+
+
+def _leaf(weights: calibrate.Params, path: str) -> np.ndarray:
+    _, group, name = path.split("/")
+    return weights[group][name]

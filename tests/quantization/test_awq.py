@@ -1,0 +1,139 @@
+"""Activation-aware scaling: the layer by layer run, folds that change nothing, errors that fall."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from quantized_case import MODEL, SCHEME, random_params
+from quick_compilation import QUICK
+
+from phijax.checkpoint.folded_source import FoldedSource
+from phijax.model import params
+from phijax.model.backend import Backend
+from phijax.model.config import LongRope
+from phijax.quantization import awq, calibrate, policy
+
+LONG = dataclasses.replace(  # every branch of the layer: groups of heads, a window, LongRoPE
+    MODEL, sliding_window=7, long_rope=LongRope((1.0,) * 6, (1.0, 1.5, 2.0, 3.0, 4.0, 5.0), original_max_position=16)
+)
+ASSIGNED = policy.assign(MODEL, policy.parse(SCHEME))
+
+
+class Source:
+    """Parameters in memory as a checkpoint's weights, the vocabulary cut."""
+
+    def __init__(self, flat):
+        self.flat = {p: np.asarray(v)[:700] if v.shape[0] == 1024 else np.asarray(v) for p, v in flat.items()}
+
+    def shapes(self):
+        return {path: value.shape for path, value in self.flat.items()}
+
+    def dtype(self, path):
+        return self.flat[path].dtype
+
+    def read(self, path, index):
+        return self.flat[path][index]
+
+
+def uneven_params(c):
+    """Channels of very different size come out of each norm, as in trained models."""
+    flat = params.flat(random_params(c))
+    random = np.random.default_rng(1)
+    for path, value in flat.items():
+        if "norm" in path:
+            flat[path] = value * np.exp(1.5 * random.standard_normal(value.shape)).astype(np.float32)
+    return flat
+
+
+def tokens(length: int = 24) -> np.ndarray:
+    return np.random.default_rng(2).integers(0, 700, (3, length), dtype=np.int32)
+
+
+def decoder(c, flat, ids, what: str) -> np.ndarray:
+    """The decoder of training: hidden (B, T, D) or logits."""
+    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+
+    def forward(weights):
+        model = params.module(c, weights)
+        hidden = model.hidden(ids, positions, np.ones_like(ids), Backend(), length=ids.shape[1])
+        return hidden if what == "hidden" else model.logits(hidden)
+
+    return np.asarray(jax.jit(forward, compiler_options=QUICK)(params.nested(flat)))
+
+
+@pytest.mark.parametrize("c", [MODEL, LONG])
+def test_layer_by_layer_it_is_the_decoder(c):
+    flat = uneven_params(c)
+    *_, (number, _, inputs, x) = calibrate.layers(c, Source(flat).read, tokens())
+    assert number == 1 and inputs.down.shape == (3, 24, 96) and inputs.o.shape == (3, 24, 48)
+    got = calibrate.final_norm(c, flat["final_norm/scale"], x)
+    expected = decoder(c, flat, tokens(), "hidden")
+    # float32 sums in another order, through norms that widen some channels by e^3; a wrong rotation moves it by 1e-1.
+    np.testing.assert_allclose(got, expected, rtol=0, atol=5e-5 * np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def folds():
+    return awq.choose_folds(MODEL, Source(uneven_params(MODEL)).read, ASSIGNED, tokens())
+
+
+def whole(source) -> dict:
+    read = {p: source.read(p, tuple(slice(0, n) for n in shape)) for p, shape in source.shapes().items()}
+    return {p: np.pad(v, ((0, 324), (0, 0))) if v.shape[0] == 700 else v for p, v in read.items()}
+
+
+def test_folding_changes_weights_but_not_the_model(folds):
+    flat = uneven_params(MODEL)
+    folded = whole(FoldedSource(Source(flat), folds))
+    expected = decoder(MODEL, flat, tokens(), "logits")
+    got = decoder(MODEL, folded, tokens(), "logits")
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    changed = {path for path, value in flat.items() if not np.array_equal(folded[path], value)}
+    names = {"attention/q", "attention/k", "attention/v", "attention_norm/scale", "mlp_norm/scale"}
+    names |= {"mlp/gate", "mlp/up", "mlp/down"}
+    assert changed == {f"blocks/{name}" for name in names} | {"head", "final_norm/scale"}
+
+
+def test_parts_are_parts_of_the_whole(folds):
+    source = FoldedSource(Source(uneven_params(MODEL)), folds)
+    all_of_it = whole(source)
+    for path in ("blocks/mlp/up", "blocks/mlp/down", "blocks/attention/q"):
+        index = (slice(1, 2), slice(5, 9), slice(3, 40))
+        np.testing.assert_array_equal(source.read(path, index), all_of_it[path][index])
+    index = (slice(1, 2), slice(3, 40))
+    np.testing.assert_array_equal(
+        source.read("blocks/mlp_norm/scale", index), all_of_it["blocks/mlp_norm/scale"][index]
+    )
+    np.testing.assert_array_equal(source.read("head", (slice(9, 12), slice(0, 64))), all_of_it["head"][9:12])
+
+
+def test_large_channels_are_made_larger(folds):
+    """What the scales follow is the size of the inputs."""
+    *_, inputs = [i for _, _, i, _ in calibrate.layers(MODEL, Source(uneven_params(MODEL)).read, tokens())]
+    size = np.log(np.mean(np.abs(inputs.qkv), axis=(0, 1)))
+    assert np.corrcoef(size, np.log(folds["qkv"][1]))[0, 1] > 0.99
+    np.testing.assert_allclose(folds["qkv"].max(1) * folds["qkv"].min(1), 1, rtol=1e-5)
+
+
+def test_the_model_moves_less_than_by_rounding_alone(folds):
+    """KL on other rows than those the scales were chosen on."""
+    from quantized_case import quantized_params
+
+    flat = uneven_params(MODEL)
+    other = np.random.default_rng(9).integers(0, 700, (4, 24), dtype=np.int32)
+    reference = jax.nn.log_softmax(decoder(MODEL, flat, other, "logits"))
+
+    def divergence(weights):
+        small = quantized_params({p: jnp.asarray(v) for p, v in weights.items()}, ASSIGNED)
+        got = jax.nn.log_softmax(decoder(MODEL, small, other, "logits"))
+        return float(jnp.mean(jnp.sum(jnp.exp(reference) * (reference - got), -1)))
+
+    assert divergence(whole(FoldedSource(Source(flat), folds))) < 0.8 * divergence(flat)
+
+
+def test_a_fold_is_made_where_all_that_it_scales_is_quantized():
+    some = policy.assign(MODEL, policy.parse("int4,qkv=as_stored,head=as_stored"))
+    folds = awq.choose_folds(MODEL, Source(uneven_params(MODEL)).read, some, tokens(8))
+    assert set(folds) == {"gate_up", "down"}
