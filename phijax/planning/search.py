@@ -11,7 +11,7 @@ from phijax.parallel.mesh import MeshConfig
 from phijax.parallel.sharding import MESH_AXES
 from phijax.planning import analytic
 from phijax.planning.analytic import Slice
-from phijax.planning.assumptions import GIB
+from phijax.planning.assumptions import CROWDED, CROWDED_FROM, GIB
 from phijax.planning.compiled import Compiled, DoesNotFit
 from phijax.training.program import BatchShape, Recipe
 
@@ -107,6 +107,8 @@ def rank(
                 if peak > MARGIN * where.chip.hbm_bytes:
                     continue
                 seconds = sum(n * analytic.estimate(work.recipe, where, shape).step for n, shape in work.phases)
+                if peak > CROWDED_FROM * where.chip.hbm_bytes:
+                    seconds *= CROWDED
                 ragged = bool(params.check_mesh(work.recipe.model, where.sizes))
                 found.append(Ranked(candidate, work, seconds, peak, ragged))
     return sorted(found, key=lambda one: one.seconds), looked_at

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from phijax.model.flops import train_flops_per_token
 from phijax.planning import analytic
 from phijax.planning.analytic import Slice
-from phijax.planning.assumptions import ANALYTIC_ERROR, COMPILED_ERROR, Chip
+from phijax.planning.assumptions import ANALYTIC_ERROR, COMPILED_ERROR, CROWDED_FROM, Chip
 from phijax.planning.compiled import Compiled, DoesNotFit
 from phijax.planning.estimator import Estimate
 from phijax.training.program import BatchShape, Recipe
@@ -106,6 +106,10 @@ def plan_step(
     parts = analytic.memory(recipe, where.sizes, shape)
     peak, fits = sum(parts.values()), sum(parts.values()) <= chip.hbm_bytes
     seconds = 0.0
+    if fits and peak > CROWDED_FROM * chip.hbm_bytes:
+        note = (
+            "crowded: so near its limit the compiler recomputes on its own, 1.1 to 1.35 times these seconds were seen"
+        )
     if isinstance(compiled, DoesNotFit):
         fits, seconds = False, compiled.compile_seconds
         peak = compiled.hbm_peak or peak
