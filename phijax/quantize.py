@@ -20,13 +20,20 @@ from phijax import command
 from phijax.errors import EXIT_DONE, UserError, nearest_name
 from phijax.parallel import hardware
 
-METHODS = ("rtn",)
+METHODS = ("rtn", "awq")
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("checkpoint", None, "What to quantise; any kind of checkpoint.", flag_values=FLAGS)
 flags.DEFINE_string("scheme", None, "As above: int8, int4, int4_g128, int4_g64, ...", flag_values=FLAGS)
 flags.DEFINE_string("output", None, "The folder to write; it must not be there yet.", flag_values=FLAGS)
-flags.DEFINE_string("method", "rtn", "rtn: round to nearest, with the scale of least squared error.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "method",
+    "rtn",
+    "rtn: round to nearest, with the scale of least squared error. awq: the same, after inputs that matter are scaled.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_string("calibration", None, "Of --method=awq: token shards or a text file.", flag_values=FLAGS)
+flags.DEFINE_integer("calibration_rows", 16, "Rows of --calibration.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_string("held_out", None, "A folder of token shards, or a text file, to compare on.", flag_values=FLAGS)
 flags.DEFINE_integer("rows", 16, "Held-out rows.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("row_length", 512, "Tokens of a row, of a text file.", lower_bound=2, flag_values=FLAGS)
@@ -45,6 +52,10 @@ def main(arguments: list[str]) -> int:
         near = nearest_name(FLAGS.method, METHODS)
         nearest = f" Nearest: {near}." if near else ""
         raise UserError(f"--method={FLAGS.method} is not one of {', '.join(METHODS)}.{nearest}")
+    if (FLAGS.method == "awq") != bool(FLAGS.calibration):
+        raise UserError("--calibration=SHARDS or a text file belongs to --method=awq, which needs it.")
+    if FLAGS.calibration and FLAGS.calibration == FLAGS.held_out:
+        raise UserError("--held_out is what --calibration was chosen on: it would flatter the result. Give other text.")
     hardware.prepare_cpu()
 
     from etils import epath
@@ -65,9 +76,15 @@ def main(arguments: list[str]) -> int:
         return EXIT_DONE
     output = epath.Path(FLAGS.output)
     staging.check_output(output, 0)
-    rows = _held_out_rows(opened)  # before hours are spent
+    rows = _rows(opened, FLAGS.held_out, FLAGS.rows)  # before hours are spent
     errors = quantized_export.write(
-        opened, output, assigned, round_to_nearest, method=FLAGS.method, say=print, on_piece=_progress()
+        _folded(opened, assigned) if FLAGS.method == "awq" else opened,
+        output,
+        assigned,
+        round_to_nearest,
+        method=FLAGS.method,
+        say=print,
+        on_piece=_progress("matrices"),
     )
     size = durable.bytes_below(output / manifest.STATE_FOLDER)
     facts = {
@@ -91,15 +108,26 @@ def main(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
-def _held_out_rows(opened) -> list:
-    if not FLAGS.held_out:
+def _rows(opened, path: str | None, count: int) -> list:
+    if not path:
         return []
     from phijax.evaluation.fixed_rows import read_fixed_rows
 
     length = min(FLAGS.row_length, opened.model.max_position - 2)
-    return read_fixed_rows(
-        FLAGS.held_out, opened.tokenizer(), count=FLAGS.rows, length=length, vocab_size=opened.model.vocab_size
-    )
+    return read_fixed_rows(path, opened.tokenizer(), count=count, length=length, vocab_size=opened.model.vocab_size)
+
+
+def _folded(opened, assigned):
+    """The same model with AWQ's scales in its weights."""
+    import numpy as np
+
+    from phijax.checkpoint.folded_source import FoldedSource
+    from phijax.quantization import awq
+
+    rows = _rows(opened, FLAGS.calibration, FLAGS.calibration_rows)
+    tokens = np.stack([row[:-1] for row in rows])
+    folds = awq.choose_folds(opened.model, opened.weights.read, assigned, tokens, _progress("layers scaled"))
+    return dataclasses.replace(opened, weights=FoldedSource(opened.weights, folds))
 
 
 def _measure(source, output, rows):
@@ -115,7 +143,7 @@ def _measure(source, output, rows):
     return report.measure(rows, lambda: logits_of(source), lambda: logits_of(output), say=print)
 
 
-def _progress():
+def _progress(what: str):
     """Says every ten seconds how far it is."""
     begin = said = time.monotonic()
 
@@ -124,7 +152,7 @@ def _progress():
         now = time.monotonic()
         if now - said > 10 or done == total:
             said = now
-            print(f"  {done} of {total} matrices, {(now - begin) / done * (total - done):.0f} s left", flush=True)
+            print(f"  {done} of {total} {what}, {(now - begin) / done * (total - done):.0f} s left", flush=True)
 
     return on_piece
 

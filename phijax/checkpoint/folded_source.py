@@ -1,5 +1,7 @@
 """Weights with scales folded into them as they are read (quantization/awq.py): the same model, to be rounded."""
 
+import functools
+import zlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,6 +15,8 @@ class FoldedSource:
 
     def __init__(self, source: WeightSource, folds: Mapping[str, np.ndarray]):
         self._source, self._folds = source, folds
+        parts = (part for name in sorted(folds) for part in (name.encode(), np.ascontiguousarray(folds[name])))
+        self.digest = f"{functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0):08x}"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._source.shapes()

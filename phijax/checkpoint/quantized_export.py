@@ -222,12 +222,13 @@ def _taken_up(folder: epath.Path, identity: str, say: Callable[[str], None]) -> 
 
 
 def _identity(opened: Opened, assigned: Mapping[str, Scheme], method: str) -> str:
-    """A digest of what decides the bytes: the files that are read, by size and time, the schemes, the method."""
+    """A digest of what decides the bytes: the files that are read, by size and time, what is folded in, the schemes."""
     path = opened.path
     files = durable.files_below(path) if path.is_dir() else [path]
     stats = [(str(file), file.stat().length, file.stat().mtime) for file in files]
     schemes = {leaf: policy.name_of(scheme) for leaf, scheme in assigned.items()}
-    return hashlib.sha256(json.dumps([stats, schemes, method]).encode()).hexdigest()
+    folded = getattr(opened.weights, "digest", "")
+    return hashlib.sha256(json.dumps([stats, schemes, method, folded]).encode()).hexdigest()
 
 
 def _write_manifest(folder, opened, assigned, method, errors, leaves) -> None:

@@ -201,3 +201,33 @@ def test_the_verb_and_its_exit_code():
     assert ended.returncode == 2 and ended.stderr == "error: --checkpoint is missing. --help lists the flags.\n"
     shown = subprocess.run([sys.executable, "-m", "phijax", "quantize", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0 and "int4_g128" in shown.stdout and "--held_out" in shown.stdout
+
+
+def test_awq_takes_calibration_rows_and_gives_an_ordinary_checkpoint(workdir, text, small, tmp_path, capsys):
+    halves = text.read_text()
+    for name, part in (("calibration", halves[: len(halves) // 2]), ("held_out", halves[len(halves) // 2 :])):
+        (tmp_path / f"{name}.txt").write_text(part)
+    arguments = [f"--checkpoint={workdir}", f"--scheme={SCHEME}", "--method=awq", "--row_length=40", "--rows=2"]
+    arguments += [f"--calibration={tmp_path / 'calibration.txt'}", "--calibration_rows=3"]
+    output = f"--output={tmp_path / 'out'}"
+    assert run(quantize, *arguments, output, f"--held_out={tmp_path / 'held_out.txt'}") == 0
+    assert "2 of 2 layers scaled" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert facts["method"] == "awq" and facts["quality"]["kl_mean"] < 1
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    plain, scaled = (params.flat(load_params(open_checkpoint(f), mesh)) for f in (small, tmp_path / "out"))
+    assert not np.array_equal(plain["blocks/mlp_norm/scale"], scaled["blocks/mlp_norm/scale"])
+    assert open_checkpoint(tmp_path / "out").weights.schemes == open_checkpoint(small).weights.schemes
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--method=awq"], "belongs to --method=awq, which needs it"),
+        (["--calibration=t"], "belongs to --method=awq, which needs it"),
+        (["--method=awq", "--calibration=t", "--held_out=t"], "would flatter the result"),
+    ],
+)
+def test_mistakes_with_calibration_are_named(arguments, message):
+    with pytest.raises(UserError, match=message):
+        run(quantize, "--checkpoint=c", "--scheme=int4", "--output=o", *arguments)
