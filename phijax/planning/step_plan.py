@@ -85,6 +85,22 @@ class StepPlan:
         }
 
 
+BETWEEN_SLICES = (
+    "the compiled text shows neither traffic between slices nor its buffers: gradients over data are added from "
+    "shapes, and the parts of HBM lack what the peak has for it"
+)
+
+
+def _with_slices(compiled: Compiled, shapes: Estimate) -> Compiled:
+    """Gradients cross the slices' network once a step, and nothing is done beside it."""
+    traffic = shapes.collectives["gradients over data"]
+    found = compiled.estimate
+    collectives = {**found.collectives, "gradients over data (from shapes)": traffic}
+    took = traffic.seconds
+    estimate = dataclasses.replace(found, step=found.step + took, exposed=found.exposed + took, collectives=collectives)
+    return dataclasses.replace(compiled, estimate=estimate)
+
+
 def plan_step(
     name: str,
     steps: int,
@@ -99,6 +115,8 @@ def plan_step(
     context = where.sizes["context"]
     note = f"attention is the busiest chip's: the last of {context} sees nearly all keys" if context > 1 else ""
     if isinstance(compiled, Compiled):
+        if where.torus.slices:
+            compiled, note = _with_slices(compiled, analytic.estimate(recipe, where, shape)), BETWEEN_SLICES
         return StepPlan(
             name, shape, steps, "compiled", chip, chips, True, compiled.hbm_peak, compiled.hbm_parts,
             compiled.estimate, flops, COMPILED_ERROR, note, compiled.compile_seconds,

@@ -15,7 +15,8 @@ from phijax.model import flops
 from phijax.model.config import ModelSection, resolve_model
 from phijax.model.presets import PRESETS
 from phijax.planning import compiled, topology
-from phijax.planning.compiled import DoesNotFit
+from phijax.planning.compiled import Compiled, DoesNotFit
+from phijax.planning.estimator import Estimate
 from phijax.planning.run_plan import HostMemory
 
 GIB = 2**30
@@ -82,6 +83,21 @@ def test_without_the_compiler_it_says_so(capsys, monkeypatch):
     monkeypatch.setattr("phijax.planning.topology.has_compiler", lambda: False)
     code, out, err = ask(capsys, "--topology=v5e:2x2")
     assert code == 0 and "ANALYTIC" in out and "The TPU compiler is not here" in err
+
+
+def test_slices_pay_for_their_network(capsys, monkeypatch):
+    answer = Compiled(2**30, {"workspace": 2.0**30}, Estimate(step=2.0, matrix=2.0), 1.0)
+    monkeypatch.setattr(compiled, "compile_step", lambda *given, options: answer)
+    monkeypatch.setattr(topology, "has_compiler", lambda: True)
+    monkeypatch.setattr(topology, "tpu_devices", topology.imaginary_devices)
+    monkeypatch.setattr(planner, "host_memory", lambda *given: HostMemory(1, 1, 2))
+    more = [("mesh.slices", "2"), ("mesh.data", "4"), ("data.micro_batches", "2")]
+    _, out, _ = ask(capsys, "--topology=v5e:16x16", "--json", overrides=more, config=MINI)
+    step = json.loads(out)["steps"][0]
+    crossing = step["seconds"]["exposed_communication"]
+    # 120 MB of float32 gradients a chip, first over 2 chips of a slice, then half of it over a quarter of 12.5 GB/s.
+    assert crossing == pytest.approx(2 * 0.12e9 / 2 / 2 / (12.5e9 / 4) + 2 * 0.12e9 / 2 / 45e9, rel=0.1)
+    assert step["step_seconds"] == 2.0 + crossing and "between slices" in step["note"]
 
 
 def test_a_refusal_of_the_compiler_is_told_with_its_words(capsys, monkeypatch):
