@@ -87,10 +87,10 @@ def _accumulate(objective, params, frozen, batch, key):
         (loss_sum, (weight_sum, auxiliary)), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, loss_sum, weight_sum, auxiliary
 
-    first = gradients({name: leaf[0] for name, leaf in batch.items()}, 0)
+    first = {name: leaf[0] for name, leaf in batch.items()}
     count = next(iter(batch.values())).shape[0]
     if count == 1:
-        return first
+        return gradients(first, 0)
 
     def add(sums, part):
         micro, index = part
@@ -99,8 +99,10 @@ def _accumulate(objective, params, frozen, batch, key):
         # with an internal error of that pass (while_loop_all_reduce_code_motion; the libtpu that jax 0.10.2 takes).
         return jax.tree.map(jnp.add, sums, jax.lax.optimization_barrier(gradients(micro, index))), None
 
-    rest = {name: leaf[1:] for name, leaf in batch.items()}
-    sums, _ = jax.lax.scan(add, first, (rest, jnp.arange(1, count)))
+    # From zeros, all in one loop: a micro-batch before the loop is a second copy of the program, and where the loop
+    # then turns once the compiler takes it apart and holds the activations of both (mini: 24.7 GiB where 13.0 do).
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradients, first, 0))
+    sums, _ = jax.lax.scan(add, zeros, (batch, jnp.arange(count)))
     return sums
 
 
