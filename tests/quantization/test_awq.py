@@ -137,3 +137,18 @@ def test_a_fold_is_made_where_all_that_it_scales_is_quantized():
     some = policy.assign(MODEL, policy.parse("int4,qkv=as_stored,head=as_stored"))
     folds = awq.choose_folds(MODEL, Source(uneven_params(MODEL)).read, some, tokens(8))
     assert set(folds) == {"gate_up", "down"}
+
+
+def test_hessians_are_of_the_inputs_and_skip_layers_that_are_done():
+    flat = uneven_params(MODEL)
+    *_, (_, _, inputs, x) = calibrate.layers(MODEL, Source(flat).read, tokens())
+    hessians = calibrate.Hessians(MODEL, Source(flat).read, tokens())
+    expected = {"blocks/mlp/down": inputs.down, "blocks/attention/o": inputs.o, "blocks/attention/k": inputs.qkv}
+    for path, given in expected.items():
+        wide = np.asarray(given, np.float64).reshape(-1, given.shape[-1])
+        np.testing.assert_allclose(hessians(path, 1), wide.T @ wide, rtol=1e-3, atol=1e-4 * np.abs(wide.T @ wide).max())
+    into_head = np.asarray(calibrate.final_norm(MODEL, flat["final_norm/scale"], x)).reshape(-1, 64)
+    np.testing.assert_allclose(
+        hessians("head", 0), into_head.T @ into_head, rtol=1e-3, atol=1e-4 * np.abs(into_head.T @ into_head).max()
+    )
+    assert hessians("embedding", 0) is None
