@@ -13,6 +13,7 @@ error_by_layer.png lie beside the weights. Killed, the same command goes on wher
 import dataclasses
 import math
 import time
+import zlib
 
 from absl import flags
 
@@ -20,7 +21,7 @@ from phijax import command
 from phijax.errors import EXIT_DONE, UserError, nearest_name
 from phijax.parallel import hardware
 
-METHODS = ("rtn", "awq")
+METHODS = ("rtn", "awq", "gptq")
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("checkpoint", None, "What to quantise; any kind of checkpoint.", flag_values=FLAGS)
@@ -29,10 +30,11 @@ flags.DEFINE_string("output", None, "The folder to write; it must not be there y
 flags.DEFINE_string(
     "method",
     "rtn",
-    "rtn: round to nearest, with the scale of least squared error. awq: the same, after inputs that matter are scaled.",
+    "rtn: round to nearest, with the scale of least squared error. awq: the same, after inputs that matter are scaled. "
+    "gptq: input after input, each making up for the errors before it.",
     flag_values=FLAGS,
 )
-flags.DEFINE_string("calibration", None, "Of --method=awq: token shards or a text file.", flag_values=FLAGS)
+flags.DEFINE_string("calibration", None, "Of --method=awq and gptq: token shards or a text file.", flag_values=FLAGS)
 flags.DEFINE_integer("calibration_rows", 16, "Rows of --calibration.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_string("held_out", None, "A folder of token shards, or a text file, to compare on.", flag_values=FLAGS)
 flags.DEFINE_integer("rows", 16, "Held-out rows.", lower_bound=1, flag_values=FLAGS)
@@ -52,8 +54,8 @@ def main(arguments: list[str]) -> int:
         near = nearest_name(FLAGS.method, METHODS)
         nearest = f" Nearest: {near}." if near else ""
         raise UserError(f"--method={FLAGS.method} is not one of {', '.join(METHODS)}.{nearest}")
-    if (FLAGS.method == "awq") != bool(FLAGS.calibration):
-        raise UserError("--calibration=SHARDS or a text file belongs to --method=awq, which needs it.")
+    if (FLAGS.method != "rtn") != bool(FLAGS.calibration):
+        raise UserError("--calibration=SHARDS or a text file belongs to --method=awq and gptq, which need it.")
     if FLAGS.calibration and FLAGS.calibration == FLAGS.held_out:
         raise UserError("--held_out is what --calibration was chosen on: it would flatter the result. Give other text.")
     hardware.prepare_cpu()
@@ -77,14 +79,21 @@ def main(arguments: list[str]) -> int:
     output = epath.Path(FLAGS.output)
     staging.check_output(output, 0)
     rows = _rows(opened, FLAGS.held_out, FLAGS.rows)  # before hours are spent
+    calibration = _rows(opened, FLAGS.calibration, FLAGS.calibration_rows)
+    source, settings = opened, {}
+    if FLAGS.method == "awq":
+        source = _folded(opened, assigned, calibration)
+    elif FLAGS.method == "gptq":
+        settings["hessian"] = _hessians(opened, calibration)
     errors = quantized_export.write(
-        _folded(opened, assigned) if FLAGS.method == "awq" else opened,
+        source,
         output,
         assigned,
         round_to_nearest,
-        method=FLAGS.method,
+        method=_described(calibration),
         say=print,
         on_piece=_progress("matrices"),
+        **settings,
     )
     size = durable.bytes_below(output / manifest.STATE_FOLDER)
     facts = {
@@ -117,17 +126,33 @@ def _rows(opened, path: str | None, count: int) -> list:
     return read_fixed_rows(path, opened.tokenizer(), count=count, length=length, vocab_size=opened.model.vocab_size)
 
 
-def _folded(opened, assigned):
+def _folded(opened, assigned, rows):
     """The same model with AWQ's scales in its weights."""
-    import numpy as np
-
     from phijax.checkpoint.folded_source import FoldedSource
     from phijax.quantization import awq
 
-    rows = _rows(opened, FLAGS.calibration, FLAGS.calibration_rows)
-    tokens = np.stack([row[:-1] for row in rows])
-    folds = awq.choose_folds(opened.model, opened.weights.read, assigned, tokens, _progress("layers scaled"))
+    folds = awq.choose_folds(opened.model, opened.weights.read, assigned, _inputs(rows), _progress("layers scaled"))
     return dataclasses.replace(opened, weights=FoldedSource(opened.weights, folds))
+
+
+def _hessians(opened, rows):
+    from phijax.quantization.calibrate import Hessians
+
+    return Hessians(opened.model, opened.weights.read, _inputs(rows))
+
+
+def _inputs(rows):
+    import numpy as np
+
+    return np.stack([row[:-1] for row in rows])
+
+
+def _described(rows) -> str:
+    """The method, with a digest of the tokens that it looked at: another set is another result."""
+    if not rows:
+        return FLAGS.method
+    digest = zlib.crc32(_inputs(rows).tobytes())
+    return f"{FLAGS.method} on {len(rows)} rows of {len(rows[0]) - 1} tokens, {digest:08x}"
 
 
 def _measure(source, output, rows):

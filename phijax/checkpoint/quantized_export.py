@@ -19,13 +19,14 @@ from phijax.checkpoint.ours_export import LARGEST_CHUNK
 from phijax.checkpoint.weight_source import Index, blocks, check_finite
 from phijax.errors import UserError
 from phijax.model import params
-from phijax.quantization import packing, policy
+from phijax.quantization import gptq, packing, policy
 from phijax.quantization.policy import Scheme
 from phijax.quantization.rounding import Rounded
 
 PROGRESS_FILE = "progress.jsonl"  # a line a piece that lies on disk; gone when all do
 VOCABULARY_BYTES = 64 << 20  # bytes of float32 of an embedding or a head that are quantised at once
 
+Hessian = Callable[[str, int], jax.Array | None]  # of a leaf's path and layer: (inputs, inputs)
 Quantize = Callable[[np.ndarray, Scheme, int], Rounded]  # a matrix, its scheme, the axis of its groups
 
 
@@ -43,7 +44,7 @@ class Piece:
 
 
 def pieces(opened: Opened, assigned: Mapping[str, Scheme]) -> list[Piece]:
-    """All of them, layer by layer, as most files lie."""
+    """All of them, layer by layer; last what lies in no layer, and norms."""
     found = []
     for path, shape in opened.weights.shapes().items():
         if path in assigned:
@@ -52,7 +53,7 @@ def pieces(opened: Opened, assigned: Mapping[str, Scheme]) -> list[Piece]:
         else:
             indices = blocks(shape, opened.weights.dtype(path).itemsize)
         found += [Piece(path, index, index[0].start if len(shape) == 3 else 0) for index in indices]
-    return found
+    return sorted(found, key=lambda piece: piece.layer if len(piece.index) == 3 else opened.model.num_layers)
 
 
 def nbytes(opened: Opened, assigned: Mapping[str, Scheme]) -> dict[str, int]:
@@ -72,6 +73,7 @@ def write(
     quantize: Quantize,
     *,
     method: str,
+    hessian: Hessian = lambda path, layer: None,
     say: Callable[[str], None] = lambda line: None,
     on_piece: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[float]]:
@@ -79,7 +81,9 @@ def write(
 
     Args:
       assigned: leaf path -> scheme; other leaves are copied bit for bit.
-      method: its name, for the manifest.
+      quantize: the matrices whose inputs' Hessian is not known.
+      method: its name, and what else decides the integers, for the manifest.
+      hessian: for GPTQ, asked for layer by layer.
       on_piece: called with how many pieces are done, and of how many.
     Returns: leaf path -> relative error |w - q| / |w| of each layer.
     Raises: UserError for an output that is there, a full disk, weights that are NaN, or quantised already.
@@ -94,7 +98,7 @@ def write(
         done = _taken_up(folder, identity, say)
         try:
             arrays = _Arrays(folder, opened, assigned)
-            squared = _write_pieces(arrays, folder, pieces(opened, assigned), quantize, done, on_piece)
+            squared = _write_pieces(arrays, folder, pieces(opened, assigned), quantize, hessian, done, on_piece)
         except (OSError, ValueError) as error:  # ValueError: TensorStore's
             raise UserError(f"{output} could not be written: {error}") from error
         tokenizer_files.write_ours(opened, folder / TOKENIZER_FOLDER, say)
@@ -128,7 +132,7 @@ class _Arrays:
                 self.leaves.append({"path": PARAMS + path, "shape": list(shape), "dtype": dtype})
         self._described = {leaf["path"]: leaf for leaf in self.leaves}
 
-    def write(self, piece: Piece, quantize: Quantize) -> tuple[float, float] | None:
+    def write(self, piece: Piece, quantize: Quantize, hessian: Hessian) -> tuple[float, float] | None:
         """Reads, quantises and writes a piece. -> summed squares of error and weight; None if it is only copied."""
         weight = self._opened.weights.read(piece.path, piece.index)
         check_finite(weight, piece.path)
@@ -136,7 +140,9 @@ class _Arrays:
             self._array(piece.path)[piece.index].write(weight).result()
             return None
         scheme, axis = self._assigned[piece.path], policy.summed_axis(piece.path)
-        rounded = jax.device_get(quantize(weight.reshape(weight.shape[-2:]), scheme, axis))
+        matrix, known = weight.reshape(weight.shape[-2:]), hessian(piece.path, piece.layer)
+        rounded = quantize(matrix, scheme, axis) if known is None else gptq.quantize(matrix, known, scheme, axis)
+        rounded = jax.device_get(rounded)
         values = packing.pack(rounded.values) if scheme.bits == 4 else rounded.values
         for name, array in ((VALUES, values), (SCALES, rounded.scales)):
             # Rows are cut in a vocabulary alone, whose groups run along the other axis.
@@ -181,12 +187,12 @@ def _stacked(array: np.ndarray, piece: Piece) -> tuple[int, ...]:
     return (1, array.shape[0]) if len(piece.index) == 3 else (array.shape[0],)
 
 
-def _write_pieces(arrays, folder, todo, quantize, done, on_piece) -> dict[str, list[list[float]]]:
+def _write_pieces(arrays, folder, todo, quantize, hessian, done, on_piece) -> dict[str, list[list[float]]]:
     squared: dict[str, list[list[float]]] = {}
     with (folder / PROGRESS_FILE).open("a") as progress:
         for number, piece in enumerate(todo, start=1):
             if piece.key not in done:
-                done[piece.key] = arrays.write(piece, quantize)
+                done[piece.key] = arrays.write(piece, quantize, hessian)
                 progress.write(json.dumps({"piece": piece.key, "squared": done[piece.key]}) + "\n")
                 progress.flush()
             if done[piece.key] is not None:

@@ -19,6 +19,16 @@ from phijax.model.weights import project, project_back
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]  # a leaf's path and which part of it, as checkpoints are read
 
 
+# Field of Inputs, or "head" -> last names of the leaves that are given it.
+INPUTS_OF = {
+    "qkv": ("q", "k", "v"),
+    "o": ("o",),
+    "gate_up": ("gate", "up"),
+    "down": ("down",),
+    "head": ("head",),
+}
+
+
 class Inputs(NamedTuple):
     """Of one layer's matrices, in float32."""
 
@@ -44,6 +54,41 @@ def layers(c: ModelConfig, read: Read, tokens: np.ndarray) -> Iterator[tuple[int
         weights = params.nested(flat)
         x, inputs = run_layer(c, weights, x)
         yield number, weights, inputs, x
+
+
+class Hessians:
+    """X^T X of the inputs of each matrix, of the float model. Asked for layer by layer, in rising order."""
+
+    def __init__(self, c: ModelConfig, read: Read, tokens: np.ndarray):
+        self._c, self._read = c, read
+        self._layers = layers(c, read, tokens)
+        self._number, self._inputs, self._x = -1, None, None
+        self._made: dict[str, jax.Array] = {}
+
+    def __call__(self, path: str, layer: int) -> jax.Array | None:
+        """(inputs, inputs) float32; None for an embedding, which nothing is summed over."""
+        what = next((what for what, names in INPUTS_OF.items() if path.rsplit("/", 1)[-1] in names), None)
+        if what is None:
+            return None
+        self._advance(self._c.num_layers - 1 if what == "head" else layer)
+        if what not in self._made:
+            if what == "head":
+                x = final_norm(self._c, self._read("final_norm/scale", (slice(0, self._c.model_dim),)), self._x)
+            else:
+                x = getattr(self._inputs, what)
+            self._made[what] = _outer(x)
+        return self._made[what]
+
+    def _advance(self, layer: int) -> None:
+        while self._number < layer:
+            self._number, _, self._inputs, self._x = next(self._layers)
+            self._made = {}
+
+
+@jax.jit
+def _outer(x: jax.Array) -> jax.Array:
+    flat = x.reshape(-1, x.shape[-1])
+    return flat.T @ flat
 
 
 def final_norm(c: ModelConfig, scale: np.ndarray, x: jax.Array) -> jax.Array:
