@@ -94,13 +94,18 @@ def write(
     written = durable.bytes_below(there) if there.exists() else 0
     staging.check_output(output, max(0, sum(nbytes(opened, assigned).values()) - written))
     identity = _identity(opened, assigned, method)
-    with staging.staged(output, resumable=True) as folder, WriterLock(folder, break_lock=False, log=say):
-        done = _taken_up(folder, identity, say)
+    there.mkdir(parents=True, exist_ok=True)
+    # Before `staged`, which after an exception removes the folder: it may be another process's.
+    lock = WriterLock(there, break_lock=False, log=say)
+    with staging.staged(output, resumable=True) as folder:
         try:
+            done = _taken_up(folder, identity, say)
             arrays = _Arrays(folder, opened, assigned)
             squared = _write_pieces(arrays, folder, pieces(opened, assigned), quantize, hessian, done, on_piece)
         except (OSError, ValueError) as error:  # ValueError: TensorStore's
             raise UserError(f"{output} could not be written: {error}") from error
+        finally:
+            lock.release()
         tokenizer_files.write_ours(opened, folder / TOKENIZER_FOLDER, say)
         errors = {path: [math.sqrt(e / w) if w else 0.0 for e, w in layers] for path, layers in squared.items()}
         _write_manifest(folder, opened, assigned, method, errors, arrays.leaves)

@@ -299,3 +299,19 @@ def test_a_vocabulary_in_pieces_is_written_once(workdir, tmp_path, expected, mon
     for name, columns in (("values", 32), ("scales", 2)):
         spec = quantized_export.array_spec(epath.Path(tmp_path / "out" / "state"), f"params/head/{name}")
         assert tensorstore.open(spec, open=True, read=True).result().chunk_layout.read_chunk.shape == (100, columns)
+
+
+def test_two_at_once_do_not_hurt_each_other(workdir, tmp_path, small):
+    """The second is refused, and what the first has written stays."""
+    tried = []
+
+    def second_begins(done, total):
+        if done == 5:
+            with pytest.raises(UserError, match="is written by another run"):
+                write(workdir, tmp_path / "out")
+            tried.append(1)
+
+    write(workdir, tmp_path / "out", on_piece=second_begins)
+    assert tried and [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / "writer.lock").exists()
+    assert_same_files(tmp_path / "out", small)
