@@ -122,8 +122,10 @@ def _rows(opened, path: str | None, count: int) -> list:
         return []
     from phijax.evaluation.fixed_rows import read_fixed_rows
 
-    length = min(FLAGS.row_length, opened.model.max_position - 2)
-    return read_fixed_rows(path, opened.tokenizer(), count=count, length=length, vocab_size=opened.model.vocab_size)
+    longest = opened.model.max_position - 2
+    length = min(FLAGS.row_length, longest)
+    rows = read_fixed_rows(path, opened.tokenizer(), count=count, length=length, vocab_size=opened.model.vocab_size)
+    return [row[: longest + 1] for row in rows]  # those of shards are as long as their records
 
 
 def _folded(opened, assigned, rows):

@@ -152,3 +152,6 @@ def test_hessians_are_of_the_inputs_and_skip_layers_that_are_done():
         hessians("head", 0), into_head.T @ into_head, rtol=1e-3, atol=1e-4 * np.abs(into_head.T @ into_head).max()
     )
     assert hessians("embedding", 0) is None
+    tied = dataclasses.replace(MODEL, tied_head=True)
+    of_tied = calibrate.Hessians(tied, Source({p: v for p, v in flat.items() if p != "head"}).read, tokens())
+    np.testing.assert_array_equal(of_tied("embedding", 0), hessians("head", 0))

@@ -86,3 +86,11 @@ def test_calibrated_methods_move_the_model_less_than_rounding_alone(opened, rows
     assert perplexities == sorted(perplexities)
     answer = models["gptq"].generate("The capital of France is", max_tokens=2, temperature=0).text
     assert answer.startswith(" Paris")
+
+
+def test_gptq_rounds_a_tied_embedding_as_the_head_that_it_is(opened, rows, reference, tmp_path):
+    """Everything in groups of 64. Measured: 0.250 nats; 0.517 with the embedding rounded alone, 0.752 without GPTQ."""
+    calibration = np.stack([row[:-1] for row in rows[0]])
+    model = quantized(opened, "gptq", "int4_g64", tmp_path / "gptq", calibration)
+    assert quality(model, rows, reference).kl_mean < 0.32
+    assert model.generate("The capital of France is", max_tokens=2, temperature=0).text.startswith(" Paris")
