@@ -113,7 +113,9 @@ def test_splash_keeps_its_output_once(monkeypatch):
     rows = packed_rows(1, 128)
     kept = {name: residual_bytes(Backend("splash", remat=name), rows) for name in ("save_attention", "full")}
     places = 4 * SMALL.num_layers * 128  # bytes of one float32 a token and layer
-    assert kept["save_attention"] - kept["full"] == places * SMALL.num_heads * (SMALL.head_dim + 1)
+    once = places * SMALL.num_heads * (SMALL.head_dim + 1)
+    # The mask's own table, a byte a block and layer, is counted among either's arrays.
+    assert abs(kept["save_attention"] - kept["full"] - once) < 16
 
 
 def kernel_calls(jaxpr) -> int:
