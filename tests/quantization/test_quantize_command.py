@@ -215,8 +215,8 @@ def test_calibrated_methods_give_ordinary_checkpoints(workdir, text, small, tmp_
         assert run(quantize, *arguments, *more, held_out, f"--output={tmp_path / name}") == 0
         facts = json.loads((tmp_path / name / "quality.json").read_text())
         errors[name] = facts["quality"]["kl_mean"]
-    # Random weights have no inputs that matter more, most of the distance is the embedding's, and 80 tokens are few (GPTQ
-    # 1.27 of plain rounding here): this sees only what is badly wrong. The methods themselves are tested in
+    # Random weights have no inputs that matter more, most of the distance is the embedding's, and 80 tokens are few
+    # (GPTQ 1.27 of plain rounding here): this sees only what is badly wrong. The methods themselves are tested in
     # test_awq.py and test_gptq.py; what they do for a trained model is in test_quantized_real_model.py.
     assert errors["out"] < 1.6 * errors["plain"]
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
