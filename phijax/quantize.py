@@ -45,19 +45,7 @@ QUALITY_FILE, PLOT_FILE = "quality.json", "error_by_layer.png"
 
 
 def main(arguments: list[str]) -> int:
-    if arguments:
-        raise UserError(f"{arguments[0]!r} is not a flag. --help lists them.")
-    for name in ("checkpoint", "scheme", "output"):
-        if not FLAGS[name].value and not (name == "output" and FLAGS.dry_run):
-            raise UserError(f"--{name} is missing. --help lists the flags.")
-    if FLAGS.method not in METHODS:
-        near = nearest_name(FLAGS.method, METHODS)
-        nearest = f" Nearest: {near}." if near else ""
-        raise UserError(f"--method={FLAGS.method} is not one of {', '.join(METHODS)}.{nearest}")
-    if (FLAGS.method != "rtn") != bool(FLAGS.calibration):
-        raise UserError("--calibration=SHARDS or a text file belongs to --method=awq and gptq, which need it.")
-    if FLAGS.calibration and FLAGS.calibration == FLAGS.held_out:
-        raise UserError("--held_out is what --calibration was chosen on: it would flatter the result. Give other text.")
+    _check(arguments)
     hardware.prepare_cpu()
 
     from etils import epath
@@ -115,6 +103,23 @@ def main(arguments: list[str]) -> int:
         print("NOT MEASURED: what this cost in quality. Give --held_out=SHARDS or a text file.")
     durable.write_json(output / QUALITY_FILE, facts)
     return EXIT_DONE
+
+
+def _check(arguments: list[str]) -> None:
+    """Refuses what can be refused before anything is opened."""
+    if arguments:
+        raise UserError(f"{arguments[0]!r} is not a flag. --help lists them.")
+    for name in ("checkpoint", "scheme", "output"):
+        if not FLAGS[name].value and not (name == "output" and FLAGS.dry_run):
+            raise UserError(f"--{name} is missing. --help lists the flags.")
+    if FLAGS.method not in METHODS:
+        near = nearest_name(FLAGS.method, METHODS)
+        nearest = f" Nearest: {near}." if near else ""
+        raise UserError(f"--method={FLAGS.method} is not one of {', '.join(METHODS)}.{nearest}")
+    if (FLAGS.method != "rtn") != bool(FLAGS.calibration):
+        raise UserError("--calibration=SHARDS or a text file belongs to --method=awq and gptq, which need it.")
+    if FLAGS.calibration and FLAGS.calibration == FLAGS.held_out:
+        raise UserError("--held_out is what --calibration was chosen on: it would flatter the result. Give other text.")
 
 
 def _rows(opened, path: str | None, count: int) -> list:
