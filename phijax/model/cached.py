@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from phijax.model import params as model_params
-from phijax.model import quantized
 from phijax.model.config import ModelConfig
 from phijax.model.decoder import Block, Decoder
 from phijax.model.kernels.decode import attention_cut_by_time, cached_attention, write
@@ -23,7 +22,7 @@ from phijax.model.kernels.rows import each_row
 from phijax.model.params import STACKED, Params
 from phijax.model.quantized import Quantized
 from phijax.model.rope import apply_rope
-from phijax.model.weights import lookup, project, project_back
+from phijax.model.weights import WeightFormat, lookup, project, project_back
 
 Weights = dict[str, Any]  # as Params, but "blocks" is a tuple of trees where layers are unrolled
 HEAD = "head"
@@ -66,10 +65,12 @@ def _turned(blocks: Any) -> Any:
     def turn(path, leaf):
         return _swapped(leaf) if path[-1].key in PROJECTED else leaf
 
-    return jax.tree_util.tree_map_with_path(turn, blocks, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    return jax.tree_util.tree_map_with_path(turn, blocks, is_leaf=lambda leaf: isinstance(leaf, WeightFormat))
 
 
-def _swapped(leaf: jax.Array | Quantized) -> jax.Array | Quantized:
+def _swapped(leaf: jax.Array | WeightFormat) -> jax.Array | WeightFormat:
+    if isinstance(leaf, WeightFormat) and not isinstance(leaf, Quantized):
+        return leaf  # made for its platform: it lies as it should
     return jax.tree.map(lambda a: jnp.swapaxes(a, -1, -2), leaf)
 
 
@@ -125,8 +126,8 @@ def logits(c: ModelConfig, path: Path, weights: Weights, x: jax.Array) -> jax.Ar
     """(B, D) -> (B, padded V) float32, -inf where the vocabulary is padded. (Cutting the padding off is a copy.)"""
     module = _module(c, path, weights, _layer(weights, 0))
     head = (module.embedding if module.head is None else module.head).get_value()
-    if isinstance(head, Quantized):
-        values = quantized.project(x, head, jnp.float32)
+    if isinstance(head, WeightFormat):
+        values = head.project(x, jnp.float32)
     else:
         head = module.head_rows().astype(x.dtype)
         values = jnp.einsum("bd,vd->bv", x, head, preferred_element_type=jnp.float32)

@@ -31,38 +31,33 @@ class Quantized:
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
+    def dequantize(self, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        """(..., rows, D) in dtype. float32 holds every product of an integer and a scale; bfloat16 rounds it."""
+        split, spread = [], []
+        for size, groups in zip(self.shape, self.scales.shape, strict=True):
+            split += [groups, size // groups]
+            spread += [groups, 1]
+        values = self.values.astype(jnp.float32).reshape(split) * self.scales.astype(jnp.float32).reshape(spread)
+        return values.reshape(self.shape).astype(dtype)
 
-def dequantize(w: Quantized, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """(..., rows, D) in dtype. float32 holds every product of an integer and a scale; bfloat16 rounds it."""
-    shape, spread, split = w.values.shape, [], []
-    for size, groups in zip(shape, w.scales.shape, strict=True):
-        split += [groups, size // groups]
-        spread += [groups, 1]
-    values = w.values.astype(jnp.float32).reshape(split) * w.scales.astype(jnp.float32).reshape(spread)
-    return values.reshape(shape).astype(dtype)
+    def project(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+        """(..., D) -> (..., rows), summed in float32; in `dtype`, else as x."""
+        return self._product(x, -1, dtype)
 
+    def project_back(self, h: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+        """(..., rows) -> (..., D), summed in float32; in `dtype`, else as h."""
+        return self._product(h, -2, dtype)
 
-def project(x: jax.Array, w: Quantized, dtype: jnp.dtype | None = None) -> jax.Array:
-    """(..., D) -> (..., rows), summed in float32; in `dtype`, else as x."""
-    return _product(x, w, -1, dtype)
+    def lookup(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Rows of an embedding: (...) int32 -> (..., D). Only the rows that are asked for are widened."""
+        rows = Quantized(jnp.take(self.values, tokens, axis=0), jnp.take(self.scales, tokens, axis=0))
+        return rows.dequantize(dtype)
 
-
-def project_back(h: jax.Array, w: Quantized, dtype: jnp.dtype | None = None) -> jax.Array:
-    """(..., rows) -> (..., D), summed in float32; in `dtype`, else as h."""
-    return _product(h, w, -2, dtype)
-
-
-def lookup(w: Quantized, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of an embedding: (...) int32 -> (..., D). Only the rows that are asked for are widened."""
-    rows = Quantized(jnp.take(w.values, tokens, axis=0), jnp.take(w.scales, tokens, axis=0))
-    return dequantize(rows, dtype)
-
-
-def _product(x: jax.Array, w: Quantized, summed: int, dtype: jnp.dtype | None) -> jax.Array:
-    by_channel = w.scales.shape[summed] == 1
-    matrix = w.values.astype(x.dtype) if by_channel else dequantize(w, x.dtype)
-    contracted = ((x.ndim - 1,), (matrix.ndim + summed,))
-    out = jax.lax.dot_general(x, matrix, (contracted, ((), ())), preferred_element_type=jnp.float32)
-    if by_channel:
-        out = out * w.scales.astype(jnp.float32).reshape(-1)
-    return out.astype(dtype or x.dtype)
+    def _product(self, x: jax.Array, summed: int, dtype: jnp.dtype | None) -> jax.Array:
+        by_channel = self.scales.shape[summed] == 1
+        matrix = self.values.astype(x.dtype) if by_channel else self.dequantize(x.dtype)
+        contracted = ((x.ndim - 1,), (matrix.ndim + summed,))
+        out = jax.lax.dot_general(x, matrix, (contracted, ((), ())), preferred_element_type=jnp.float32)
+        if by_channel:
+            out = out * self.scales.astype(jnp.float32).reshape(-1)
+        return out.astype(dtype or x.dtype)

@@ -1,6 +1,6 @@
 """Weights of projections and the only two verbs that contract them: `project` and `project_back`.
 
-A weight is an array, or in few bits (`quantized.py`) where it is only read.
+A weight is an array, or in few bits where it is only read: any `WeightFormat`.
 
 Every projection is one leaf [rows, D], D last and whole on every chip: measured on the TPU compiler, a D cut over
 256 chips costs 16 % of a step in relayout copies. Rows are cut, `tensor` first, so that tensor parallelism cuts at
@@ -8,14 +8,37 @@ heads. While it is used a weight is gathered over `fsdp`.
 """
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from phijax.model import quantized
-from phijax.model.quantized import Quantized
 from phijax.parallel import sharding
+
+
+@runtime_checkable
+class WeightFormat(Protocol):
+    """A matrix [rows, D] in a form of its own: a registered dataclass of arrays that a Param holds in place of one.
+
+    `quantized.Quantized` is how it is stored; `inference/resident.py` makes of it what a platform computes with.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix that it stands for, or of a stack of them."""
+
+    def project(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+        """(..., D) -> (..., rows), summed in float32; in `dtype`, else as x."""
+
+    def project_back(self, h: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+        """(..., rows) -> (..., D), summed in float32; in `dtype`, else as h."""
+
+    def lookup(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Rows of an embedding: (...) int32 -> (..., D)."""
+
+    def dequantize(self, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        """(..., rows, D)."""
 
 
 def weight(shape: Sequence[int], axes: Sequence[str], std: float) -> nnx.Param:
@@ -32,8 +55,8 @@ def project(x: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax.Arra
     The split into heads is part of the contraction because a reshape of its result is a copy on TPU when H is not a
     multiple of 128 (mini: 96), while one of the weight's rows is free.
     """
-    if isinstance(w.get_value(), Quantized):
-        out = quantized.project(x, w.get_value())
+    if isinstance(w.get_value(), WeightFormat):
+        out = w.get_value().project(x)
         return out if heads is None else out.reshape(*x.shape[:-1], heads, -1).swapaxes(1, 2)
     matrix = gathered(w[...], w.axes, x.dtype)
     if heads is None:
@@ -43,9 +66,9 @@ def project(x: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax.Arra
 
 def project_back(h: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax.Array:
     """(..., rows) -> (..., D); with `heads`: (B, N, T, H) -> (B, T, D)."""
-    if isinstance(w.get_value(), Quantized):
+    if isinstance(w.get_value(), WeightFormat):
         h = h if heads is None else h.swapaxes(1, 2).reshape(h.shape[0], h.shape[2], -1)
-        return quantized.project_back(h, w.get_value())
+        return w.get_value().project_back(h)
     matrix = gathered(w[...], w.axes, h.dtype)
     if heads is None:
         return jax.lax.dot_general(h, matrix, (((h.ndim - 1,), (0,)), ((), ())))
@@ -54,15 +77,15 @@ def project_back(h: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax
 
 def lookup(w: nnx.Param, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of an embedding that lies whole on this chip: (...) int32 -> (..., D) in dtype."""
-    if isinstance(w.get_value(), Quantized):
-        return quantized.lookup(w.get_value(), tokens, dtype)
+    if isinstance(w.get_value(), WeightFormat):
+        return w.get_value().lookup(tokens, dtype)
     return jnp.take(w[...], tokens, axis=0).astype(dtype)
 
 
 def whole(w: nnx.Param) -> jax.Array:
     """The weight as an array (rows, D), whatever its format; for what is neither of the two contractions."""
     value = w.get_value()
-    return quantized.dequantize(value) if isinstance(value, Quantized) else w[...]
+    return value.dequantize() if isinstance(value, WeightFormat) else w[...]
 
 
 def gathered(matrix: jax.Array, axes: Sequence[str], dtype: jnp.dtype) -> jax.Array:

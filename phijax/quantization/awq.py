@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from phijax.model.config import ModelConfig
-from phijax.model.quantized import Quantized, dequantize
+from phijax.model.quantized import Quantized
 from phijax.quantization import calibrate
 from phijax.quantization.policy import Scheme, summed_axis
 from phijax.quantization.rounding import round_to_nearest
@@ -108,7 +108,7 @@ def _output_error(x: jax.Array, matrix: jax.Array, scales: jax.Array, scheme: Sc
     matrix = matrix.astype(jnp.float32)
     factor = scales if axis == -1 else scales[:, None]
     rounded = round_to_nearest(matrix * factor, scheme, axis, QUICK_FACTORS)
-    change = dequantize(Quantized(rounded.values, rounded.scales)) / factor - matrix
+    change = Quantized(rounded.values, rounded.scales).dequantize() / factor - matrix
     return jnp.sum(jnp.square(x @ (change.T if axis == -1 else change)))
 
 

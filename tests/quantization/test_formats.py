@@ -10,7 +10,7 @@ import pytest
 from quantized_case import MODEL, random_params
 from quick_compilation import QUICK
 
-from phijax.model import params, quantized
+from phijax.model import params
 from phijax.model.backend import Backend
 from phijax.model.quantized import Quantized
 from phijax.model.weights import gathered, project, project_back, weight
@@ -56,7 +56,7 @@ def test_dequantized_is_exact(name, axis):
     """float32 holds an integer of 8 bits times a scale of 11 exactly."""
     w = random_weight(SCHEMES[name], axis)
     assert w.values.dtype == (jnp.int4 if SCHEMES[name].bits == 4 else jnp.int8)
-    np.testing.assert_array_equal(np.asarray(quantized.dequantize(w), np.float64), in_float64(w))
+    np.testing.assert_array_equal(np.asarray(w.dequantize(), np.float64), in_float64(w))
 
 
 @pytest.mark.parametrize("name, axis", CASES)
@@ -84,7 +84,7 @@ def test_heads_are_those_of_arrays(heads):
     h = jnp.asarray(random.standard_normal((2, heads, 5, ROWS // heads)), jnp.float32)
     for verb, argument, w in ((project, x, q), (project_back, h, o)):
         got = verb(argument, leaf(w), heads=heads)
-        expected = verb(argument, leaf(quantized.dequantize(w)), heads=heads)
+        expected = verb(argument, leaf(w.dequantize()), heads=heads)
         assert got.shape == expected.shape
         np.testing.assert_allclose(got, expected, rtol=0, atol=3e-3)  # of sums near 1000
 
@@ -92,7 +92,7 @@ def test_heads_are_those_of_arrays(heads):
 def test_lookup_gives_rows():
     w = random_weight(SCHEMES["int4_g64"], -1)
     tokens = np.array([[3, 0, 383], [7, 7, 1]], np.int32)
-    np.testing.assert_array_equal(quantized.lookup(w, tokens, jnp.float32), in_float64(w)[tokens])
+    np.testing.assert_array_equal(w.lookup(tokens, jnp.float32), in_float64(w)[tokens])
 
 
 def test_packing_and_its_order():
@@ -117,7 +117,7 @@ def test_ggufs_q4_0_holds_groups_of_32_exactly():
     scales = np.asarray(rounded.scales)[..., None].view(np.uint8)
     blocks = np.concatenate([scales, nibbles], axis=-1).reshape(64, -1)
     theirs = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_0)
-    ours = quantized.dequantize(Quantized(rounded.values, rounded.scales))
+    ours = Quantized(rounded.values, rounded.scales).dequantize()
     np.testing.assert_array_equal(theirs, np.asarray(ours))
 
 
@@ -128,7 +128,7 @@ def test_ggufs_q8_0_holds_channels_exactly():
     scales = np.repeat(np.asarray(rounded.scales), 8, axis=1)[..., None].view(np.uint8)
     blocks = np.concatenate([scales, np.asarray(rounded.values).view(np.uint8).reshape(64, 8, 32)], axis=-1)
     theirs = gguf.quants.dequantize(blocks.reshape(64, -1), gguf.GGMLQuantizationType.Q8_0)
-    ours = quantized.dequantize(Quantized(rounded.values, rounded.scales))
+    ours = Quantized(rounded.values, rounded.scales).dequantize()
     np.testing.assert_array_equal(theirs, np.asarray(ours))
 
 
@@ -150,7 +150,7 @@ def test_the_decoder_takes_them_and_they_stay_quantized_inside_the_scan(scan):
         narrow[path] = Quantized(
             values.astype(jnp.int4) if scheme.bits == 4 else values, scales if value.ndim == 3 else scales[0]
         )
-        wide[path] = quantized.dequantize(narrow[path])
+        wide[path] = narrow[path].dequantize()
     tokens = np.random.default_rng(5).integers(0, MODEL.vocab_size, (1, 16), dtype=np.int32)
     backend = Backend(scan_layers=scan)
 

@@ -19,7 +19,7 @@ from quantized_case import MODEL, SCHEME, one_device, quantized_params, random_p
 from phijax.checkpoint import manifest, quantized_export
 from phijax.checkpoint.open import load_params, open_checkpoint
 from phijax.errors import UserError
-from phijax.model import params, quantized
+from phijax.model import params
 from phijax.model.quantized import Quantized
 from phijax.parallel.mesh import MeshConfig, make_mesh
 from phijax.quantization import policy
@@ -82,7 +82,7 @@ def test_read_as_floats_it_is_what_the_integers_stand_for(small, expected):
     """As training, export and every reader of slices sees it."""
     opened = open_checkpoint(small)
     got = params.flat(load_params(opened, one_device()))
-    wide = {p: quantized.dequantize(v) if isinstance(v, Quantized) else v for p, v in expected.items()}
+    wide = {p: v.dequantize() if isinstance(v, Quantized) else v for p, v in expected.items()}
     assert_same(got, wide)
     pieces = [slice(0, None), slice(1, 2), slice(5, 38), slice(31, 33), slice(46, 47)]
     for path in ("blocks/mlp/gate", "blocks/mlp/down", "blocks/attention/o", "embedding"):
@@ -112,7 +112,7 @@ def test_two_values_lie_in_a_byte(small):
 def test_errors_by_layer_are_those_of_the_weights(workdir, tmp_path, weights, expected):
     errors = write(workdir, tmp_path / "out")
     for path, layers in errors.items():
-        wide, exact = np.asarray(quantized.dequantize(expected[path])), np.asarray(params.flat(weights)[path])
+        wide, exact = np.asarray(expected[path].dequantize()), np.asarray(params.flat(weights)[path])
         if exact.ndim == 2:
             wide, exact = wide[None, :700], exact[None, :700]
         for layer, error in enumerate(layers):
