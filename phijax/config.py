@@ -21,6 +21,7 @@ from phijax.data.loader import DataConfig
 from phijax.errors import UserError, nearest_name
 from phijax.evaluation.held_out import EvaluationConfig
 from phijax.model.config import ModelSection
+from phijax.parallel.hardware import CompilerConfig
 from phijax.parallel.mesh import MeshConfig
 from phijax.parallel.processes import ProcessConfig
 from phijax.report.config import LoggingConfig
@@ -37,6 +38,7 @@ class Config:
     init_from: str | None = None  # start weights: any checkpoint (checkpoint/open.py); all else begins anew
     model: ModelSection = ModelSection()
     mesh: MeshConfig = MeshConfig()
+    compiler: CompilerConfig = CompilerConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

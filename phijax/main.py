@@ -64,6 +64,7 @@ def dry_run(config) -> int:
     import jax
 
     from phijax import run
+    from phijax.parallel.hardware import a_chip_with, generation
     from phijax.parallel.mesh import mesh_shape
     from phijax.parallel.sharding import MESH_AXES
     from phijax.planning import summary
@@ -71,8 +72,10 @@ def dry_run(config) -> int:
     asked = [getattr(config.mesh, name) for name in MESH_AXES]
     here = jax.device_count() if -1 in asked or math.prod(asked) == jax.device_count() else 0
     sizes = mesh_shape(config.mesh, here or math.prod(asked))
-    platform = jax.default_backend() if here else "tpu"  # a mesh that is not here is planned as the pod it is for
-    recipe = run.make_recipe(config, sizes, platform)
+    # A mesh that is not here is planned as the pod it is for.
+    platform = jax.default_backend() if here else "tpu"
+    chip = generation(jax.devices()[0].device_kind) if here else a_chip_with(config.compiler)
+    recipe = run.make_recipe(config, sizes, platform, chip)
     shapes = run.shapes_by_phase(config)
     print("\n".join(summary.describe(recipe, sizes, shapes)))
     try:

@@ -12,7 +12,7 @@ from phijax.config import Config
 from phijax.model import params
 from phijax.model.config import resolve_model
 from phijax.model.presets import PRESETS
-from phijax.parallel.hardware import COMPILER_PROFILES
+from phijax.parallel.hardware import COMPILER_PROFILES, NO_PROFILE, CompilerConfig
 from phijax.parallel.mesh import make_mesh
 from phijax.planning import analytic, compiled, search, topology
 from phijax.planning.assumptions import ANALYTIC_ERROR, COMPILED_ERROR, chip_of
@@ -45,7 +45,7 @@ def make_plan(config: Config, slice_name: str, how: How, *, price: float | None)
     Raises: UserError for a config that this slice cannot run.
     """
     where = analytic.make_slice(slice_name, config.mesh)
-    recipe = run.make_recipe(config, dict(where.sizes), "tpu")
+    recipe = run.make_recipe(config, dict(where.sizes), "tpu", where.chip.name)
     mesh = None
     if how.can_compile():
         mesh = make_mesh(config.mesh, topology.tpu_devices(slice_name, config.mesh.slices))
@@ -131,9 +131,6 @@ class Found:
         )
         if self.winner is None:
             return [*out, "Nothing fits: take more chips, or a shorter sequence."]
-        if self.options:
-            arguments = " ".join(f"--{name}={value}" for name, value in self.options.items())
-            out.append(f'with LIBTPU_INIT_ARGS="{arguments}"')
         return [*out, f"winner: {' '.join(self.paste) or 'the config as it is'}"]
 
 
@@ -144,7 +141,7 @@ def find(config: Config, slice_name: str, how: How, *, top: int) -> Found:
     def work_of(candidate: Candidate, where: analytic.Slice) -> Work:
         changed = apply(config, candidate)
         shapes = run.shapes_by_phase(changed).values()
-        recipe = run.make_recipe(changed, dict(where.sizes), "tpu")
+        recipe = run.make_recipe(changed, dict(where.sizes), "tpu", where.chip.name)
         return Work(recipe, tuple((phase.steps, shape) for phase, shape in zip(phases, shapes, strict=True)))
 
     def compile_one(one: Ranked, shape):
@@ -173,8 +170,10 @@ def find(config: Config, slice_name: str, how: How, *, top: int) -> Found:
 
 
 def apply(config: Config, candidate: Candidate) -> Config:
+    """The candidate as a config, without compiler options: those are tried on the quickest."""
     return dataclasses.replace(
         config,
+        compiler=CompilerConfig(),
         mesh=candidate.mesh,
         model=dataclasses.replace(config.model, remat=candidate.remat),
         data=dataclasses.replace(config.data, micro_batches=candidate.micro_batches),
@@ -191,4 +190,5 @@ def changes(config: Config, winner: Ranked | None) -> list[str]:
         section, name = key.split(".")
         if str(old[section][name]) != value:
             flags.append(f"--config.{key}={value}")
-    return flags
+    profile = winner.profile or NO_PROFILE
+    return [*flags, *([f"--config.compiler.profile={profile}"] if profile != config.compiler.profile else [])]

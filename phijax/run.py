@@ -31,7 +31,7 @@ from phijax.model.config import ModelConfig, resolve_model
 from phijax.model.flops import train_flops_per_token
 from phijax.model.kernels.splash import check_splash
 from phijax.model.presets import PRESETS
-from phijax.parallel.hardware import peak_flops
+from phijax.parallel.hardware import compiler_options, generation, peak_flops
 from phijax.parallel.mesh import make_mesh
 from phijax.parallel.processes import StopSignal, Watchdog
 from phijax.report import baselines
@@ -54,8 +54,13 @@ class EvaluationSet:
     shape: BatchShape
 
 
-def make_recipe(config: Config, sizes: dict[str, int], platform: str) -> Recipe:
-    """Checks what can be checked without data. Raises: UserError."""
+def make_recipe(config: Config, sizes: dict[str, int], platform: str, chip: str | None) -> Recipe:
+    """Checks what can be checked without data.
+
+    Args:
+      platform, chip: of the devices that it will run on, "tpu" and "v5p", say (hardware.generation).
+    Raises: UserError.
+    """
     model = resolve_model(config.model, PRESETS)
     phases = config.data.phases
     mixture.check_phases(phases)
@@ -74,7 +79,8 @@ def make_recipe(config: Config, sizes: dict[str, int], platform: str) -> Recipe:
             raise UserError(f"{where}: {reason}.")
     params.check_mesh(model, sizes)
     check_sets(config.evaluation)
-    return Recipe(model, backend, config.optimizer, config.loss, total, config.seed)
+    options = compiler_options(config.compiler, chip)
+    return Recipe(model, backend, config.optimizer, config.loss, total, config.seed, options)
 
 
 def open_plan(config: Config, model: ModelConfig) -> Plan:
@@ -107,7 +113,8 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
     """
     mesh = make_mesh(config.mesh, jax.devices())
     sizes = dict(mesh.shape)
-    recipe = make_recipe(config, sizes, mesh.devices.flat[0].platform)
+    device = mesh.devices.flat[0]
+    recipe = make_recipe(config, sizes, device.platform, generation(device.device_kind))
     plan = open_plan(config, recipe.model)
     sets = open_evaluation(config, recipe.model, plan, sizes)
     batches = Loader(plan, config.data, mesh)
@@ -220,7 +227,8 @@ class Programs:
         shape = self._batches.shape(phases[mixture.phase_of_step(phases, step)[0]])
         if shape not in self._compiled:
             with self._report.pause():
-                self._compiled[shape] = program.lower_train_step(self._recipe, self._mesh, shape).compile()
+                lowered = program.lower_train_step(self._recipe, self._mesh, shape)
+                self._compiled[shape] = program.compile_with_options(lowered, self._recipe)
         return self._compiled[shape]
 
 
@@ -242,7 +250,7 @@ def make_evaluator(recipe: Recipe, mesh, held_out: EvaluationSet, max_rows: int 
 @functools.lru_cache(maxsize=8)
 def _compiled_eval(recipe: Recipe, mesh, shape: BatchShape):
     """One program for all sets of a shape."""
-    return program.lower_eval_step(recipe, mesh, shape).compile()
+    return program.compile_with_options(program.lower_eval_step(recipe, mesh, shape), recipe)
 
 
 def open_report(config: Config, workdir: epath.Path, recipe: Recipe, plan: Plan, sets, first_step: int, mesh) -> Report:

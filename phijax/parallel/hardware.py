@@ -1,9 +1,12 @@
 """What the machine is: peak rates for MFU, and settings that must be made before jax starts."""
 
 import ctypes
+import dataclasses
 import glob
 import os
 import sys
+
+from phijax.errors import UserError, nearest_name
 
 # Dense bfloat16 matrix peak of one device, FLOP/s, as published by the makers. Longest prefix of `device_kind` wins.
 PEAK_FLOPS = {
@@ -21,19 +24,71 @@ PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
 }
 
-# Options of the TPU compiler that can pay off, by slice generation; none is set by default. For a run they are handed
-# over as LIBTPU_INIT_ARGS="--NAME=VALUE ..." before jax is imported, for one compilation as its compiler_options.
+# Device kinds of one generation compile alike. Longest prefix wins.
+_GENERATIONS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA": "gpu",
+}
+
+# Options of the compiler that can pay off, by generation; none is set by default. They are handed over with each
+# program, not by LIBTPU_INIT_ARGS or XLA_FLAGS: so `plan` compiles with what the run compiles with, on machines without
+# chips too, and an option that another release of the compiler lacks is an error message instead of an abort.
 _SPARSE_CORE = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
     "xla_tpu_use_tc_device_shape_on_sc": "true",
 }
-COMPILER_PROFILES: dict[str, dict[str, dict[str, str]]] = {
+# XLA's own options (xla_gpu_...) take Python's values, those of libtpu also text.
+COMPILER_PROFILES: dict[str, dict[str, dict[str, str | bool]]] = {
     "v5e": {},
     "v5p": {"sparse_core": _SPARSE_CORE},  # collectives beside the core's work, which else waits for all of them
     "v6e": {"sparse_core": _SPARSE_CORE},
+    "gpu": {"latency_hiding": {"xla_gpu_enable_latency_hiding_scheduler": True}},  # not measured by us
 }
+NO_PROFILE = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class CompilerConfig:
+    """Section `compiler`."""
+
+    profile: str = NO_PROFILE  # a name of COMPILER_PROFILES, for the generation of the run's devices
+
+
+def generation(device_kind: str) -> str | None:
+    """Device.device_kind -> the key of COMPILER_PROFILES; None for devices without profiles (CPUs)."""
+    known = [name for name in _GENERATIONS if device_kind.startswith(name)]
+    return _GENERATIONS[max(known, key=len)] if known else None
+
+
+def a_chip_with(config: CompilerConfig) -> str | None:
+    """Some chip that has the profile, for a run that is described away from its chips; None where none has."""
+    return next((chip for chip, profiles in COMPILER_PROFILES.items() if config.profile in profiles), None)
+
+
+def compiler_options(config: CompilerConfig, chip: str | None) -> tuple[tuple[str, str | bool], ...]:
+    """(name, value) pairs for the compiler of `chip`, a key of COMPILER_PROFILES; None or another chip has none.
+
+    Raises: UserError for a profile that this chip does not have.
+    """
+    if config.profile == NO_PROFILE:
+        return ()
+    here = COMPILER_PROFILES.get(chip or "", {})
+    if config.profile in here:
+        return tuple(here[config.profile].items())
+    elsewhere = [name for name, profiles in COMPILER_PROFILES.items() if config.profile in profiles]
+    near = nearest_name(config.profile, here)
+    raise UserError(
+        f"compiler.profile={config.profile!r} is not one of {chip or 'this device'}: "
+        f"{', '.join([NO_PROFILE, *here])}."
+        + (f" It is for {', '.join(elsewhere)}." if elsewhere else f" Nearest: {near!r}." if near else "")
+        + f"  Try --config.compiler.profile={near or NO_PROFILE}"
+    )
 
 
 def peak_flops(device_kind: str) -> float | None:

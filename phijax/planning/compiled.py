@@ -50,15 +50,16 @@ def compile_step(
 
     Args:
       mesh: over `topology.tpu_devices(topology)`.
-      options: the compiler's, by name.
+      options: the compiler's, by name, beside those of the recipe.
     Raises: UserError for an option that this compiler does not take.
     """
+    asked = {**dict(recipe.compiler_options), **(options or {})}
     started = time.monotonic()
     try:
         compiled = lower_train_step(recipe, mesh, shape).compile(compiler_options=dict(options) if options else None)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if options and "INVALID_ARGUMENT" in str(error):
-            raise UserError(f"The TPU compiler refuses an option of {dict(options)}: {_first_line(error)}") from error
+        if asked and "INVALID_ARGUMENT" in str(error):
+            raise UserError(f"The TPU compiler refuses an option of {asked}: {_first_line(error)}") from error
         if not _is_out_of_memory(str(error)):
             raise
         return DoesNotFit(_first_line(error), needed_bytes(str(error)), time.monotonic() - started)

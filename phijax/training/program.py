@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phijax.data.batch import abstract_batch, batch_sharding
+from phijax.errors import UserError
 from phijax.model import params
 from phijax.model.backend import Backend
 from phijax.model.config import ModelConfig
@@ -30,6 +31,12 @@ class Recipe:
     loss: LossConfig
     total_steps: int
     seed: int
+    compiler_options: tuple[tuple[str, str | bool], ...] = ()  # (name, value), of parallel/hardware.py
+
+    @property
+    def options(self) -> dict[str, str | bool] | None:
+        """As jax.jit takes them."""
+        return dict(self.compiler_options) or None
 
     def objective(self, length: int) -> Objective:
         return next_token(self.model, self.backend, length=length, loss=self.loss)
@@ -73,8 +80,21 @@ def lower_train_step(recipe: Recipe, mesh: Mesh, shape: BatchShape) -> jax.stage
     state = abstract_state(recipe, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     with jax.set_mesh(mesh):
-        jitted = jax.jit(program, donate_argnums=0, out_shardings=(shardings, None))
+        jitted = jax.jit(program, donate_argnums=0, out_shardings=(shardings, None), compiler_options=recipe.options)
         return jitted.lower(state, abstract_batch(shape, batch_sharding(mesh)))
+
+
+def compile_with_options(lowered: jax.stages.Lowered, recipe: Recipe) -> jax.stages.Compiled:
+    """Raises: UserError where this compiler lacks an option of the recipe."""
+    try:
+        return lowered.compile()
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if recipe.compiler_options and "INVALID_ARGUMENT" in str(error):
+            raise UserError(
+                f"The compiler refuses an option of compiler.profile, {recipe.options}: {str(error).splitlines()[0]}.  "
+                "Try --config.compiler.profile=none"
+            ) from error
+        raise
 
 
 def lower_eval_step(recipe: Recipe, mesh: Mesh, shape: BatchShape) -> jax.stages.Lowered:
@@ -82,4 +102,5 @@ def lower_eval_step(recipe: Recipe, mesh: Mesh, shape: BatchShape) -> jax.stages
     state = abstract_state(recipe, mesh)
     step = functools.partial(eval_step, objective=recipe.objective(shape[-1]))
     with jax.set_mesh(mesh):
-        return jax.jit(step).lower(state.params, state.frozen, abstract_batch(shape, batch_sharding(mesh)))
+        jitted = jax.jit(step, compiler_options=recipe.options)
+        return jitted.lower(state.params, state.frozen, abstract_batch(shape, batch_sharding(mesh)))

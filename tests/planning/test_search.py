@@ -90,7 +90,7 @@ def test_the_quickest_is_tried_with_the_chips_compiler_options(capsys, monkeypat
     config = str(pathlib.Path(MINI).with_name("medium.py"))
     code, out, err = ask(capsys, "--topology=v5p:4x4x8", "--search", "--compile_top=2", config=config)
     assert code == 0 and err.count("compiling") == 3 and "2 were compiled" in out
-    assert 'with LIBTPU_INIT_ARGS="--xla_tpu_enable_sparse_core' in out and "options sparse_core" in out
+    assert out.splitlines()[-1].endswith("--config.compiler.profile=sparse_core") and "options sparse_core" in out
 
 
 def test_nothing_fits(capsys):

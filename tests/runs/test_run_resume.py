@@ -131,7 +131,7 @@ def assembled(experiment: pathlib.Path):
     """(config, recipe, mesh, loader) of the experiment, in this process, on one device."""
     config = configs.load(str(experiment))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    recipe = run.make_recipe(config, dict(mesh.shape), "cpu")
+    recipe = run.make_recipe(config, dict(mesh.shape), "cpu", None)
     return config, recipe, mesh, Loader(run.open_plan(config, recipe.model), config.data, mesh)
 
 
