@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from phijax.parallel import sharding
+from phijax.model.gathering import from_heads, gathered, into_heads
 
 
 @runtime_checkable
@@ -58,10 +58,9 @@ def project(x: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax.Arra
     if isinstance(w.get_value(), WeightFormat):
         out = w.get_value().project(x)
         return out if heads is None else out.reshape(*x.shape[:-1], heads, -1).swapaxes(1, 2)
-    matrix = gathered(w[...], w.axes, x.dtype)
-    if heads is None:
-        return jax.lax.dot_general(x, matrix, (((x.ndim - 1,), (1,)), ((), ())))
-    return jnp.einsum("btd,nhd->bnth", x, matrix.reshape(heads, -1, matrix.shape[-1]))
+    if heads is not None:
+        return into_heads(x, w[...], w.axes, heads)
+    return jax.lax.dot_general(x, gathered(w[...], w.axes, x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
 
 
 def project_back(h: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax.Array:
@@ -69,10 +68,9 @@ def project_back(h: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax
     if isinstance(w.get_value(), WeightFormat):
         h = h if heads is None else h.swapaxes(1, 2).reshape(h.shape[0], h.shape[2], -1)
         return w.get_value().project_back(h)
-    matrix = gathered(w[...], w.axes, h.dtype)
-    if heads is None:
-        return jax.lax.dot_general(h, matrix, (((h.ndim - 1,), (0,)), ((), ())))
-    return jnp.einsum("bnth,nhd->btd", h, matrix.reshape(heads, -1, matrix.shape[-1]))
+    if heads is not None:
+        return from_heads(h, w[...], w.axes, heads)
+    return jax.lax.dot_general(h, gathered(w[...], w.axes, h.dtype), (((h.ndim - 1,), (0,)), ((), ())))
 
 
 def lookup(w: nnx.Param, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -86,22 +84,3 @@ def whole(w: nnx.Param) -> jax.Array:
     """The weight as an array (rows, D), whatever its format; for what is neither of the two contractions."""
     value = w.get_value()
     return value.dequantize() if isinstance(value, WeightFormat) else w[...]
-
-
-def gathered(matrix: jax.Array, axes: Sequence[str], dtype: jnp.dtype) -> jax.Array:
-    """The weight as it is used: cast on its shard, then gathered over `fsdp`: half the bytes of gathering float32.
-
-    Its cotangent is reduce-scattered straight back to the stored layout in `dtype`, then widened; left to itself the
-    partitioner may all-reduce it in full.
-    """
-    stored = matrix.dtype
-
-    @jax.custom_vjp
-    def gather(matrix):
-        return sharding.constrain(matrix.astype(dtype), axes, gathered=True)
-
-    def backward(_, cotangent):
-        return (sharding.constrain(cotangent, axes).astype(stored),)
-
-    gather.defvjp(lambda matrix: (gather(matrix), None), backward)
-    return gather(matrix)
