@@ -7,6 +7,7 @@ Verbs (`phijax VERB --help` lists the flags of one):
   export   any checkpoint -> Hugging Face, GGUF, ours: --checkpoint=ANY --format=hf --output=DIR
   quantize weights in four or eight bits: --checkpoint=ANY --scheme=int4_g128 --output=DIR
   plan     what a run needs and costs on TPUs, before renting: --config=FILE --topology=v5p:4x4x8
+  preflight  whether machines and storage are fit for a run: --workdir=DIR --config=FILE, on every worker
   show     print the manifest of shards or of checkpoints: DIR
 """
 
@@ -17,7 +18,7 @@ from typing import NoReturn
 from phijax import command
 from phijax.errors import UserError, nearest_name
 
-VERBS = ("main", "prepare", "generate", "export", "quantize", "plan", "show")
+VERBS = ("main", "prepare", "generate", "export", "quantize", "plan", "preflight", "show")
 
 
 def main() -> NoReturn:

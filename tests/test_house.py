@@ -18,11 +18,11 @@ PACKAGE = REPOSITORY / "phijax"
 
 # Imports run down this list only, never along a step. Names are rooms, or files directly under phijax/.
 STEPS = [
-    {"__main__", "main", "prepare", "plan", "show", "generate", "export", "quantize"},  # commands
+    {"__main__", "main", "prepare", "plan", "show", "generate", "export", "quantize", "preflight"},  # commands
     {"planner"},  # what `plan` is made of
     {"run", "command", "library"},  # what commands are made of
     {"config", "planning"},
-    {"training", "evaluation", "curation"},
+    {"training", "evaluation", "curation", "readiness"},
     {"data", "inference", "checkpoint"},
     {"quantization"},
     {"model"},

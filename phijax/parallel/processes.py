@@ -148,25 +148,48 @@ def _detect(address: str | None, count: int | None, index: int | None, timeout: 
 # --- waiting for each other
 
 
-def barrier(name: str, seconds: float) -> None:
+def barrier(name: str, seconds: float, text: str = "") -> None:
     """Returns when every process has called it with this name; a name serves once in a run. Alone: returns at once.
 
+    Args: text: what `announced` gives to all.
     Raises ProcessFailure, naming who did not come, after `seconds` or when a process has died meanwhile.
     """
     if not jax.distributed.is_initialized():
         return
-    client, index, count = _world()
-    client.key_value_set(f"phijax/{name}/{index}", os.uname().nodename)
+    announce(name, text)
+    client, _, count = _world()
     try:
         client.wait_at_barrier(f"phijax/{name}", int(seconds * 1000))
     except Exception as error:
-        here = set()
-        # Empty when the coordinator itself is gone: then nobody can be asked.
-        with contextlib.suppress(Exception):
-            here = {int(key.rsplit("/", 1)[1]) for key, _ in client.key_value_dir_get(f"phijax/{name}/")}
+        here = announced(name)
         missing = [i for i in range(count) if i not in here]
         who = f"missing: {missing} of {count}" if here else "process 0 does not answer"
         raise ProcessFailure(f"barrier {name!r} was not passed within {seconds:g} s; {who}. ({error})") from error
+
+
+def exchange(name: str, text: str, seconds: float) -> list[str]:
+    """What every process says under `name`, by process index. Needs no device. Raises ProcessFailure as `barrier`."""
+    if not jax.distributed.is_initialized():
+        return [text]
+    barrier(name, seconds, text)
+    return [said for _, said in sorted(announced(name).items())]
+
+
+def announce(name: str, text: str = "") -> None:
+    """Tells the others that this process has come to `name`, once in a run; waits for nobody."""
+    if jax.distributed.is_initialized():
+        client, index, _ = _world()
+        client.key_value_set(f"phijax/{name}/{index}", text)
+
+
+def announced(name: str) -> dict[int, str]:
+    """Process index -> text of all who have come to `name`. Empty when process 0 is gone, who alone knows."""
+    if not jax.distributed.is_initialized():
+        return {}
+    with contextlib.suppress(Exception):
+        entries = _world()[0].key_value_dir_get(f"phijax/{name}/")
+        return {int(key.rsplit("/", 1)[1]): text for key, text in entries}
+    return {}
 
 
 def _world() -> tuple[Any, int, int]:

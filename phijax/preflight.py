@@ -1,0 +1,142 @@
+"""Is this machine, or this pod, fit for the run? python -m phijax.preflight --workdir=DIR [--config=FILE]
+
+Start it as training is started, on every worker: it checks that all processes are here, that versions are the same,
+that devices sum correctly over all hosts, that the workdir is one for all, clocks, memory, disk, open files and data.
+Prints a table and one verdict. Exit codes: 0 ready, 2 not ready, at the latest when --time_limit has passed: a check
+that hangs is named.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import time
+
+from absl import flags
+
+from phijax import command
+from phijax.errors import EXIT_DONE, EXIT_USER_ERROR, RunFailure, UserError
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("config", None, "Experiment file: mesh, memory, disk and data are compared.", flag_values=FLAGS)
+flags.DEFINE_string("workdir", None, "Folder (local or gs://) of the run; written to and read back.", flag_values=FLAGS)
+flags.DEFINE_integer("time_limit", 180, "Seconds until the verdict, whatever hangs.", flag_values=FLAGS, lower_bound=4)
+flags.DEFINE_integer("devices", None, "How many there must be, where no config says it.", flag_values=FLAGS)
+flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where JAX cannot find it.", flag_values=FLAGS)
+flags.DEFINE_integer("process_count", None, "Processes of the run, where JAX cannot find it.", flag_values=FLAGS)
+flags.DEFINE_integer("process_id", None, "Number of this process, where JAX cannot find it.", flag_values=FLAGS)
+
+
+def main(arguments: list[str], overrides: list[tuple[str, str]]) -> int:
+    from phijax import config as configs
+    from phijax.parallel import processes
+
+    if arguments:
+        raise UserError(f"{arguments[0]!r} is not a flag. --help lists them.")
+    if not FLAGS.workdir:
+        raise UserError("Where will the run be? --workdir=DIR is written to and read by every process.")
+    if overrides and not FLAGS.config:
+        raise UserError("--config.KEY=VALUE changes a key of --config=FILE, which is missing.")
+    config = configs.load(FLAGS.config, overrides) if FLAGS.config else None
+    processes.guard(lambda: run_checks(config))
+
+
+def run_checks(config) -> int:
+    """All processes together; the verdict as an exit code."""
+    from etils import epath
+
+    from phijax.parallel import processes
+    from phijax.readiness import check, inspection
+    from phijax.readiness.limit import TimeLimit
+
+    started, half = time.monotonic(), FLAGS.time_limit / 2
+    limits = config.processes if config else processes.ProcessConfig()
+    limits = dataclasses.replace(limits, initialization_timeout=max(1, min(limits.initialization_timeout, int(half))))
+    limit = TimeLimit(FLAGS.time_limit)
+    limit.doing("processes")
+    try:
+        world = processes.start(limits, FLAGS.coordinator_address, FLAGS.process_count, FLAGS.process_id)
+        limit.restart(half, world.index, world.count)  # a moment that is the same for all
+        checks = inspection.inspect(
+            world, limit, epath.Path(FLAGS.workdir), config_digest(config), lambda: needs_of(config), FLAGS.devices
+        )
+        if world.index == 0:
+            print("\n".join(check.table(checks, time.monotonic() - started)), flush=True)
+        processes.finish(limit.left)
+    except RunFailure as failure:
+        print(f"NOT READY: {limit.check}: {failure}", flush=True)
+        limit.part()
+        return EXIT_USER_ERROR
+    finally:
+        limit.close()
+    return EXIT_DONE if check.ready(checks) else EXIT_USER_ERROR
+
+
+def config_digest(config) -> str:
+    """Twelve hex digits over every key of the config; "none" without one."""
+    from phijax import config as configs
+
+    if config is None:
+        return "none"
+    return hashlib.sha256(json.dumps(configs.to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def needs_of(config):
+    """What the run of this config takes on this process, and whether mesh and data are right here."""
+    import jax
+
+    from phijax import run
+    from phijax.checkpoint.host_memory import bytes_held_by_save
+    from phijax.parallel.hardware import generation
+    from phijax.parallel.mesh import make_mesh
+    from phijax.readiness.check import FAIL, OK, Check
+    from phijax.readiness.inspection import Needs
+    from phijax.training.program import abstract_state
+
+    if config is None:
+        return Needs()
+    needs = Needs(kept=config.checkpoint.keep_last + 1)  # the oldest goes after the newest is written
+    try:
+        mesh, device = make_mesh(config.mesh, jax.devices()), jax.devices()[0]
+        recipe = run.make_recipe(config, dict(mesh.shape), device.platform, generation(device.device_kind))
+        state = abstract_state(recipe, mesh)
+    except UserError as error:
+        return dataclasses.replace(needs, checks=(Check("config", FAIL, str(error)),))
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
+    checks = [Check("config", OK, f"mesh {sizes}, attention {recipe.backend.attention}, remat {recipe.backend.remat}")]
+    shards = 0
+    try:
+        plan = run.open_plan(config, recipe.model)
+        held_out = run.open_evaluation(config, recipe.model, plan, dict(mesh.shape))
+        plan.read(plan.place(0, 0), plan.phases[0].sequence_length)
+        shards = sum(len(source.manifest.shards) for source in plan.sources.values())
+        shards += sum(len(one.shards.manifest.shards) for one in held_out)
+        checks.append(Check("data", OK, f"{len(plan.sources) + len(held_out)} folders, {shards} shards, a row read"))
+    except UserError as error:
+        checks.append(Check("data", FAIL, str(error)))
+    return dataclasses.replace(
+        needs,
+        memory=bytes_held_by_save(state, asynchronous=config.checkpoint.asynchronous),
+        state_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+        shards=shards,
+        checks=tuple(checks),
+    )
+
+
+def entry() -> None:
+    """Where the command starts, under either name."""
+    from phijax.parallel import hardware
+
+    hardware.prepare_cpu()
+    try:
+        rest, overrides = command.split_overrides(sys.argv[1:])
+        sys.argv = [sys.argv[0], *rest]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    command.run(lambda arguments: main(arguments, overrides), FLAGS)
+
+
+if __name__ == "__main__":
+    entry()

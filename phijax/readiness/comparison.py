@@ -1,0 +1,95 @@
+"""Checks over what all processes told about themselves: pure functions, the same answer on every process."""
+
+import collections
+from collections.abc import Sequence
+
+from phijax.readiness.check import FAIL, OK, WARNING, Check, grouped
+from phijax.readiness.host import Host
+
+MAX_SKEW = 2.0  # seconds; file times, locks and logs of several hosts are compared by people and by tokens that expire
+ALWAYS_OPEN = 256  # files and sockets of Python, jax and its peers, beside shards
+TIGHT = 0.8  # of the free memory, above which a warning is due
+
+
+def processes(hosts: Sequence[Host]) -> Check:
+    count = collections.Counter(host.name for host in hosts)
+    return Check("processes", OK, f"{len(hosts)} of them, hosts: {len(count)}")
+
+
+def versions(hosts: Sequence[Host]) -> Check:
+    """Every version must be the same everywhere: a mixed run compiles different programs and hangs, or worse."""
+    differing = []
+    for name in hosts[0].versions:
+        by_value = collections.defaultdict(list)
+        for host in hosts:
+            by_value[host.versions.get(name, "absent")].append(host.name)
+        if len(by_value) > 1:
+            differing.append(f"{name}: {grouped(by_value)}")
+    if differing:
+        return Check("versions", FAIL, "; ".join(differing) + ". Install the same on every host.")
+    shown = ", ".join(f"{name} {hosts[0].versions[name]}" for name in ("python", "jax", "libtpu", "flax", "code"))
+    return Check("versions", OK, shown)
+
+
+def clocks(skew: float | None) -> Check:
+    """Args: skew: seconds between the clocks furthest apart; None for one process."""
+    if skew is None:
+        return Check("clocks", OK, "one process")
+    if skew > MAX_SKEW:
+        return Check("clocks", FAIL, f"{skew:.1f} s apart, more than {MAX_SKEW:g} s. Start NTP (chrony) on every host.")
+    return Check("clocks", OK, f"at most {skew:.3f} s apart")
+
+
+def memory(hosts: Sequence[Host], needed: Sequence[int | None]) -> Check:
+    """Args: needed: bytes that each process holds while it saves; None where no config was given."""
+    known = [host.memory for host in hosts if host.memory is not None]
+    if not known:
+        return Check("memory", WARNING, "this system does not say how much memory is free")
+    if None in needed:
+        return Check("memory", OK, f"{min(known) / 1e9:.1f} GB free at least; compared with nothing (no --config)")
+    by_host = collections.defaultdict(int)
+    free = {}
+    for host, bytes_ in zip(hosts, needed, strict=True):
+        by_host[host.name] += bytes_
+        free[host.name] = min(host.memory or max(known), free.get(host.name, host.memory or max(known)))
+    tightest = max(by_host, key=lambda name: by_host[name] / max(free[name], 1))
+    share = by_host[tightest] / max(free[tightest], 1)
+    text = f"a save takes {by_host[tightest] / 1e9:.2f} of {free[tightest] / 1e9:.1f} GB free on {tightest}"
+    if share > 1:
+        return Check("memory", FAIL, text + ". Try --config.checkpoint.asynchronous=False, or more hosts.")
+    return Check("memory", WARNING if share > TIGHT else OK, text)
+
+
+def disk(hosts: Sequence[Host], state_bytes: int | None, kept: int) -> Check:
+    """Args: state_bytes: of one checkpoint, None where no config was given. kept: as many lie there at once."""
+    free = [host.disk for host in hosts if host.disk is not None]
+    if not free:
+        return Check("disk", OK, "the workdir is on an object store")
+    if state_bytes is None:
+        return Check("disk", OK, f"{min(free) / 1e9:.1f} GB free; compared with nothing (no --config)")
+    text = f"{kept} checkpoints of {state_bytes / 1e9:.2f} GB, {min(free) / 1e9:.1f} GB free"
+    fits = kept * state_bytes <= min(free)
+    return Check("disk", OK if fits else FAIL, text + ("" if fits else ". Lower checkpoint.keep_last, or make room."))
+
+
+def open_files(hosts: Sequence[Host], shards: int) -> Check:
+    """Args: shards: files that the data loader may hold open."""
+    least = min(hosts, key=lambda host: host.open_files if host.open_files >= 0 else float("inf"))
+    needed = ALWAYS_OPEN + shards
+    text = f"{least.open_files:,} may be open, {needed:,} are needed"
+    if 0 <= least.open_files < needed:
+        return Check("open files", FAIL, f"{text} on {least.name}. Say `ulimit -n {2 * needed}` before the start.")
+    return Check("open files", OK, text)
+
+
+def devices(kinds: Sequence[Sequence[str]], hosts: Sequence[Host], expected: int | None) -> Check:
+    """Args: kinds: of each process's own devices. expected: of all together, None for any number."""
+    total = sum(map(len, kinds))
+    by_value = collections.defaultdict(list)
+    for host, own in zip(hosts, kinds, strict=True):
+        by_value[f"{len(own)} x {' and '.join(sorted(set(own))) or 'nothing'}"].append(host.name)
+    if len(by_value) > 1:
+        return Check("devices", FAIL, f"not alike: {grouped(by_value)}")
+    if expected is not None and total != expected:
+        return Check("devices", FAIL, f"{total} are here, {expected} were expected ({grouped(by_value)})")
+    return Check("devices", OK, f"{total} in all, {next(iter(by_value))} on every process")
