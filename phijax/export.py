@@ -5,7 +5,11 @@
   llama    Hugging Face, LlamaForCausalLM: for runtimes that do not know Phi3
   mistral  Hugging Face, MistralForCausalLM: the same with a sliding window
   phijax   ours, weights alone: --config.init_from reads it
-  gguf     for llama.cpp
+  gguf     for llama.cpp; --kind is of the weights that are not quantised already
+Of what phijax quantize wrote, gguf gets the integers (as Q4_0 and Q8_0); hf, llama, mistral and phijax get the float32
+that they stand for; and two formats are for such checkpoints alone:
+  compressed_tensors  Hugging Face, pack-quantized: for transformers and vLLM
+  mlx                 for mlx-lm and mlx-swift: Macs, iPhones
 Weights are copied bit for bit unless --dtype says otherwise; tokenizer, chat template and stop ids go with them.
 """
 
@@ -18,16 +22,23 @@ from phijax import command
 from phijax.errors import EXIT_DONE, UserError, nearest_name
 from phijax.parallel import hardware
 
-FORMATS = ("hf", "llama", "mistral", "phijax", "gguf")
+FORMATS = ("hf", "llama", "mistral", "phijax", "gguf", "compressed_tensors", "mlx")
 DTYPES = ("bfloat16", "float16", "float32")
 GGUF_KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+# Made by llama.cpp, where it is installed.
+K_QUANTS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("checkpoint", None, "What to export; any kind of checkpoint.", flag_values=FLAGS)
 flags.DEFINE_string("format", None, f"One of {', '.join(FORMATS)}.", flag_values=FLAGS)
 flags.DEFINE_string("output", None, "The folder to write; it must not be there yet.", flag_values=FLAGS)
 flags.DEFINE_string("dtype", None, f"One of {', '.join(DTYPES)}; none: as stored.", flag_values=FLAGS)
-flags.DEFINE_string("kind", "BF16", f"Of --format=gguf: one of {', '.join(GGUF_KINDS)}.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "kind",
+    "BF16",
+    f"Of --format=gguf: one of {', '.join(GGUF_KINDS)}, or, made by llama.cpp, {', '.join(K_QUANTS)}.",
+    flag_values=FLAGS,
+)
 flags.DEFINE_string("max_shard_size", "5GB", "Largest safetensors file: 500MB, 5GB, 2GiB.", flag_values=FLAGS)
 flags.DEFINE_boolean("dry_run", False, "Says what would be written, and writes nothing.", flag_values=FLAGS)
 
@@ -43,7 +54,7 @@ def main(arguments: list[str]) -> int:
     _check_choice("format", FLAGS.format, FORMATS)
     if FLAGS.dtype is not None:
         _check_choice("dtype", FLAGS.dtype, DTYPES)
-    _check_choice("kind", FLAGS.kind, GGUF_KINDS)
+    _check_choice("kind", FLAGS.kind, GGUF_KINDS + K_QUANTS)
     max_shard_bytes = parse_size(FLAGS.max_shard_size)
     if FLAGS.format == "gguf" and FLAGS.dtype is not None:
         raise UserError("--dtype is of safetensors and of phijax; for gguf say --kind=F32, F16, BF16, Q8_0 or Q4_0.")
@@ -62,27 +73,32 @@ def main(arguments: list[str]) -> int:
 
 
 def _write_weights(opened, output, max_shard_bytes: int) -> int:
-    from phijax.checkpoint import huggingface_export, ours_export
+    from phijax.checkpoint import compressed_tensors_export, huggingface_export, mlx_export, ours_export, small_matrices
 
     dtype = huggingface_export.DTYPES[FLAGS.dtype] if FLAGS.dtype else None
-    for line in _changes(opened, dtype):
-        print(line)
     if FLAGS.format == "phijax":
+        for line in _changes(opened, dtype, ()):
+            print(line)
         size = ours_export.nbytes(opened, dtype)
         if not FLAGS.dry_run:
             ours_export.write(opened, output, dtype=dtype)
         print(f"{_done()} {output}: weights of {size:,} bytes, before compression")
         return EXIT_DONE
-    layout = huggingface_export.choose_layout(opened, FLAGS.format)
-    files = huggingface_export.plan(opened, layout, dtype, max_shard_bytes)
+    writers = {compressed_tensors_export.FORMAT: compressed_tensors_export, mlx_export.FORMAT: mlx_export}
+    writer, integers = writers.get(FLAGS.format, huggingface_export), ()
+    if FLAGS.format in writers:
+        integers = small_matrices.require_quantized(opened, FLAGS.format)
+    layout = huggingface_export.choose_layout(opened, "hf" if FLAGS.format in writers else FLAGS.format)
+    files = writer.plan(opened, layout, dtype, max_shard_bytes)
+    for line in [*_changes(opened, dtype, integers), *writer.notes(opened, dtype)]:
+        print(line)
     if not FLAGS.dry_run:
-        huggingface_export.write(
-            opened, output, layout=layout, dtype=dtype, max_shard_bytes=max_shard_bytes, say=_say_warnings
-        )
+        writer.write(opened, output, layout=layout, dtype=dtype, max_shard_bytes=max_shard_bytes, say=_say_warnings)
     print(f"{_done()} {output}, {layout} layout:")
     for name, tensors in files.items():
         kinds = ", ".join(sorted({tensor.dtype.name for tensor in tensors}))
         print(f"  {name}: {len(tensors)} tensors, {sum(tensor.nbytes for tensor in tensors):,} bytes, {kinds}")
+    print(f"  {_size(opened, sum(tensor.nbytes for tensors in files.values() for tensor in tensors))}")
     return EXIT_DONE
 
 
@@ -90,10 +106,22 @@ def _write_gguf(opened, output) -> int:
     if FLAGS.dry_run:
         print(f"would write {output} as GGUF {FLAGS.kind}: {_count(opened):,} weights")
         return EXIT_DONE
-    from phijax.checkpoint.gguf import write_gguf  # the format's package is an extra
+    from phijax.checkpoint.gguf import write_card, write_gguf  # the format's package is an extra
 
-    print(f"wrote {write_gguf(opened, output, kind=FLAGS.kind, say=_say_warnings)}")
+    if FLAGS.kind in K_QUANTS:
+        from phijax.checkpoint.gguf_k_quants import write_k_quants
+
+        path = write_k_quants(opened, output, kind=FLAGS.kind, say=print)
+    else:
+        path = write_gguf(opened, output, kind=FLAGS.kind, say=print)
+    write_card(opened, output)
+    print(f"wrote {path}: {_size(opened, path.stat().length)}, the tokenizer's among them")
     return EXIT_DONE
+
+
+def _size(opened, nbytes: int) -> str:
+    sizes = f"{nbytes:,} bytes ({nbytes / 1e9:.3f} GB, {nbytes / 2**30:.3f} GiB)"
+    return f"{sizes}, {8 * nbytes / _count(opened):.3f} bits a weight"
 
 
 def _describe(opened) -> None:
@@ -105,11 +133,11 @@ def _count(opened) -> int:
     return sum(math.prod(shape) for shape in opened.weights.shapes().values())
 
 
-def _changes(opened, dtype) -> list[str]:
-    """A line for each dtype whose values --dtype rounds."""
+def _changes(opened, dtype, integers) -> list[str]:
+    """A line for each dtype whose values --dtype rounds. `integers`: paths that it is not of."""
     import jax.numpy as jnp
 
-    stored = {opened.weights.dtype(path) for path in opened.weights.shapes()}
+    stored = {opened.weights.dtype(path) for path in opened.weights.shapes() if path not in integers}
     return [
         f"warning: {kind.name} -> {dtype.name} rounds the weights; without --dtype they are copied bit for bit"
         for kind in sorted(stored, key=str)

@@ -4,15 +4,16 @@ import functools
 
 from etils import epath
 
+from phijax.checkpoint import durable, model_card
 from phijax.checkpoint.gguf_config import architecture_of, model_of
 from phijax.checkpoint.gguf_file import read_file
 from phijax.checkpoint.gguf_source import GgufSource
 from phijax.checkpoint.gguf_tokenizer import open_tokenizer, stop_ids
-from phijax.checkpoint.gguf_write import write_gguf
+from phijax.checkpoint.gguf_write import architecture_for, write_gguf
 from phijax.checkpoint.opened import Opened
 from phijax.errors import UserError
 
-__all__ = ["open_gguf", "write_gguf"]
+__all__ = ["open_gguf", "write_card", "write_gguf"]
 
 CLASSES = {"phi3": "Phi3ForCausalLM", "llama": "LlamaForCausalLM"}  # transformers' names
 
@@ -51,3 +52,10 @@ def open_gguf(path: epath.PathLike) -> Opened:
         stop_ids=stop_ids(file, model.vocab_size),
         extra=extra,
     )
+
+
+def write_card(opened: Opened, output: epath.PathLike) -> None:
+    """A model card beside the file in the folder `output`, where there is none; nothing where `output` is the file."""
+    path = epath.Path(output) / model_card.FILE
+    if epath.Path(output).suffix != ".gguf" and not path.exists():
+        durable.write_text(path, model_card.render(opened, architecture_for(opened), "gguf"))

@@ -1,6 +1,9 @@
 """Writes a GGUF file tensor by tensor, in pieces, under a temporary name until all of it is on the disk."""
 
+import contextlib
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Literal
 
@@ -8,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from phijax.checkpoint import durable, gguf_names
+from phijax.checkpoint import durable, gguf_names, gguf_small, small_matrices
 from phijax.checkpoint.gguf_config import exact_lists, keys_of, lacks
 from phijax.checkpoint.gguf_file import gguf_library
 from phijax.checkpoint.gguf_tokenizer import PREFIX
@@ -34,6 +37,7 @@ def write_gguf(
     output: epath.PathLike,
     *,
     kind: Kind,
+    keep_integers: bool = True,
     architecture: Literal["phi3", "llama"] | None = None,
     name: str | None = None,
     overwrite: bool = False,
@@ -45,6 +49,8 @@ def write_gguf(
     narrower. Q8_0 and Q4_0 are blocks of 32 as `gguf.quants.quantize` makes them.
 
     Args:
+      keep_integers: what a checkpoint of ours stores quantised becomes Q4_0 or Q8_0, integer for integer, whatever
+        `kind` the others get.
       architecture: None: as the checkpoint says, phi3 where it says nothing.
       name: of the model, shown by those who read it; that of a phi3 file always holds "phi3", since llama.cpp's rule
         for whitespace behind special tokens hangs on it.
@@ -52,33 +58,66 @@ def write_gguf(
     Raises: UserError for what a GGUF file cannot hold, before anything is written; for weights that are not finite or
       too large for `kind`. Nothing is left behind then.
     """
-    path = _output(epath.Path(output), opened, kind, overwrite)
+    if kind not in KINDS:
+        raise UserError(f"kind={kind!r} is not written; written are {', '.join(KINDS)}.")
     architecture = architecture or architecture_for(opened)
     plan = gguf_names.tensors(architecture, opened.model)
-    kinds = {tensor.name: _kind(tensor, kind) for tensor in plan}
-    header = _header(opened, architecture, kind, name)
+    small = _small(opened, plan) if keep_integers else {}
+    kinds = {tensor.name: small.get(tensor.name) or _kind(tensor, kind) for tensor in plan}
+    most = _most(plan, kinds)
+    path = output_path(epath.Path(output), opened, most, overwrite)
+    header = _header(opened, architecture, most, name)
+    if small:
+        counted = Counter(kinds[tensor.name] for tensor in plan)
+        say("quantised weights integer for integer: " + ", ".join(f"{n} tensors {k}" for k, n in counted.items()))
     if opened.model.sliding_window:
         say(
             f"warning: the sliding window of {opened.model.sliding_window} is written, but llama.cpp does not use it "
             f"with architecture {architecture!r}: texts longer than that give other outputs there"
         )
     extra = _rope_lists(opened)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
-    try:
+    with finished(path) as temporary:
         _write_header(temporary, header, plan, kinds, extra)
         with open(os.fspath(temporary), "ab") as file:
             for values in extra.values():
                 _append(file, [values])
             for tensor in plan:
-                _append(file, _pieces(opened, tensor, kinds[tensor.name]))
-            file.flush()
+                pieces = _blocks if tensor.name in small else _pieces
+                _append(file, pieces(opened, tensor, kinds[tensor.name]))
+    return path
+
+
+@contextlib.contextmanager
+def finished(path: epath.Path) -> Iterator[epath.Path]:
+    """Gives a temporary name beside `path`; what lies there at the end is made durable and becomes `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    try:
+        yield temporary
+        with open(os.fspath(temporary), "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
         durable.sync_directory(path.parent)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror or error}. Nothing was written.") from error
     finally:
         temporary.unlink(missing_ok=True)
-    return path
+
+
+def _small(opened: Opened, plan: list[gguf_names.Tensor]) -> dict[str, str]:
+    """Tensor -> kind, of those that the checkpoint stores quantised."""
+    schemes = small_matrices.schemes_of(opened)
+    found = {tensor.name: gguf_small.kind_of(schemes, tensor) for tensor in plan}
+    return {name: kind for name, kind in found.items() if kind}
+
+
+def _most(plan: list[gguf_names.Tensor], kinds: dict[str, str]) -> str:
+    """The kind that most weights are of: the file's."""
+    counts: Counter[str] = Counter()
+    for tensor in plan:
+        if len(tensor.shape) > 1:
+            counts[kinds[tensor.name]] += math.prod(tensor.shape)
+    return counts.most_common(1)[0][0]
 
 
 def architecture_for(opened: Opened) -> str:
@@ -88,9 +127,8 @@ def architecture_for(opened: Opened) -> str:
     return next((name for name in order if lacks(opened.model, name) is None), order[0])
 
 
-def _output(path: epath.Path, opened: Opened, kind: str, overwrite: bool) -> epath.Path:
-    if kind not in KINDS:
-        raise UserError(f"kind={kind!r} is not written; written are {', '.join(KINDS)}.")
+def output_path(path: epath.Path, opened: Opened, kind: str, overwrite: bool) -> epath.Path:
+    """The file's path. Raises: UserError if it is there already."""
     if not durable.is_local(path):
         raise UserError(f"{path}: GGUF files are written to a local disk. Copy it afterwards.")
     if path.suffix != ".gguf":
@@ -195,12 +233,8 @@ def _pieces(opened: Opened, tensor: gguf_names.Tensor, kind: str) -> Iterator[np
             values = opened.weights.read(leaf, (*whole, slice(0, lines)))
             yield converted(values.reshape(lines), kind, tensor.name)
             continue
-        height, width = tensor.shape if tensor.row.transposed else (lines, tensor.shape[1])
-        step = max(1, _AT_ONCE // width)
-        if tensor.row.interleaved:  # by whole heads
-            step = -(-step // model.head_dim) * model.head_dim
-        for start in range(0, height, step):
-            part, across = slice(start, min(start + step, height)), slice(0, width)
+        for part in _row_blocks(tensor, lines, model.head_dim):
+            across = slice(0, tensor.shape[1])
             index = (across, part) if tensor.row.transposed else (part, across)
             values = opened.weights.read(leaf, (*whole, *index))
             values = values.reshape(values.shape[-2:])
@@ -208,6 +242,27 @@ def _pieces(opened: Opened, tensor: gguf_names.Tensor, kind: str) -> Iterator[np
             if tensor.row.interleaved:
                 values = gguf_names.interleave(values, model.head_dim)
             yield converted(values, kind, tensor.name)
+
+
+def _blocks(opened: Opened, tensor: gguf_names.Tensor, kind: str) -> Iterator[np.ndarray]:
+    """The same of what is stored quantised."""
+    source, transposed, head_dim = opened.weights, tensor.row.transposed, opened.model.head_dim
+    for leaf, lines in zip(tensor.row.leaves, tensor.rows, strict=True):
+        for rows in _row_blocks(tensor, lines, head_dim):
+            where = (source, leaf, tensor.layer, transposed, rows)
+            values, scales = small_matrices.read_integers(*where), small_matrices.read_scales(*where)
+            if tensor.row.interleaved:
+                values, scales = (gguf_names.interleave(array, head_dim) for array in (values, scales))
+            yield gguf_small.blocks(values, scales, source.schemes[leaf].bits)
+
+
+def _row_blocks(tensor: gguf_names.Tensor, lines: int, head_dim: int) -> Iterator[slice]:
+    """Rows of the file that are read at once, of a leaf that fills `lines` of them; of an interleaved, whole heads."""
+    height = tensor.shape[0] if tensor.row.transposed else lines
+    step = max(1, _AT_ONCE // tensor.shape[1])
+    if tensor.row.interleaved:
+        step = -(-step // head_dim) * head_dim
+    return (slice(start, min(start + step, height)) for start in range(0, height, step))
 
 
 def converted(values: np.ndarray, kind: str, name: str) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Writes a checkpoint of any kind as a Hugging Face folder, tensor by tensor: never more than one in memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +49,7 @@ def _natural(opened: Opened) -> Layout:
 
 def plan(opened: Opened, layout: Layout, dtype: np.dtype | None, max_shard_bytes: int) -> dict[str, list[Shape]]:
     """File -> tensors. `dtype` None: as stored, float32 where parts of a tensor are stored in several."""
-    shapes = [Shape(t.name, t.shape, dtype or _stored_dtype(opened.weights, t)) for t in tensors(opened.model, layout)]
+    shapes = [Shape(t.name, t.shape, dtype or stored_dtype(opened.weights, t)) for t in tensors(opened.model, layout)]
     return safetensors_files.plan_files(shapes, max_shard_bytes)
 
 
@@ -65,29 +67,65 @@ def write(
     Raises: UserError for an output that is there, a full disk, weights that are NaN or do not fit into `dtype`.
     """
     files = plan(opened, layout, dtype, max_shard_bytes)
-    nbytes = sum(shape.nbytes for shapes in files.values() for shape in shapes)
-    staging.check_output(output, nbytes)
     by_name = {tensor.name: tensor for tensor in tensors(opened.model, layout)}
+    most = max((s for shapes in files.values() for s in shapes), key=lambda s: s.nbytes).dtype
+    write_folder(
+        opened,
+        output,
+        files,
+        lambda shape: dense_pieces(opened.weights, by_name[shape.name], shape.dtype),
+        layout=layout,
+        dtype=most,
+        say=say,
+    )
+
+
+def notes(opened: Opened, dtype: np.dtype | None) -> list[str]:
+    """What the folder does not hold as the checkpoint does, in lines."""
+    return []
+
+
+def write_folder(
+    opened: Opened,
+    output: epath.Path,
+    files: Mapping[str, Sequence[Shape]],
+    pieces: Callable[[Shape], Iterable[np.ndarray]],
+    *,
+    layout: Layout,
+    dtype: np.dtype,
+    format: str = "hf",
+    keys: Mapping[str, Any] = MappingProxyType({}),
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Weights, tokenizer, config.json, model card: the whole folder, or nothing.
+
+    Args:
+      files: file -> its tensors, and `pieces` gives the values of one of them.
+      dtype: what config.json says that the model computes in.
+      format: the command's name of it; decides the model card and whose files they are.
+      keys: more of config.json.
+    """
+    staging.check_output(output, sum(shape.nbytes for shapes in files.values() for shape in shapes))
     with staging.staged(output) as folder:
         for name, shapes in files.items():
             say(f"{name}: {len(shapes)} tensors, {sum(shape.nbytes for shape in shapes):,} bytes")
-            data = (piece for shape in shapes for piece in _pieces(opened.weights, by_name[shape.name], shape.dtype))
-            safetensors_files.write_file(folder / name, shapes, data)
+            data = (piece for shape in shapes for piece in pieces(shape))
+            safetensors_files.write_file(folder / name, shapes, data, "mlx" if format == "mlx" else "pt")
         if len(files) > 1:
             safetensors_files.write_index(folder / safetensors_files.INDEX_FILE, files)
         ids = tokenizer_files.write_huggingface(opened, folder, say)
-        most = max((s for shapes in files.values() for s in shapes), key=lambda s: s.nbytes).dtype
-        config = huggingface_config.render(opened.model, layout, dtype=most.name, ids=ids.in_config())
+        config = huggingface_config.render(opened.model, layout, dtype=dtype.name, ids=ids.in_config()) | dict(keys)
         durable.write_json(folder / huggingface_config.CONFIG_FILE, config)
-        durable.write_text(folder / model_card.FILE, model_card.render(opened, layout))
+        durable.write_text(folder / model_card.FILE, model_card.render(opened, layout, format))
 
 
-def _stored_dtype(source: WeightSource, tensor: Tensor) -> np.dtype:
+def stored_dtype(source: WeightSource, tensor: Tensor) -> np.dtype:
+    """float32 where parts of a tensor are stored in several."""
     found = {source.dtype(part.leaf) for part in tensor.parts}
     return found.pop() if len(found) == 1 else np.dtype(np.float32)
 
 
-def _pieces(source: WeightSource, tensor: Tensor, dtype: np.dtype) -> Iterator[np.ndarray]:
+def dense_pieces(source: WeightSource, tensor: Tensor, dtype: np.dtype) -> Iterator[np.ndarray]:
     """The tensor's values in the order of the file."""
     for part in tensor.parts:
         for values in _part(source, part):

@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from phijax.checkpoint import quantization_card
 from phijax.checkpoint.opened import Opened
 from phijax.checkpoint.ours import is_step_of_run
 from phijax.model import params
@@ -16,16 +17,34 @@ from phijax.report.writers import read_metrics
 FILE = "README.md"
 
 
-def render(opened: Opened, layout: str) -> str:
-    """The card's text. `layout`: as which class it is written."""
+_TRANSFORMERS = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```"""
+# Format of phijax export -> the hub's name of the library, and how the files are used.
+USES = {
+    "hf": ("transformers", _TRANSFORMERS),
+    "compressed_tensors": (
+        "transformers",
+        f"With `pip install compressed-tensors`, or `vllm serve FOLDER`:\n\n{_TRANSFORMERS}",
+    ),
+    "mlx": ("mlx", 'With `pip install mlx-lm`:\n```sh\nmlx_lm.generate --model FOLDER --prompt "Hello"\n```'),
+    "gguf": ("gguf", '```sh\nllama-cli --model FILE.gguf --prompt "Hello"\n```'),
+}
+
+
+def render(opened: Opened, layout: str, format: str = "hf") -> str:
+    """The card's text. `layout`: as which class it is written. `format`: a key of USES."""
     name = str(opened.extra.get("name") or _source_name(opened))
+    library, use = USES[format]
     parts = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- phijax\n---",
+        f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- phijax\n---",
         f"# {name}",
         _what(opened, layout),
-        "## Use\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```',
+        f"## Use\n{use}",
+        quantization_card.section(opened),
         _data(opened),
         _scores(opened),
         "## Licence\nNot stated. The terms of the training data and of the weights that training began with apply.",

@@ -25,7 +25,9 @@ LONGEST_HEADER = 16_000_000  # bytes: 100,000 tensors; headers of real models ha
 LONGEST_INDEX = 16_000_000
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Written, not read: integers of the formats for quantised weights.
+INTEGERS = {"I32": np.dtype(np.int32), "U32": np.dtype(np.uint32), "I64": np.dtype(np.int64)}
+NAMES = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +202,12 @@ def plan_files(tensors: Sequence[Shape], max_bytes: int) -> dict[str, list[Shape
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
-def header_bytes(tensors: Sequence[Shape]) -> bytes:
-    """Length and header of a file with these tensors; padded so that the data start at a multiple of 8."""
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+def header_bytes(tensors: Sequence[Shape], library: str = "pt") -> bytes:
+    """Length and header of a file with these tensors; padded so that the data start at a multiple of 8.
+
+    Args: library: whose tensors they are; transformers refuses a file that does not say, and knows "pt" and "mlx".
+    """
+    table: dict[str, Any] = {"__metadata__": {"format": library}}
     at = 0
     for tensor in tensors:
         offsets = [at, at := at + tensor.nbytes]
@@ -212,11 +217,11 @@ def header_bytes(tensors: Sequence[Shape]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_file(path: epath.Path, tensors: Sequence[Shape], data: Iterable[np.ndarray]) -> None:
+def write_file(path: epath.Path, tensors: Sequence[Shape], data: Iterable[np.ndarray], library: str = "pt") -> None:
     """A whole file, durable. `data`: the tensors' values in order, in pieces of any size."""
     expected = sum(tensor.nbytes for tensor in tensors)
     with _writing(path) as file:
-        file.write(header_bytes(tensors))
+        file.write(header_bytes(tensors, library))
         written = 0
         for piece in data:
             # A view of bytes: numpy offers no buffer of bfloat16.

@@ -1,0 +1,149 @@
+"""A quantised checkpoint of ours as a folder for MLX (mlx-lm, mlx-swift): Macs, iPhones and iPads.
+
+mlx-lm 0.32: utils.load_model; mlx 0.32: affine quantisation. A matrix X of [O, I] in b bits is X.weight uint32
+[O, I b / 32] (n, lowest bits first), X.scales and X.biases [O, I / G] with G 32, 64 or 128; w = n * scale + bias. Ours
+are symmetric, so with n = integer + 2^(b-1) and bias = -2^(b-1) * scale they are the same numbers, and in float16 no
+scale or bias is rounded.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from phijax.checkpoint import huggingface_export, safetensors_files, small_matrices
+from phijax.checkpoint.compressed_tensors_export import packed
+from phijax.checkpoint.huggingface_export import dense_pieces
+from phijax.checkpoint.names import Layout, Tensor, tensors
+from phijax.checkpoint.opened import Opened
+from phijax.checkpoint.safetensors_files import Shape
+from phijax.checkpoint.weight_source import check_finite
+from phijax.errors import UserError
+from phijax.quantization.policy import Scheme
+
+FORMAT = "mlx"
+GROUPS = (128, 64, 32)  # the format's
+
+
+def plan(opened: Opened, layout: Layout, dtype: np.dtype | None, max_shard_bytes: int) -> dict[str, list[Shape]]:
+    """File -> tensors.
+
+    Args: dtype: of scales, biases and what is dense: MLX computes in the widest that it meets. None: float16.
+    Raises: UserError for a checkpoint that is not quantised, and for what the format cannot hold.
+    """
+    dtype, shapes = dtype or np.dtype(np.float16), []
+    for tensor, scheme in _planned(opened, layout):
+        if scheme is None:
+            shapes.append(Shape(tensor.name, tensor.shape, dtype))
+            continue
+        rows, inputs = tensor.shape
+        module, groups = _module(tensor), (rows, inputs // scheme.group)
+        shapes += [
+            Shape(f"{module}.weight", (rows, inputs * scheme.bits // 32), np.dtype(np.uint32)),
+            Shape(f"{module}.scales", groups, dtype),
+            Shape(f"{module}.biases", groups, dtype),
+        ]
+    return safetensors_files.plan_files(shapes, max_shard_bytes)
+
+
+def write(
+    opened: Opened,
+    output: epath.Path,
+    *,
+    layout: Layout,
+    dtype: np.dtype | None,
+    max_shard_bytes: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """The whole folder, or nothing. Integers are those of the checkpoint; its scales too, in float16 and float32.
+
+    Raises: UserError as `plan`; for an output that is there, a full disk, weights that do not fit into `dtype`.
+    """
+    files = plan(opened, layout, dtype, max_shard_bytes)
+    by_module = {_module(tensor): (tensor, scheme) for tensor, scheme in _planned(opened, layout)}
+
+    def pieces(shape: Shape) -> Iterator[np.ndarray]:
+        module, _, kind = shape.name.rpartition(".")
+        tensor, scheme = by_module[module]
+        if scheme is None:
+            yield from dense_pieces(opened.weights, tensor, shape.dtype)
+        elif kind == "weight":
+            for part in tensor.parts:
+                found = small_matrices.integers(opened.weights, part)
+                yield from (packed(values, scheme.bits).view("<u4") for values in found)
+        else:
+            # -2^(b-1) times a float16 is a float16 again, but where it is too large for one.
+            factor = 1 if kind == "scales" else -(1 << (scheme.bits - 1))
+            for part in tensor.parts:
+                scales = small_matrices.scales(opened.weights, part).astype(np.float32) * factor
+                values = small_matrices.spread(scales, tensor.shape[1], scheme.group).astype(shape.dtype)
+                check_finite(values, f"{shape.name}, as {shape.dtype.name},")
+                yield values
+
+    quantization = quantization_of(_planned(opened, layout))
+    huggingface_export.write_folder(
+        opened,
+        output,
+        files,
+        pieces,
+        layout=layout,
+        dtype=dtype or np.dtype(np.float16),
+        format=FORMAT,
+        keys={"quantization": quantization, "quantization_config": quantization},  # the second for the hub
+        say=say,
+    )
+
+
+def notes(opened: Opened, dtype: np.dtype | None) -> list[str]:
+    """What the folder does not hold as the checkpoint does, and what mlx-lm computes otherwise, in lines."""
+    dtype, rope, window = dtype or np.dtype(np.float16), opened.model.long_rope, opened.model.sliding_window
+    lines = [f"scales and what is dense: {dtype.name}, in which MLX computes"]
+    if dtype == jnp.bfloat16:
+        lines.append("warning: bfloat16 rounds the scales, by 1 part in 512 at most")
+    if rope is not None:
+        lines.append(
+            f"warning: mlx-lm rotates by LongRoPE's long list always, also texts of up to {rope.original_max_position} "
+            "tokens, for which the model has a short one: it gives other outputs there"
+        )
+    if window is not None and window < opened.model.max_position:
+        lines.append(
+            f"warning: mlx-lm has no sliding window: texts longer than {window} tokens give other outputs there"
+        )
+    return lines
+
+
+def quantization_of(planned: list[tuple[Tensor, Scheme | None]]) -> dict[str, Any]:
+    """config.json's key: the commonest group and bits, then each module that differs; false: dense."""
+    matrices = [(_module(tensor), scheme) for tensor, scheme in planned if len(tensor.shape) == 2]
+    ((most, _),) = Counter(scheme for _, scheme in matrices if scheme).most_common(1)
+    other = {name: _entry(scheme) if scheme else False for name, scheme in matrices if scheme != most}
+    return _entry(most) | other
+
+
+def _entry(scheme: Scheme) -> dict[str, Any]:
+    return {"group_size": scheme.group, "bits": scheme.bits}
+
+
+def _planned(opened: Opened, layout: Layout) -> list[tuple[Tensor, Scheme | None]]:
+    """Each tensor and its scheme, in groups that MLX has; None: dense. Raises: UserError."""
+    schemes = small_matrices.require_quantized(opened, FORMAT)
+    found = []
+    for tensor in tensors(opened.model, layout):
+        scheme = small_matrices.scheme_of(schemes, tensor)
+        found.append((tensor, _regrouped(scheme, tensor) if scheme else None))
+    return found
+
+
+def _regrouped(scheme: Scheme, tensor: Tensor) -> Scheme:
+    """The same with a group of MLX: the largest that divides; a channel's scale is repeated."""
+    inputs = tensor.shape[1]
+    if group := next((g for g in GROUPS if (scheme.group or inputs) % g == 0), None):
+        return Scheme(scheme.bits, group)
+    raise UserError(f"{tensor.name} has {inputs} inputs: MLX has groups of 32, 64 and 128, and none divides them.")
+
+
+def _module(tensor: Tensor) -> str:
+    return tensor.name.removesuffix(".weight")
