@@ -79,7 +79,8 @@ def write(
             factor = 1 if kind == "scales" else -(1 << (scheme.bits - 1))
             for part in tensor.parts:
                 scales = small_matrices.scales(opened.weights, part).astype(np.float32) * factor
-                values = small_matrices.spread(scales, tensor.shape[1], scheme.group).astype(shape.dtype)
+                with np.errstate(over="ignore"):
+                    values = small_matrices.spread(scales, tensor.shape[1], scheme.group).astype(shape.dtype)
                 check_finite(values, f"{shape.name}, as {shape.dtype.name},")
                 yield values
 
