@@ -1,5 +1,6 @@
 """Opens any checkpoint, recognised by looking: a run of ours, a Hugging Face folder, a GGUF file."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,20 +54,29 @@ LOOKED_FOR = (
 )
 
 
-def load_params(opened: Opened, mesh: Mesh, *, dtype: Any = jnp.float32, keep_quantized: bool = False) -> params.Params:
+def load_params(
+    opened: Opened,
+    mesh: Mesh,
+    *,
+    dtype: Any = jnp.float32,
+    keep_quantized: bool = False,
+    form: Callable[[Quantized], Any] | None = None,
+) -> params.Params:
     """The parameters on `mesh`, the vocabulary padded with rows of zeros.
 
     Each process reads only what its devices hold. Values are those of the file: float32 holds every bfloat16 and
     float16; a narrower `dtype` rounds to the nearest.
 
-    Args: keep_quantized: leaves that a checkpoint of ours stores quantised become `Quantized`, for inference.
+    Args:
+      keep_quantized: leaves that a checkpoint of ours stores quantised become `Quantized`, for inference.
+      form: with `keep_quantized`, what becomes of each such matrix as soon as it is read; a stack is a tuple of them.
     Raises: UserError for weights that cannot be read.
     """
     shardings = params.flat(params.shardings(opened.model, mesh))
     narrow = opened.weights.schemes if keep_quantized and isinstance(opened.weights, OursSource) else {}
     return params.nested(
         {
-            path: _load_quantized(opened, path, shape, mesh)
+            path: _load_quantized(opened, path, shape, mesh, form)
             if path in narrow
             else _load_leaf(opened.weights, path, shape, shardings[path], np.dtype(dtype))
             for path, shape in params.shapes(opened.model).items()
@@ -88,11 +98,21 @@ def _load_leaf(
     return jax.make_array_from_callback(shape, layout, piece)
 
 
-def _load_quantized(opened: Opened, path: str, shape: tuple[int, ...], mesh: Mesh) -> Quantized:
+def _load_quantized(
+    opened: Opened, path: str, shape: tuple[int, ...], mesh: Mesh, form: Callable[[Quantized], Any] | None
+) -> Any:
     source, axes = opened.weights, params.axes(opened.model)[path]
     scheme = source.schemes[path]
     kind = jnp.int4 if scheme.bits == 4 else jnp.int8
     groups = scheme.scales_shape(shape, summed_axis(path))
+    if form is not None:
+
+        def matrix(*at: slice) -> Any:
+            values, scales = ((*at, *(slice(0, n) for n in sizes[-2:])) for sizes in (shape, groups))
+            read = (source.read_values(path, values).astype(kind), source.read_scales(path, scales))
+            return form(Quantized(*(array.reshape(array.shape[-2:]) for array in read)))
+
+        return tuple(matrix(slice(i, i + 1)) for i in range(shape[0])) if len(shape) == 3 else matrix()
     # An axis whose groups the mesh does not cut evenly has its scales on every chip.
     cut = [None if n % sharding.parts(name, mesh.shape) else name for n, name in zip(groups, axes, strict=True)]
     return Quantized(

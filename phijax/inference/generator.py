@@ -83,7 +83,8 @@ class Generator:
         self._path = resident.choose_path(model, self.backend, self.mesh)
         # Of partitioned programs the promise is 1e-5, not bits.
         self._alone = self.mesh.size == 1 and platform == "cpu"
-        self._weights = resident.place(model, self._path, params, self.mesh)
+        form = resident.matrix_format(self.backend, self.mesh)
+        self._weights = resident.place(model, self._path, params, self.mesh, form)
         self._cache_layout = resident.cache_sharding(model, self._path, self.mesh)
         _, self._attention_factor = inverse_frequencies(model, self.max_length)
 

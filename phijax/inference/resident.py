@@ -1,5 +1,7 @@
 """Where weights and cache lie during inference: whole or cut over `tensor`, resident, in the dtype of computation."""
 
+from collections.abc import Callable
+
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -7,8 +9,10 @@ from phijax.model import cached
 from phijax.model import params as model_params
 from phijax.model.backend import Backend
 from phijax.model.config import ModelConfig
+from phijax.model.kernels import cpu_int4, cpu_int4_library
 from phijax.model.params import Params
 from phijax.model.quantized import Quantized
+from phijax.model.weights import WeightFormat
 from phijax.parallel import sharding
 
 
@@ -24,11 +28,35 @@ def choose_path(c: ModelConfig, backend: Backend, mesh: Mesh) -> cached.Path:
     )
 
 
-def place(c: ModelConfig, path: cached.Path, params: Params, mesh: Mesh) -> cached.Weights:
+def matrix_format(backend: Backend, mesh: Mesh) -> Callable[[Quantized], WeightFormat] | None:
+    """What becomes of each matrix that is stored in few bits: the format of one CPU's kernel; None: it stays so.
+
+    The kernel is built, or said to be missing, when the first matrix comes.
+    """
+    one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    if not (backend.int8_activations and one_cpu and not backend.scan_layers):
+        return None
+
+    def form(w: Quantized) -> WeightFormat:
+        path = cpu_int4_library.path() if cpu_int4.fits(w) else None
+        return w if path is None else cpu_int4.tiled(w, path)
+
+    return form
+
+
+def place(
+    c: ModelConfig,
+    path: cached.Path,
+    params: Params,
+    mesh: Mesh,
+    form: Callable[[Quantized], WeightFormat] | None = None,
+) -> cached.Weights:
     """Parameters as the programs use them: gathered over every axis but `tensor`, once; cast; a layer an array.
 
     A leaf whose heads (or rows) `tensor` does not divide is whole on every chip. Of quantised leaves the integers are
     cut so; their scales too, where they have as many groups of rows.
+
+    Args: form: as `matrix_format` gives it.
     """
     heads = {"heads": c.num_heads, "kv_heads": c.num_kv_heads}
 
@@ -40,16 +68,23 @@ def place(c: ModelConfig, path: cached.Path, params: Params, mesh: Mesh) -> cach
     def put(array: jax.Array, cut: list[str | None]) -> jax.Array:
         return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*cut)))
 
-    placed = {}
-    for name, leaf in model_params.flat(params).items():
-        axes = model_params.axes(c)[name]
+    def put_leaf(leaf, axes: tuple[str, ...]):
+        if isinstance(leaf, tuple):
+            return tuple(put_leaf(layer, axes[1:]) for layer in leaf)
+        if isinstance(leaf, Quantized) and form is not None:
+            if len(leaf.shape) == 3:
+                return tuple(put_leaf(jax.tree.map(lambda a, i=i: a[i], leaf), axes[1:]) for i in range(c.num_layers))
+            leaf = form(leaf)
         cut = [rows(axis, length) for axis, length in zip(axes, leaf.shape, strict=True)]
         if isinstance(leaf, Quantized):
             groups = [None if n % mesh.shape["tensor"] else at for at, n in zip(cut, leaf.scales.shape, strict=True)]
-            placed[name] = Quantized(put(leaf.values, cut), put(leaf.scales, groups))
-        else:
-            placed[name] = put(leaf, cut).astype(path.dtype)
-    weights = model_params.nested(placed)
+            return Quantized(put(leaf.values, cut), put(leaf.scales, groups))
+        return leaf if isinstance(leaf, WeightFormat) else put(leaf, cut).astype(path.dtype)
+
+    axes = model_params.axes(c)
+    weights = model_params.nested(
+        {name: put_leaf(leaf, axes[name]) for name, leaf in model_params.flat(params).items()}
+    )
     if path.unrolled:
         weights = cached.layered(weights, c.num_layers)
     return cached.transposed(weights) if path.transposed else weights

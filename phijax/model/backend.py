@@ -31,6 +31,7 @@ class Backend:
     flat_tokens: bool = False  # projections see (B T, D)
     remat: str = "none"
     compute_dtype: str = "float32"
+    int8_activations: bool = False  # what weights in few bits are multiplied with, where there is a kernel for it
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -41,7 +42,7 @@ CHOICES = {
     # Unrolled layers are 1.2x faster than scanned ones on CPU and cost seconds of compilation; bfloat16 is no faster
     # there. Rows of queries in blocks: 1.2x of a step. Of (B, T, D) the gradient of a weight is a product behind two
     # transposed copies, of (B T, D) it is a product: 340 ms a layer of the 34M model against 456.
-    "cpu": Backend("blocked", scan_layers=False, flat_tokens=True, remat="none", compute_dtype="float32"),
+    "cpu": Backend("blocked", scan_layers=False, flat_tokens=True, remat="none", int8_activations=True),
     "tpu": Backend("splash", scan_layers=True, rope_by_matmul=True, remat="save_all", compute_dtype="bfloat16"),
     "gpu": Backend("cudnn", scan_layers=True, rope_by_matmul=False, remat="save_all", compute_dtype="bfloat16"),
 }

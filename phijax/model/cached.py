@@ -48,9 +48,13 @@ class Path:
 
 
 def layered(weights: Params, num_layers: int) -> Weights:
-    """Stacked blocks -> a tuple of `num_layers` trees. Copies; for programs whose layers are unrolled."""
+    """Stacked blocks -> a tuple of `num_layers` trees. Copies stacks that are arrays; takes a tuple's items."""
     blocks = weights[STACKED]
-    return {**weights, STACKED: tuple(jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(num_layers))}
+
+    def layer(i: int) -> Params:
+        return jax.tree.map(lambda a: a[i], blocks, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+    return {**weights, STACKED: tuple(map(layer, range(num_layers)))}
 
 
 def transposed(weights: Weights) -> Weights:

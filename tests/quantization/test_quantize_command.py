@@ -91,7 +91,7 @@ def test_quality_lies_beside_the_weights(workdir, small, text):
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_inference_over_it_equals_the_decoder_over_its_dequantized_weights(small, tensor):
-    model = phijax.library.load(small, tensor=tensor)
+    model = phijax.library.load(small, tensor=tensor, int8_activations=False)
     ids = np.random.default_rng(0).integers(0, 700, 40, dtype=np.int32)
     weights = load_params(open_checkpoint(small), make_mesh(MeshConfig(), jax.devices()[:1]))
     # float32: the order of sums.
