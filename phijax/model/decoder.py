@@ -18,7 +18,7 @@ from phijax.model.mlp import Mlp
 from phijax.model.norm import RMSNorm
 from phijax.model.rope import rope_table
 from phijax.model.weights import weight, whole
-from phijax.parallel import sharding
+from phijax.parallel import dealing, sharding
 
 SAVEABLE = ("query", "key", "value", "attention", RESIDUALS, "mid", "gate", "up", "activation")
 
@@ -75,6 +75,9 @@ class Decoder(nnx.Module):
           length: declared sequence length of the program; decides the LongRoPE list.
         Returns: (B, T, D) in the compute dtype, after the final norm.
         """
+        deals = backend.attention == "splash"  # the one path that takes rows dealt over `context`
+        if deals:
+            tokens, positions, segment_ids = (dealing.deal(x, 1) for x in (tokens, positions, segment_ids))
         rope = rope_table(self.c, positions, length, backend.dtype, by_matmul=backend.rope_by_matmul)
         x = embed(whole(self.embedding), tokens, backend.dtype)
         x = sharding.constrain(x, ("act_batch", "act_time", "act_embed"))
@@ -84,7 +87,8 @@ class Decoder(nnx.Module):
         else:
             for block in unstack(self.blocks, self.c.num_layers):
                 x = body(x, block)
-        return self.final_norm(x)
+        x = self.final_norm(x)
+        return dealing.undeal(x, 1) if deals else x
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """(B, T, D) -> (B, T, V) float32, the padded vocabulary cut off. Training never makes these in full."""

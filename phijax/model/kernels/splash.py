@@ -6,7 +6,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 
 from phijax.model.kernels.sums import sums_as_additions
-from phijax.parallel import sharding
+from phijax.parallel import dealing, sharding
 
 BLOCK = 1024
 BLOCK_COMPUTE = 512  # inner step over keys: bounds the scores held in VMEM
@@ -26,17 +26,20 @@ def splash_attention(
 ) -> jax.Array:
     """The same function as `dense_attention`: q (B, N, T, H), k and v (B, K, T, H) -> (B, N, T, H).
 
-    Under `context` the queries stay where they are and keys and values are gathered along it: at 128K that is one
-    all-gather over one torus axis, and it fits. `interpret` runs the kernel's body on any backend, for tests.
+    Under `context` rows come dealt (parallel/dealing.py), or the last chip would see nearly all keys. The queries stay
+    where they are and keys and values are gathered along it: at 128K that is one all-gather over one torus axis, and it
+    fits. `interpret` runs the kernel's body on any backend, for tests.
     """
     n, t = q.shape[1], q.shape[2]
     sizes = sharding.mesh_sizes()
     mask = masks.CausalMask((t, t), shard_count=sizes["context"])
     if window is not None and window < t:
         mask = masks.LocalMask((t, t), (window - 1, 0), 0, shard_count=sizes["context"])
+    if sizes["context"] > 1:
+        _deal(mask, t, sizes["context"])
     splash = kernel.make_splash_mha(
         masks.MultiHeadMask([mask] * (n // sizes["tensor"])),
-        block_sizes=_block_sizes(t, t // sizes["context"]),
+        block_sizes=_block_sizes(part_length(t, sizes["context"])),
         head_shards=1,
         q_seq_shards=sizes["context"],
         residual_checkpoint_name=RESIDUALS,
@@ -45,6 +48,27 @@ def splash_attention(
     if jax.sharding.get_abstract_mesh().empty:
         return _attend(splash, q, k, v, segment_ids, segment_ids)
     return _under_mesh(splash, sizes)(splash, q, k, v, segment_ids, segment_ids)
+
+
+def _deal(mask, length: int, chips: int) -> None:
+    """Makes a computed mask one of dealt rows: queries are told by table, keys stay in the order they are gathered in.
+
+    Gathered keys are a dealt row too. Moving them back would be a copy of each layer's keys and values, 1 s of 10 at
+    128K by the compiler's count. A block of keys lies within one block of the deal, so that one scalar says how far all
+    of it lies from its place, and the queries of the mask are moved by that instead.
+    """
+    in_order = mask.mask_function
+
+    def visible(q_ids, kv_ids):
+        return in_order(q_ids - dealing.behind(kv_ids[0, 0], length, chips), kv_ids)
+
+    mask.mask_function = visible
+    mask.q_sequence = dealing.order(length, chips)
+
+
+def part_length(length: int, context: int) -> int:
+    """Tokens that lie together: the row, or one block of the deal."""
+    return length if context == 1 else length // (2 * context)
 
 
 def _under_mesh(splash, sizes):
@@ -86,14 +110,14 @@ def _backward(pull, d_out):
 _attend.defvjp(_forward, _backward)
 
 
-def _block_sizes(keys: int, queries: int) -> kernel.BlockSizes:
-    rows, columns, inner = min(BLOCK, queries), min(BLOCK, keys), min(BLOCK_COMPUTE, keys)
+def _block_sizes(length: int) -> kernel.BlockSizes:
+    block, inner = min(BLOCK, length), min(BLOCK_COMPUTE, length)
     return kernel.BlockSizes(
-        block_q=rows,
-        block_kv=columns,
+        block_q=block,
+        block_kv=block,
         block_kv_compute=inner,
-        block_q_dkv=rows,
-        block_kv_dkv=columns,
+        block_q_dkv=block,
+        block_kv_dkv=block,
         block_kv_dkv_compute=inner,
         use_fused_bwd_kernel=True,
     )
@@ -101,10 +125,11 @@ def _block_sizes(keys: int, queries: int) -> kernel.BlockSizes:
 
 def check_splash(length: int, context: int) -> str | None:
     """Why these lengths cannot run in the kernel, or None."""
-    local = length // context
-    if length % context or local % min(BLOCK, local) or length % min(BLOCK, length) or local % 128:
+    part = part_length(length, context)
+    if part * (2 * context if context > 1 else 1) != length or part % min(BLOCK, max(part, 1)) or part % 128 or not part:
+        what = "T" if context == 1 else "T / (2 x context)"
         return (
-            f"splash attention needs T / context to be a multiple of 128, and of {BLOCK} above it: T={length}, "
+            f"splash attention needs {what} to be a multiple of 128, and of {BLOCK} above it: T={length}, "
             f"context={context}"
         )
     return None
