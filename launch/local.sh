@@ -1,22 +1,35 @@
 #!/usr/bin/env bash
-# Starts N processes of one run on this machine: launch/local.sh [--dry-run] N --config=FILE --workdir=DIR [flags]
-# Each sees the CPU devices that XLA_FLAGS asks for. Ends with the first exit code that is not 0.
+# Starts N processes of one run on this machine:
+#
+#   launch/local.sh 4 --config=experiments/tiny.py --workdir=build/four
+#   launch/local.sh --verb=preflight 4 --workdir=build/four
+#   launch/local.sh [--dry-run] [--verb=main] NUMBER_OF_PROCESSES [flags of phijax.main]
+#
+# Each sees the CPU devices that XLA_FLAGS asks for; on a machine with GPUs one process sees them all, so say 1. Ends
+# with the first exit code that is not 0; SIGTERM and Ctrl-C are passed on. PORT (12345): of process 0. PYTHON: which.
 set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$here/shell.sh"
 
-dry_run=false
-if [[ "${1:-}" == "--dry-run" ]]; then dry_run=true; shift; fi
-if [[ "${1:-}" == "--help" || ! "${1:-}" =~ ^[1-9][0-9]*$ ]]; then
-  echo "usage: launch/local.sh [--dry-run] NUMBER_OF_PROCESSES --config=FILE --workdir=DIR [flags of phijax.main]" >&2
-  [[ "${1:-}" == "--help" ]] && exit 0 || exit 2
-fi
-count=$1; shift
-port=${PORT:-12345}
-venv="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin/python"  # what `make setup` made
+verb=main
+while [[ "${1:-}" == -* ]]; do
+  case "$1" in
+    --help | -h) help_text; exit 0 ;;
+    --dry-run) dry_run=true ;;
+    --verb=*) verb=${1#--verb=} ;;
+    *) refuse "$1 comes before the number of processes. --help says how." ;;
+  esac
+  shift
+done
+[[ "${1:-}" =~ ^[1-9][0-9]*$ ]] || refuse "how many processes? launch/local.sh 4 --config=FILE --workdir=DIR"
+count=$1
+shift
+venv="$here/../.venv/bin/python"  # what `make setup` made
 python=${PYTHON:-$([[ -x "$venv" ]] && echo "$venv" || echo python3)}
-command=("$python" -m phijax.main --coordinator_address="localhost:$port" --process_count="$count")
+command=("$python" -m "phijax.$verb" --coordinator_address="localhost:${PORT:-12345}" --process_count="$count")
 
 if $dry_run; then
-  for ((id = 0; id < count; id++)); do echo "${command[*]} --process_id=$id $*"; done
+  for ((id = 0; id < count; id++)); do run "${command[@]}" --process_id="$id" "$@"; done
   exit 0
 fi
 
@@ -29,9 +42,9 @@ done
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 code=0
 for pid in "${pids[@]}"; do
-  while kill -0 "$pid" 2>/dev/null; do
+  while kill -0 "$pid" 2> /dev/null; do
     wait "$pid" && ended=0 || ended=$?
-    if ! kill -0 "$pid" 2>/dev/null; then
+    if ! kill -0 "$pid" 2> /dev/null; then
       [[ $code -eq 0 ]] && code=$ended
       break
     fi

@@ -1,23 +1,37 @@
 #!/usr/bin/env bash
-# Runs training on every worker of a TPU VM slice:
-#   launch/tpu_vm_run.sh [--dry-run] TPU_NAME ZONE --config=FILE --workdir=gs://BUCKET/RUN [flags of phijax.main]
-# JAX finds the other hosts of the slice by itself. The checkout must lie at ~/phijax on the workers, set up by
-# `make setup` with the tpu extra. Exit code 75 means: stopped on request, start the same command again.
+# Runs a phijax command on every worker of every slice of a TPU VM, after launch/tpu_vm_install.sh:
+#
+#   launch/tpu_vm_run.sh --name=NAME --zone=ZONE -- --config=experiments/mini.py --workdir=gs://BUCKET/RUN
+#   launch/tpu_vm_run.sh --name=NAME --zone=ZONE --verb=preflight -- --config=... --workdir=gs://BUCKET/RUN
+#   launch/tpu_vm_run.sh --name=NAME --zone=ZONE --stop          # all save at the same step and end with 75
+#   launch/tpu_vm_run.sh --name=NAME --zone=ZONE --logs=FOLDER   # each worker's log into FOLDER/SLICE/WORKER.log
+#
+#   --run      a name for it on the workers (train): its log is ~/phijax-runs/RUN/log there
+#   --slices   how many there are, for --logs (1)
+#   --project  as gcloud takes it
+#   --dry-run  print what would be run
+#
+# The run goes on when this script or its connection dies; called again it shows the log of the run that is there. JAX
+# finds the other hosts, of several slices too. Exit codes: those of phijax: 0 done, 1 crash, 2 your error, 75 stopped,
+# start it again.
+# shellcheck disable=SC2154  # read_flags sets what `defaults` names
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/shell.sh"
 
-dry_run=false
-if [[ "${1:-}" == "--dry-run" ]]; then dry_run=true; shift; fi
-if [[ "${1:-}" == "--help" || $# -lt 3 ]]; then
-  echo "usage: launch/tpu_vm_run.sh [--dry-run] TPU_NAME ZONE --config=FILE --workdir=DIR [flags of phijax.main]" >&2
-  [[ "${1:-}" == "--help" ]] && exit 0 || exit 2
-fi
-name=$1; zone=$2; shift 2
-printf -v flags '%q ' "$@"
-remote="cd ~/phijax && .venv/bin/python -m phijax.main ${flags% }"
-command=(gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$remote")
+defaults="name= zone= verb=main run=train stop=false logs= slices=1 project="
+required="name zone"
+read_flags "$@"
+set_place
 
-if $dry_run; then
-  printf '%q ' "${command[@]}"; echo
-  exit 0
+if $stop; then
+  on_all_workers "$(quoted bash on_worker.sh stop --run="$run")"
+elif [[ -n "$logs" ]]; then
+  for ((slice = 0; slice < slices; slice++)); do
+    run mkdir -p "$logs/$slice"
+    run gcloud compute tpus queued-resources ssh "$name" "${place[@]}" --node="$slice" --worker=all --batch-size=all \
+      --output-directory="$logs/$slice" --command="$(quoted bash on_worker.sh log --run="$run")"
+  done
+else
+  ((${#rest[@]})) || refuse "the flags of phijax.$verb are missing: ... -- --config=FILE --workdir=gs://BUCKET/RUN"
+  on_all_workers "$(quoted bash on_worker.sh start --run="$run" --verb="$verb" -- "${rest[@]}")"
 fi
-exec "${command[@]}"

@@ -2,10 +2,12 @@
 
 Reads .txt and .md (a file is a document), .jsonl, .jsonl.gz, .jsonl.zst and .parquet (a row is one). Writes shards,
 their manifest and their tokenizer into --output, or into --output/train and --output/validation. Started again after
-it was stopped it goes on where it was; the result is the same to the byte, whatever the number of processes.
+it was stopped it goes on where it was; the result is the same to the byte, whatever the number of processes. Several
+machines over one disk: --part=I/N on each, with --tokenizer, and at the end once without.
 """
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -37,6 +39,9 @@ flags.DEFINE_float(
 flags.DEFINE_integer("seed", 0, "of the order of documents", flag_values=FLAGS)
 flags.DEFINE_string("text_field", "text", "key or column of the text in .jsonl and .parquet", flag_values=FLAGS)
 flags.DEFINE_integer("workers", None, "processes; none: as many as there are cores", flag_values=FLAGS)
+flags.DEFINE_string(
+    "part", None, "I/N: only every N-th piece of the input, from I on (0 to N-1); then once without", flag_values=FLAGS
+)
 flags.DEFINE_boolean("dry_run", False, "say what would be done, and write nothing", flag_values=FLAGS)
 
 _FILES_LISTED = 20
@@ -53,9 +58,21 @@ def main(arguments: list[str]) -> None:
         print("\n".join(_described(plan, workers)))
         return
     started = time.monotonic()
+    if FLAGS.part is not None:
+        part, parts = _part(FLAGS.part)
+        done = preparation.prepare_part(plan, workers, _watch, part, parts)
+        print(f"Part {part} of {parts}: {done} pieces. After all parts: the same command without --part.")
+        return
     manifests = preparation.prepare(plan, workers, _watch)
     print("\n".join(_summary(plan, manifests)))
     print("It was complete already." if already else f"Done in {time.monotonic() - started:.0f} s.")
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise UserError(f"--part={text} is meant as I/N with I from 0 to N-1, such as --part=0/16.")
+    return int(match[1]), int(match[2])
 
 
 def _cores() -> int:

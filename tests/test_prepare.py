@@ -164,6 +164,7 @@ def test_a_full_disk(texts, tokenizer, tmp_path):
         (("--inptu=x",), "error: Unknown command line flag 'inptu'. Did you mean: input"),
         (("--input=x", "--output=y", "--tokenizer=z", "--vocab_size=9"), "leave it out"),
         (("--input=TEXTS", "--output=y", "--workers=0"), "--workers=0 must be 1 or more"),
+        (("--input=TEXTS", "--output=y", "--part=4/4"), "--part=4/4 is meant as I/N"),
         (("--input=TEXTS", "--output=y", "--workers=1", "--vocab_size=100000"), "Largest that it has"),
     ],
 )

@@ -136,9 +136,9 @@ def prepare(plan: Plan, workers: int, watch: Watch) -> list[Manifest]:
         _remove_temporary_files(plan, work)
         tokenizer = _tokenizer(plan, work, watch)
         stage = _stage(plan, work)
-        units = [work / f"unit-{i:05d}" for i in range(len(plan.units))]
-        counts = _tokenize(plan, stage, units, workers, watch)
-        entries = _assemble(plan, stage, units, workers, watch, work)
+        tasks = _units_to_tokenize(plan, stage, work)
+        counts = _tokenize(plan, tasks, workers, watch)
+        entries = _assemble(plan, stage, [task.output for task in tasks], workers, watch, work)
         manifests = _manifests(plan, tokenizer, counts, entries)
         for folder, manifest in zip(plan.folders.values(), manifests, strict=True):
             tokenizer.save(folder)
@@ -146,6 +146,26 @@ def prepare(plan: Plan, workers: int, watch: Watch) -> list[Manifest]:
         (work / "plan.json").unlink()  # from here on the output is complete, the rest is tidying up
     shutil.rmtree(work)
     return manifests
+
+
+def prepare_part(plan: Plan, workers: int, watch: Watch, part: int, parts: int) -> int:
+    """Tokenizes every `parts`-th unit, from `part` on; returns how many. For machines that share the output's disk.
+
+    Parts may run at once and in any order; `prepare` of the same plan then finds their work done and does the rest.
+    Raises UserError as `prepare`, and without a given tokenizer: a trained one would have to be trained first.
+    """
+    if plan.given_tokenizer is None:
+        raise UserError("A part needs --tokenizer=FOLDER, the same for all. Train one with a first, small output.")
+    if finished(plan) is not None:
+        return 0
+    work = _claim_output(plan)
+    with open(work / "setup.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # all parts have the same plan and tokenizer: the first writes both
+        _same_plan_as_before(plan, work)
+        _tokenizer(plan, work, watch)
+    with _only_one(work, but_parts=True):
+        tasks = _units_to_tokenize(plan, _stage(plan, work), work)[part::parts]
+        return sum(1 for _ in watch("tokenizing", len(tasks), jobs.run(tasks, workers)))
 
 
 def _check(request: Request) -> None:
@@ -202,7 +222,7 @@ def _claim_output(plan: Plan) -> pathlib.Path:
     work = output / _WORK
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file; it must be a folder, new or empty.")
-    if output.exists() and not work.exists() and (other := sorted(path.name for path in output.iterdir())):
+    if output.exists() and not work.exists() and (other := sorted({path.name for path in output.iterdir()} - {_WORK})):
         raise UserError(f"--output={output} is in use: it holds {other[0]}. Give a new or empty folder.")
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -212,11 +232,14 @@ def _claim_output(plan: Plan) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _only_one(work: pathlib.Path) -> Iterator[None]:
-    """Two runs would mix their files. The system gives the lock back when its holder dies, however it does."""
+def _only_one(work: pathlib.Path, *, but_parts: bool = False) -> Iterator[None]:
+    """Two runs would mix their files. The system gives the lock back when its holder dies, however it does.
+
+    Args: but_parts: others that say so may work at the same time.
+    """
     with open(work / "lock", "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if but_parts else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"Another process is preparing {work.parent} now. Let it end, or stop it.") from error
         yield
@@ -283,11 +306,15 @@ def _stage(plan: Plan, work: pathlib.Path) -> Stage:
     )
 
 
-def _tokenize(plan: Plan, stage: Stage, units: list[pathlib.Path], workers: int, watch: Watch) -> dict[str, Any]:
-    tasks = [
+def _units_to_tokenize(plan: Plan, stage: Stage, work: pathlib.Path) -> list[jobs.Task]:
+    units = [work / f"unit-{i:05d}" for i in range(len(plan.units))]
+    return [
         jobs.Task(tokenize_unit, (parts, stage, unit), unit, unit.with_suffix(".done.json"))
         for parts, unit in zip(plan.units, units, strict=True)
     ]
+
+
+def _tokenize(plan: Plan, tasks: list[jobs.Task], workers: int, watch: Watch) -> dict[str, Any]:
     total: collections.Counter[str] = collections.Counter()
     dropped: collections.Counter[str] = collections.Counter()
     for _, counts in watch("tokenizing", len(tasks), jobs.run(tasks, workers)):

@@ -123,6 +123,32 @@ def test_the_same_bytes_with_any_number_of_processes_and_anywhere(request_of, te
     assert contents(tmp_path / "two") == one and contents(tmp_path / "three") == one
 
 
+def test_parts_on_several_machines_give_the_same_bytes(request_of, tmp_path):
+    run(request_of("whole"))
+    plan = make_plan(request_of("parts"))
+    doing = []
+
+    def watch(name, total, results):
+        doing.append((name, total))
+        return results
+
+    assert preparation.prepare_part(plan, 1, watch, 2, 3) + preparation.prepare_part(plan, 1, watch, 0, 3) == 3
+    with preparation._only_one(tmp_path / "parts" / "unfinished", but_parts=True):  # one part still works
+        preparation.prepare_part(plan, 1, watch, 1, 3)
+        with pytest.raises(UserError, match="Another process is preparing"):
+            prepare(plan, 1, watch)
+    assert finished(plan) is None
+    prepare(plan, 1, watch)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert [total for name, total in doing if name == "tokenizing"] == [1, 2, 2, 5]
+    assert preparation.prepare_part(plan, 1, watch, 0, 3) == 0  # complete already
+
+
+def test_a_part_needs_the_tokenizer_of_all(request_of):
+    with pytest.raises(UserError, match="A part needs --tokenizer"):
+        preparation.prepare_part(make_plan(request_of(tokenizer=None, vocab_size=500)), 1, silent, 0, 2)
+
+
 def test_the_seed_decides_the_order_alone(request_of):
     (one,) = run(request_of("one"))
     (two,) = run(request_of("two", seed=1))

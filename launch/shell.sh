@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# What the scripts beside this one share; they source it. Copy the whole folder: it needs nothing else of phijax.
+#
+#   defaults="name= zone= slices=1 spot=false"   # the flags of a script, hyphens in them as underscores
+#   required="name zone"
+#   read_flags "$@"                              # --name=X -> $name; --spot -> $spot is true; behind -- : "${rest[@]}"
+
+# shellcheck disable=SC2154  # `defaults`, `required` and the flags are the calling script's
+dry_run=false
+rest=()
+# shellcheck disable=SC2034  # of the scripts that wait
+poll_seconds=${POLL_SECONDS:-30}
+
+say() { printf '%s  %s\n' "$(date -u +%H:%M:%S)" "$*" >&2; }
+
+refuse() {
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+# The comment at the head of the script is its help.
+help_text() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; }
+
+read_flags() {
+  local pair argument key
+  for pair in $defaults; do printf -v "${pair%%=*}" '%s' "${pair#*=}"; done
+  while (($#)); do
+    argument=$1
+    shift
+    case "$argument" in
+      --help | -h) help_text; exit 0 ;;
+      --dry-run) dry_run=true ;;
+      --) rest=("$@"); break ;;
+      --*)
+        key=${argument#--}
+        key=${key%%=*}
+        key=${key//-/_}
+        [[ " $defaults" == *" $key="* ]] || refuse "there is no flag $argument. --help lists them; flags of phijax come behind --"
+        if [[ "$argument" == *=* ]]; then printf -v "$key" '%s' "${argument#*=}"; else printf -v "$key" true; fi
+        ;;
+      *) refuse "$argument is no flag. --help lists them; flags of phijax come behind --" ;;
+    esac
+  done
+  for key in ${required:-}; do [[ -n "${!key}" ]] || refuse "--${key//_/-}=... is missing. --help says what it is."; done
+}
+
+quoted() { local text; printf -v text '%q ' "$@"; printf '%s' "${text% }"; }
+
+# Does a command, or prints it as it could be pasted.
+run() { if $dry_run; then quoted "$@"; echo; else "$@"; fi; }
+
+# --- TPU VMs: one name, one zone, as many slices as there are behind it
+
+# Prints the state of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, ...; ABSENT when there is none.
+queue_state() {
+  local answer
+  if answer=$(gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format='value(state.state)' 2>&1); then
+    printf '%s\n' "${answer##*$'\n'}"
+  elif [[ "$answer" == *NOT_FOUND* ]]; then
+    echo ABSENT
+  else
+    say "gcloud: $answer"
+    return 1
+  fi
+}
+
+set_place() { place=(--zone="$zone"); if [[ -n "$project" ]]; then place+=(--project="$project"); fi; }
+
+# One command line on every worker of every slice; the exit code is that of the first worker that failed.
+on_all_workers() { run gcloud compute tpus queued-resources ssh "$name" "${place[@]}" --node=all --worker=all --batch-size=all --command="$1"; }
+
+copy_to_all_workers() { run gcloud compute tpus queued-resources scp "$@" "$name:" "${place[@]}" --node=all --worker=all --batch-size=all; }
