@@ -1,6 +1,6 @@
 """A sequence dealt over `context`, so that causal attention is as much work on every chip.
 
-The row is cut into 2n blocks for n chips. In order, chip i holds blocks 2i and 2i + 1, and the last chip sees nearly all
+The row is cut into 2n blocks for n chips. In order chip i holds blocks 2i and 2i + 1, and the last chip sees nearly all
 keys while the first sees few. Dealt, it holds blocks i and 2n - 1 - i: one early, one late, together the same number of
 keys for all. Nothing but attention can tell the difference.
 """

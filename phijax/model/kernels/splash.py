@@ -1,6 +1,7 @@
 """Attention on TPU: jax's Pallas splash kernel under the mesh."""
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
@@ -81,13 +82,29 @@ def _under_mesh(splash, sizes):
 
     def local(splash, q, k, v, q_segments, kv_segments):
         if sizes["context"] > 1:
-            k, v = (jax.lax.all_gather(x, "context", axis=2, tiled=True) for x in (k, v))
+            k, v = _gather_time(k), _gather_time(v)
             kv_segments = jax.lax.all_gather(kv_segments, "context", axis=1, tiled=True)
         return _attend(splash, q, k, v, q_segments, kv_segments)
 
     return jax.shard_map(
         local, in_specs=(manual, heads, heads, heads, segments, segments), out_specs=heads, check_vma=False
     )
+
+
+@jax.custom_vjp
+def _gather_time(x: jax.Array) -> jax.Array:
+    """(B, K, t, H) of every chip along `context` -> (B, K, T, H)."""
+    return jax.lax.all_gather(x, "context", axis=2, tiled=True)
+
+
+def _scatter_time(_, whole: jax.Array) -> tuple[jax.Array]:
+    # With the chips in front: along an inner dimension the TPU compiler sums the whole array on every chip instead.
+    b, k, _, h = whole.shape
+    parts = whole.reshape(b, k, jax.lax.axis_size("context"), -1, h)
+    return (jax.lax.psum_scatter(jnp.moveaxis(parts, 2, 0), "context", scatter_dimension=0),)
+
+
+_gather_time.defvjp(lambda x: (_gather_time(x), None), _scatter_time)
 
 
 @jax.custom_vjp
@@ -126,7 +143,12 @@ def _block_sizes(length: int) -> kernel.BlockSizes:
 def check_splash(length: int, context: int) -> str | None:
     """Why these lengths cannot run in the kernel, or None."""
     part = part_length(length, context)
-    if part * (2 * context if context > 1 else 1) != length or part % min(BLOCK, max(part, 1)) or part % 128 or not part:
+    if (
+        part * (2 * context if context > 1 else 1) != length
+        or part % min(BLOCK, max(part, 1))
+        or part % 128
+        or not part
+    ):
         what = "T" if context == 1 else "T / (2 x context)"
         return (
             f"splash attention needs {what} to be a multiple of 128, and of {BLOCK} above it: T={length}, "
