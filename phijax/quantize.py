@@ -50,10 +50,9 @@ def main(arguments: list[str]) -> int:
 
     from etils import epath
 
-    from phijax.checkpoint import durable, manifest, quantized_export, staging
+    from phijax.checkpoint import durable, manifest, quantization_methods, quantized_export, staging
     from phijax.checkpoint.open import open_checkpoint
     from phijax.quantization import policy, report
-    from phijax.quantization.rounding import round_to_nearest
 
     opened = open_checkpoint(FLAGS.checkpoint)
     quantized_export.refuse_quantized(opened)
@@ -65,23 +64,21 @@ def main(arguments: list[str]) -> int:
         print(f"would write {FLAGS.output or '(nowhere)'}")
         return EXIT_DONE
     output = epath.Path(FLAGS.output)
-    staging.check_output(output, 0)
+    staging.check_output(output, sum(nbytes.values()))
     rows = _rows(opened, FLAGS.held_out, FLAGS.rows)  # before hours are spent
     calibration = _rows(opened, FLAGS.calibration, FLAGS.calibration_rows)
-    source, settings = opened, {}
-    if FLAGS.method == "awq":
-        source = _folded(opened, assigned, calibration)
-    elif FLAGS.method == "gptq":
-        settings["hessian"] = _hessians(opened, calibration)
+    inputs = _inputs(calibration) if calibration else None
+    source, factor = quantization_methods.prepare(
+        opened, assigned, FLAGS.method, inputs, on_layer=_progress("layers scaled")
+    )
     errors = quantized_export.write(
         source,
         output,
         assigned,
-        round_to_nearest,
-        method=_described(calibration),
+        method=_described(inputs),
+        factor=factor,
         say=print,
         on_piece=_progress("matrices"),
-        **settings,
     )
     size = durable.bytes_below(output / manifest.STATE_FOLDER)
     facts = {
@@ -133,33 +130,18 @@ def _rows(opened, path: str | None, count: int) -> list:
     return [row[: longest + 1] for row in rows]  # those of shards are as long as their records
 
 
-def _folded(opened, assigned, rows):
-    """The same model with AWQ's scales in its weights."""
-    from phijax.checkpoint.folded_source import FoldedSource
-    from phijax.quantization import awq
-
-    folds = awq.choose_folds(opened.model, opened.weights.read, assigned, _inputs(rows), _progress("layers scaled"))
-    return dataclasses.replace(opened, weights=FoldedSource(opened.weights, folds))
-
-
-def _hessians(opened, rows):
-    from phijax.quantization.calibrate import Hessians
-
-    return Hessians(opened.model, opened.weights.read, _inputs(rows))
-
-
 def _inputs(rows):
     import numpy as np
 
     return np.stack([row[:-1] for row in rows])
 
 
-def _described(rows) -> str:
-    """The method, with a digest of the tokens that it looked at: another set is another result."""
-    if not rows:
+def _described(inputs) -> str:
+    """The method, with a digest of the tokens (B, T) that it looked at: another set is another result."""
+    if inputs is None:
         return FLAGS.method
-    digest = zlib.crc32(_inputs(rows).tobytes())
-    return f"{FLAGS.method} on {len(rows)} rows of {len(rows[0]) - 1} tokens, {digest:08x}"
+    count, length = inputs.shape
+    return f"{FLAGS.method} on {count} rows of {length} tokens, {zlib.crc32(inputs.tobytes()):08x}"
 
 
 def _measure(source, output, rows):

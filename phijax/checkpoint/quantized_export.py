@@ -1,5 +1,6 @@
 """Writes any checkpoint as a quantised one of ours, matrix by matrix; a killed export goes on where it was."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,13 +21,13 @@ from phijax.checkpoint.weight_source import Index, blocks, check_finite
 from phijax.errors import UserError
 from phijax.model import params
 from phijax.quantization import gptq, packing, policy
+from phijax.quantization.gptq import Factor
 from phijax.quantization.policy import Scheme
-from phijax.quantization.rounding import Rounded
+from phijax.quantization.rounding import Rounded, round_to_nearest
 
 PROGRESS_FILE = "progress.jsonl"  # a line a piece that lies on disk; gone when all do
 VOCABULARY_BYTES = 64 << 20  # bytes of float32 of an embedding or a head that are quantised at once
 
-Hessian = Callable[[str, int], jax.Array | None]  # of a leaf's path and layer: (inputs, inputs)
 Quantize = Callable[[np.ndarray, Scheme, int], Rounded]  # a matrix, its scheme, the axis of its groups
 
 
@@ -70,10 +71,10 @@ def write(
     opened: Opened,
     output: epath.Path,
     assigned: Mapping[str, Scheme],
-    quantize: Quantize,
+    quantize: Quantize = round_to_nearest,
     *,
     method: str,
-    hessian: Hessian = lambda path, layer: None,
+    factor: Factor = lambda path, layer: None,
     say: Callable[[str], None] = lambda line: None,
     on_piece: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[float]]:
@@ -81,9 +82,9 @@ def write(
 
     Args:
       assigned: leaf path -> scheme; other leaves are copied bit for bit.
-      quantize: the matrices whose inputs' Hessian is not known.
+      quantize: the matrices that have no factor.
       method: its name, and what else decides the integers, for the manifest.
-      hessian: for GPTQ, asked for layer by layer.
+      factor: GPTQ's, asked for layer by layer.
       on_piece: called with how many pieces are done, and of how many.
     Returns: leaf path -> relative error |w - q| / |w| of each layer.
     Raises: UserError for an output that is there, a full disk, weights that are NaN, or quantised already.
@@ -94,23 +95,31 @@ def write(
     written = durable.bytes_below(there) if there.exists() else 0
     staging.check_output(output, max(0, sum(nbytes(opened, assigned).values()) - written))
     identity = _identity(opened, assigned, method)
-    there.mkdir(parents=True, exist_ok=True)
-    # Before `staged`, which after an exception removes the folder: it may be another process's.
-    lock = WriterLock(there, break_lock=False, log=say)
-    with staging.staged(output, resumable=True) as folder:
-        try:
-            done = _taken_up(folder, identity, say)
-            arrays = _Arrays(folder, opened, assigned)
-            squared = _write_pieces(arrays, folder, pieces(opened, assigned), quantize, hessian, done, on_piece)
-        except (OSError, ValueError) as error:  # ValueError: TensorStore's
-            raise UserError(f"{output} could not be written: {error}") from error
-        finally:
-            lock.release()
-        tokenizer_files.write_ours(opened, folder / TOKENIZER_FOLDER, say)
-        errors = {path: [math.sqrt(e / w) if w else 0.0 for e, w in layers] for path, layers in squared.items()}
-        _write_manifest(folder, opened, assigned, method, errors, arrays.leaves)
-        (folder / PROGRESS_FILE).unlink()
+    with _named(output):
+        there.mkdir(parents=True, exist_ok=True)
+        # Before `staged`, which after an exception removes the folder: it may be another process's.
+        lock = WriterLock(there, break_lock=False, log=say)
+        with staging.staged(output, resumable=True) as folder:
+            try:
+                done = _taken_up(folder, identity, say)
+                arrays = _Arrays(folder, opened, assigned)
+                squared = _write_pieces(arrays, folder, pieces(opened, assigned), quantize, factor, done, on_piece)
+            finally:
+                lock.release()
+            tokenizer_files.write_ours(opened, folder / TOKENIZER_FOLDER, say)
+            errors = {path: [math.sqrt(e / w) if w else 0.0 for e, w in layers] for path, layers in squared.items()}
+            _write_manifest(folder, opened, assigned, method, errors, arrays.leaves)
+            (folder / PROGRESS_FILE).unlink()
     return errors
+
+
+@contextlib.contextmanager
+def _named(output: epath.Path) -> Iterator[None]:
+    """A disk that is full or fails is the user's to mend: UserError, after `staged` has removed what was begun."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: TensorStore's
+        raise UserError(f"{output} could not be written: {error}") from error
 
 
 def refuse_quantized(opened: Opened) -> None:
@@ -137,7 +146,7 @@ class _Arrays:
                 self.leaves.append({"path": PARAMS + path, "shape": list(shape), "dtype": dtype})
         self._described = {leaf["path"]: leaf for leaf in self.leaves}
 
-    def write(self, piece: Piece, quantize: Quantize, hessian: Hessian) -> tuple[float, float] | None:
+    def write(self, piece: Piece, quantize: Quantize, factor: Factor) -> tuple[float, float] | None:
         """Reads, quantises and writes a piece. -> summed squares of error and weight; None if it is only copied."""
         weight = self._opened.weights.read(piece.path, piece.index)
         check_finite(weight, piece.path)
@@ -145,7 +154,7 @@ class _Arrays:
             self._array(piece.path)[piece.index].write(weight).result()
             return None
         scheme, axis = self._assigned[piece.path], policy.summed_axis(piece.path)
-        matrix, known = weight.reshape(weight.shape[-2:]), hessian(piece.path, piece.layer)
+        matrix, known = weight.reshape(weight.shape[-2:]), factor(piece.path, piece.layer)
         rounded = quantize(matrix, scheme, axis) if known is None else gptq.quantize(matrix, known, scheme, axis)
         rounded = jax.device_get(rounded)
         values = packing.pack(rounded.values) if scheme.bits == 4 else rounded.values
@@ -192,12 +201,12 @@ def _stacked(array: np.ndarray, piece: Piece) -> tuple[int, ...]:
     return (1, array.shape[0]) if len(piece.index) == 3 else (array.shape[0],)
 
 
-def _write_pieces(arrays, folder, todo, quantize, hessian, done, on_piece) -> dict[str, list[list[float]]]:
+def _write_pieces(arrays, folder, todo, quantize, factor, done, on_piece) -> dict[str, list[list[float]]]:
     squared: dict[str, list[list[float]]] = {}
     with (folder / PROGRESS_FILE).open("a") as progress:
         for number, piece in enumerate(todo, start=1):
             if piece.key not in done:
-                done[piece.key] = arrays.write(piece, quantize, hessian)
+                done[piece.key] = arrays.write(piece, quantize, factor)
                 progress.write(json.dumps({"piece": piece.key, "squared": done[piece.key]}) + "\n")
                 progress.flush()
             if done[piece.key] is not None:

@@ -21,6 +21,7 @@ from phijax.quantization.rounding import round_to_nearest
 EXPONENTS = tuple(float(a) for a in np.linspace(0.0, 1.0, 11))  # the first is rounding as it is
 QUICK_FACTORS = (1.08, 0.92, 0.8)  # of the many scales that are tried, see rounding.FACTORS
 SAMPLES = 256  # tokens whose outputs are compared
+OUTPUTS = 1024  # of a matrix that are compared: more choose no better, and mini's have up to 8192
 
 # Fold -> the leaves whose inputs it scales.
 SCALED: dict[str, tuple[str, ...]] = {
@@ -94,7 +95,7 @@ def _choose(x: jax.Array, matrices: Mapping[str, np.ndarray], assigned: Mapping[
         scales = np.maximum(size, 1e-4 * size.max() + 1e-30) ** exponent
         scales = (scales / np.sqrt(scales.max() * scales.min())).astype(np.float32)
         error = sum(
-            float(_output_error(samples, matrix, scales, assigned[path], summed_axis(path)))
+            _output_error(samples, matrix, scales, assigned[path], summed_axis(path))
             for path, matrix in matrices.items()
         )
         if error < best:
@@ -102,9 +103,17 @@ def _choose(x: jax.Array, matrices: Mapping[str, np.ndarray], assigned: Mapping[
     return chosen
 
 
+def _output_error(x: jax.Array, matrix: np.ndarray, scales: np.ndarray, scheme: Scheme, axis: int) -> float:
+    """Summed square of what rounding changes in the outputs for x (S, inputs), the scales folded in and out again.
+
+    From as many outputs, evenly spread, as are compared."""
+    every = -(-matrix.shape[0 if axis == -1 else 1] // OUTPUTS)
+    some = matrix[::every] if axis == -1 else matrix[:, ::every]
+    return every * float(_changed(x, some, scales, scheme, axis))
+
+
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _output_error(x: jax.Array, matrix: jax.Array, scales: jax.Array, scheme: Scheme, axis: int) -> jax.Array:
-    """Summed square of what rounding changes in the outputs for x (S, inputs), the scales folded in and out again."""
+def _changed(x: jax.Array, matrix: jax.Array, scales: jax.Array, scheme: Scheme, axis: int) -> jax.Array:
     matrix = matrix.astype(jnp.float32)
     factor = scales if axis == -1 else scales[:, None]
     rounded = round_to_nearest(matrix * factor, scheme, axis, QUICK_FACTORS)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from phijax.errors import UserError
 from phijax.model import params
 from phijax.model.backend import ATTENTION
 from phijax.model.config import ModelConfig
@@ -40,7 +41,10 @@ class Inputs(NamedTuple):
 
 def layers(c: ModelConfig, read: Read, tokens: np.ndarray) -> Iterator[tuple[int, Params, Inputs, jax.Array]]:
     """Runs rows of tokens (B, T) through the float model. Yields of each layer: its number, its weights in float32, the
-    inputs of its matrices, and what it gives, (B, T, D)."""
+    inputs of its matrices, and what it gives, (B, T, D).
+
+    Raises: UserError for a layer whose weights or results are NaN or infinite: before hours are spent on the others.
+    """
     x = jnp.asarray(np.take(read("embedding", (slice(0, c.vocab_size), slice(0, c.model_dim))), tokens, axis=0))
     x = x.astype(jnp.float32)
     of_blocks = {path: shape for path, shape in params.shapes(c).items() if path.startswith(f"{STACKED}/")}
@@ -51,8 +55,18 @@ def layers(c: ModelConfig, read: Read, tokens: np.ndarray) -> Iterator[tuple[int
             )[0].astype(np.float32)
             for path, shape in of_blocks.items()
         }
+        if wrong := [path for path, values in flat.items() if not np.isfinite(values).all()]:
+            raise UserError(
+                f"{STACKED}/{wrong[0]}, layer {number}, holds values that are NaN or infinite: the file is damaged, or "
+                "training diverged."
+            )
         weights = params.nested(flat)
         x, inputs = run_layer(c, weights, x)
+        if not np.isfinite(x).all():
+            raise UserError(
+                f"Layer {number} gives values that are NaN or infinite for the calibration rows; its weights are "
+                "finite. Nothing can be calibrated on that: use --method=rtn, or look at the embedding."
+            )
         yield number, weights, inputs, x
 
 

@@ -6,6 +6,7 @@ inverse: the error of column j, divided by U_jj, is taken from the later columns
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +19,36 @@ BLOCK = (
     128  # columns (or what divides a group) whose corrections reach each other at once and all later columns together
 )
 
+Factor = Callable[[str, int], jax.Array | None]  # of a leaf's path and layer: U, or None where no H is known
 
-def quantize(weight: jax.Array, hessian: jax.Array, scheme: Scheme, axis: int) -> Rounded:
+
+class Factors:
+    """U of the Hessians that are asked for one after another; made once for matrices that share their inputs."""
+
+    def __init__(self, hessians: Callable[[str, int], jax.Array | None]):
+        self._hessians, self._last = hessians, (None, None)
+
+    def __call__(self, path: str, layer: int) -> jax.Array | None:
+        hessian = self._hessians(path, layer)
+        if hessian is not None and hessian is not self._last[0]:
+            self._last = (None, None)  # U of 8192 inputs is 268 MB: the old one goes before the new one comes
+            self._last = (hessian, upper_factor(hessian))
+        return None if hessian is None else self._last[1]
+
+
+def quantize(weight: jax.Array, factor: jax.Array, scheme: Scheme, axis: int) -> Rounded:
     """One matrix (rows, D), any float, in groups along `axis` (-1 or -2), its inputs.
 
     A group's scales are searched when its first column is reached, on what the corrections have made of it; a
     channel's before the first.
 
-    Args: hessian: (inputs, inputs) float32, X^T X in any multiple.
+    Args: factor: U of its inputs, (inputs, inputs) float32, see `upper_factor`.
     Returns: as round_to_nearest; the squared error is that of the weights, which this method lets grow.
     """
     w = jnp.asarray(weight, jnp.float32)
     turned = w if axis == -1 else w.T
     group = scheme.group or turned.shape[1]
-    values, scales = _columns(turned, jnp.asarray(hessian), scheme.bits, group, math.gcd(BLOCK, group))
+    values, scales = _columns(turned, factor, scheme.bits, group, math.gcd(BLOCK, group))
     wide = values * jnp.repeat(scales.astype(jnp.float32), group, axis=1)
     squared = (jnp.sum(jnp.square(wide - turned)), jnp.sum(jnp.square(turned)))
     values = values.astype(jnp.int8)
@@ -39,11 +56,10 @@ def quantize(weight: jax.Array, hessian: jax.Array, scheme: Scheme, axis: int) -
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _columns(w: jax.Array, hessian: jax.Array, bits: int, group: int, block: int) -> tuple[jax.Array, jax.Array]:
+def _columns(w: jax.Array, upper: jax.Array, bits: int, group: int, block: int) -> tuple[jax.Array, jax.Array]:
     """(outputs, inputs) -> integers in float32 of that shape, scales (outputs, groups) float16."""
     outputs, inputs = w.shape
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    upper = _upper_factor(hessian)
     whole = Scheme(bits, None)
     number = jnp.arange(inputs)
 
@@ -82,8 +98,9 @@ def _columns(w: jax.Array, hessian: jax.Array, bits: int, group: int, block: int
     return values, scales
 
 
-def _upper_factor(hessian: jax.Array) -> jax.Array:
-    """U with U^T U = (H + damping)^-1, upper triangular."""
+@jax.jit
+def upper_factor(hessian: jax.Array) -> jax.Array:
+    """U with U^T U = (H + damping)^-1, upper triangular. hessian: (inputs, inputs) float32, X^T X in any multiple."""
     mean = jnp.mean(jnp.diagonal(hessian))
     damped = hessian + (DAMPING * mean + 1e-30) * jnp.eye(len(hessian), dtype=jnp.float32)
     # From the factor of the reversed H: with J the reversal, J H J = C C^T gives H^-1 = (J C^-1 J)^T (J C^-1 J).

@@ -33,7 +33,7 @@ def output_error(w, x, rounded, axis) -> float:
 def test_outputs_move_less_than_by_rounding_alone(name, axis):
     w, x = problem()
     stored = w if axis == -1 else w.T
-    ours = gptq.quantize(stored, x.T @ x, SCHEMES[name], axis)
+    ours = gptq.quantize(stored, gptq.upper_factor(x.T @ x), SCHEMES[name], axis)
     plain = round_to_nearest(stored, SCHEMES[name], axis)
     assert ours.values.shape == plain.values.shape and ours.scales.shape == plain.scales.shape
     assert ours.scales.dtype == plain.scales.dtype and ours.values.dtype == plain.values.dtype
@@ -47,7 +47,7 @@ def test_column_by_column_it_is_the_definition(group):
     w = w[:4]
     hessian = (x.T @ x).astype(np.float32)
     scheme = Scheme(4, group)
-    ours = gptq.quantize(w, hessian, scheme, -1)
+    ours = gptq.quantize(w, gptq.upper_factor(hessian), scheme, -1)
     scales = np.repeat(np.asarray(ours.scales, np.float64), group or INPUTS, 1)
     damped = hessian.astype(np.float64) + gptq.DAMPING * np.mean(np.diag(hessian)) * np.eye(INPUTS)
     inverse, left = np.linalg.inv(damped), w.astype(np.float64)
@@ -64,7 +64,7 @@ def test_column_by_column_it_is_the_definition(group):
 def test_without_correlation_it_is_rounding():
     w, _ = problem()
     for name in ("int4", "int4_g64"):
-        ours = gptq.quantize(w, np.eye(INPUTS, dtype=np.float32), SCHEMES[name], -1)
+        ours = gptq.quantize(w, gptq.upper_factor(np.eye(INPUTS, dtype=np.float32)), SCHEMES[name], -1)
         plain = round_to_nearest(w, SCHEMES[name], -1)
         np.testing.assert_array_equal(np.asarray(ours.values), np.asarray(plain.values))
         np.testing.assert_array_equal(np.asarray(ours.scales), np.asarray(plain.scales))
@@ -74,7 +74,7 @@ def test_without_correlation_it_is_rounding():
 def test_numbers_of_inputs_that_blocks_do_not_divide(inputs):
     w, x = problem()
     w, x = w[:, :inputs], x[:, :inputs]
-    ours = gptq.quantize(w, x.T @ x, SCHEMES["int4"], -1)
+    ours = gptq.quantize(w, gptq.upper_factor(x.T @ x), SCHEMES["int4"], -1)
     assert output_error(w, x, ours, -1) < 0.8 * output_error(w, x, round_to_nearest(w, SCHEMES["int4"], -1), -1)
     assert np.all(np.any(np.asarray(ours.values) != 0, axis=0))
 
@@ -82,6 +82,21 @@ def test_numbers_of_inputs_that_blocks_do_not_divide(inputs):
 def test_inputs_that_never_occur():
     w, x = problem()
     x[:, 10:60] = 0
-    ours = gptq.quantize(w, x.T @ x, SCHEMES["int4_g32"], -1)
+    ours = gptq.quantize(w, gptq.upper_factor(x.T @ x), SCHEMES["int4_g32"], -1)
     assert np.all(np.isfinite(np.asarray(ours.scales)))
     assert output_error(w, x, ours, -1) < output_error(w, x, round_to_nearest(w, SCHEMES["int4_g32"], -1), -1)
+
+
+def test_a_factor_is_made_once_for_matrices_with_the_same_inputs():
+    _, x = problem()
+    hessians = {"q": x.T @ x, "k": x.T @ x, "embedding": None}
+    hessians["v"] = hessians["k"]
+    factors = gptq.Factors(lambda path, layer: hessians[path])
+    q, nothing, k, v = (factors(path, 0) for path in ("q", "embedding", "k", "v"))
+    assert nothing is None and v is k and k is not q
+    upper = np.asarray(k, np.float64)
+    damped = hessians["k"].astype(np.float64)
+    damped += gptq.DAMPING * np.mean(np.diag(damped)) * np.eye(INPUTS)
+    # float32 factors of a matrix whose condition is some 1e4.
+    np.testing.assert_allclose(upper.T @ upper @ damped, np.eye(INPUTS), atol=2e-2)
+    assert np.array_equal(upper, np.triu(upper))

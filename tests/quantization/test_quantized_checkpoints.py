@@ -16,7 +16,7 @@ import tensorstore
 from etils import epath
 from quantized_case import MODEL, SCHEME, one_device, quantized_params, random_params, save_run
 
-from phijax.checkpoint import manifest, quantized_export
+from phijax.checkpoint import manifest, quantization_methods, quantized_export
 from phijax.checkpoint.open import load_params, open_checkpoint
 from phijax.errors import UserError
 from phijax.model import params
@@ -141,37 +141,59 @@ def test_interrupted_it_goes_on_where_it_was(workdir, tmp_path, small, capsys):
     assert not (tmp_path / "out" / "progress.jsonl").exists() and len(list(tmp_path.iterdir())) == 1
 
 
+TOKENS = np.random.default_rng(4).integers(0, 700, (3, 24), dtype=np.int32)
+
 KILLED = """
 import os, signal, sys
+import numpy as np
 from etils import epath
-from phijax.checkpoint import quantized_export
+from phijax.checkpoint import quantization_methods, quantized_export
 from phijax.checkpoint.open import open_checkpoint
 from phijax.quantization import policy
-from phijax.quantization.rounding import round_to_nearest
-opened = open_checkpoint(sys.argv[1])
+run, output, scheme, method, tokens = sys.argv[1:]
+opened = open_checkpoint(run)
+assigned = policy.assign(opened.model, policy.parse(scheme))
 def on_piece(done, total):
     if done == 12:
         os.kill(os.getpid(), signal.SIGKILL)
-quantized_export.write(opened, epath.Path(sys.argv[2]), policy.assign(opened.model, policy.parse(sys.argv[3])),
-                       round_to_nearest, method="rtn", on_piece=on_piece)
+source, factor = quantization_methods.prepare(opened, assigned, method, np.load(tokens))
+quantized_export.write(source, epath.Path(output), assigned, method=method, factor=factor, on_piece=on_piece)
 """
 
 
-def test_killed_it_goes_on_where_it_was(workdir, tmp_path, small):
-    ended = subprocess.run([sys.executable, "-c", KILLED, workdir, tmp_path / "out", SCHEME])
+@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
+def test_killed_it_goes_on_where_it_was(workdir, tmp_path, method):
+    """The same bits as in one go, and what was done is not done again."""
+    np.save(tmp_path / "tokens.npy", TOKENS)
+    place = tmp_path / "place"
+    place.mkdir()
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, workdir, place / "out", SCHEME, method, tmp_path / "tokens.npy"]
+    )
     assert ended.returncode == -signal.SIGKILL
-    assert [entry.name for entry in tmp_path.iterdir()] == ["out.unfinished"]
-    with (tmp_path / "out.unfinished" / "progress.jsonl").open("a") as file:
+    assert [entry.name for entry in place.iterdir()] == ["out.unfinished"]
+    with (place / "out.unfinished" / "progress.jsonl").open("a") as file:
         file.write('{"piece": "blocks/ml')  # a line that a kill cut off
-    said, quantized_again = [], []
+    said, quantized_again, asked = [], [], []
+    opened = open_checkpoint(workdir)
+    source, factor = quantization_methods.prepare(opened, ASSIGNED, method, TOKENS)
 
     def counting(*arguments):
         quantized_again.append(1)
         return round_to_nearest(*arguments)
 
-    write(workdir, tmp_path / "out", say=said.append, quantize=counting)
-    assert any("goes on" in line and "12 pieces" in line for line in said) and len(quantized_again) < 16
-    assert_same_files(tmp_path / "out", small)
+    def noted(path, layer):
+        asked.append((path, layer))
+        return factor(path, layer)
+
+    kept = {"say": said.append, "quantize": counting, "factor": noted}
+    quantized_export.write(source, epath.Path(place / "out"), ASSIGNED, method=method, **kept)
+    assert any("goes on" in line and "12 pieces" in line for line in said)
+    assert 0 < len(asked) < 16 and min(layer for path, layer in asked if path.startswith("blocks")) == 1
+    assert len(quantized_again) == (1 if method == "gptq" else len(asked))  # the embedding, which has no Hessian
+    whole, factor = quantization_methods.prepare(opened, ASSIGNED, method, TOKENS)
+    quantized_export.write(whole, epath.Path(tmp_path / "whole"), ASSIGNED, method=method, factor=factor)
+    assert_same_files(place / "out", tmp_path / "whole")
 
 
 def assert_same_files(folder, other):

@@ -1,6 +1,5 @@
 """SmolLM2-135M in few bits: what it costs, and that its answers survive eight."""
 
-import dataclasses
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -9,13 +8,10 @@ import real_model
 from etils import epath
 
 import phijax.library
-from phijax.checkpoint import quantized_export
-from phijax.checkpoint.folded_source import FoldedSource
+from phijax.checkpoint import quantization_methods, quantized_export
 from phijax.checkpoint.open import open_checkpoint
 from phijax.evaluation.fixed_rows import read_fixed_rows
-from phijax.quantization import awq, policy, report
-from phijax.quantization.calibrate import Hessians
-from phijax.quantization.rounding import round_to_nearest
+from phijax.quantization import policy, report
 
 pytestmark = pytest.mark.slow
 LENGTH = 256
@@ -47,13 +43,8 @@ def reference(opened, rows):
 
 def quantized(opened, method: str, scheme: str, output, calibration=None):
     assigned = policy.assign(opened.model, policy.parse(scheme))
-    source, settings = opened, {}
-    if method == "awq":
-        folds = awq.choose_folds(opened.model, opened.weights.read, assigned, calibration)
-        source = dataclasses.replace(opened, weights=FoldedSource(opened.weights, folds))
-    elif method == "gptq":
-        settings["hessian"] = Hessians(opened.model, opened.weights.read, calibration)
-    quantized_export.write(source, epath.Path(output), assigned, round_to_nearest, method=method, **settings)
+    source, factor = quantization_methods.prepare(opened, assigned, method, calibration)
+    quantized_export.write(source, epath.Path(output), assigned, method=method, factor=factor)
     return phijax.library.load(output, max_length=LENGTH + 2)
 
 
