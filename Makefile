@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-slow test-llama lint format benchmarks parity-peers clean
+.PHONY: setup demo test test-slow test-llama test-mlx lint format benchmarks parity-peers clean
 
 setup: $(VENV)/.installed
 
@@ -27,6 +27,10 @@ $(VENV)/.installed-llama: $(VENV)/.installed-test
 	$(PIP) --editable '.[test,llama]'
 	touch $@
 
+$(VENV)/.installed-mlx: $(VENV)/.installed-test $(VENV)/.installed-real
+	$(PIP) --editable '.[test,mlx]'
+	touch $@
+
 demo: setup
 	$(BIN)/python experiments/python_text.py --output=build/python_text_raw
 	$(BIN)/phijax prepare --input=build/python_text_raw --output=build/python_text \
@@ -46,6 +50,7 @@ demo: setup
 # One line at the end that says how many passed, also for a reader of logs.
 test: $(VENV)/.installed-test
 	@test -e $(VENV)/.installed-llama || echo "Skipped: what llama.cpp makes of our files (make test-llama builds it from source)."
+	@test -e $(VENV)/.installed-mlx || echo "Skipped: what mlx-lm makes of our files (make test-mlx brings it, 355 MB)."
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 
 test-slow: $(VENV)/.installed-test $(VENV)/.installed-real
@@ -54,6 +59,10 @@ test-slow: $(VENV)/.installed-test $(VENV)/.installed-real
 # What llama.cpp makes of our GGUF files. Builds it from source first: 10 to 25 minutes, once.
 test-llama: $(VENV)/.installed-llama
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "slow or not slow" tests/llama
+
+# What mlx-lm makes of our MLX folders, on the CPU: 355 MB of wheels.
+test-mlx: $(VENV)/.installed-mlx
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "slow or not slow" tests/mlx
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

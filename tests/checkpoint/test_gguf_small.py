@@ -73,11 +73,11 @@ def test_what_blocks_cannot_hold_is_refused(small):
     assert gguf_small.kind_of(parts | {"blocks/attention/v": Scheme(4)}, qkv) == "Q4_0"  # the size of groups may differ
     for other in (Scheme(8), None):
         mixed = {leaf: scheme for leaf, scheme in (parts | {"blocks/attention/v": other}).items() if scheme}
-        with pytest.raises(UserError, match="blk.0.attn_qkv.weight is one matrix in this format"):
+        with pytest.raises(UserError, match=r"blk.0.attn_qkv.weight is one matrix in this format"):
             gguf_small.kind_of(mixed, qkv)
     narrow = dataclasses.replace(SPLIT, ffn_dim=240)
     down = next(t for t in gguf_names.tensors("llama", narrow) if "ffn_down" in t.name)
-    with pytest.raises(UserError, match="blk.0.ffn_down.weight has rows of 240 weights; Q8_0 needs a multiple of 32"):
+    with pytest.raises(UserError, match=r"blk.0.ffn_down.weight has rows of 240 weights; Q8_0 needs a multiple of 32"):
         gguf_small.kind_of({"blocks/mlp/down": Scheme(8)}, down)
 
 
