@@ -67,6 +67,7 @@ test-mlx: $(VENV)/.installed-mlx
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR launch/*.sh launch/*.sbatch
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

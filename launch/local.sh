@@ -39,15 +39,18 @@ for ((id = 0; id < count; id++)); do
   pids+=($!)
 done
 # A stop of this script is a stop of the run: every process saves at the same step.
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+interrupted=false
+trap 'interrupted=true; kill -TERM "${pids[@]}" 2> /dev/null || true' TERM INT
 code=0
 for pid in "${pids[@]}"; do
-  while kill -0 "$pid" 2> /dev/null; do
-    wait "$pid" && ended=0 || ended=$?
-    if ! kill -0 "$pid" 2> /dev/null; then
-      [[ $code -eq 0 ]] && code=$ended
-      break
-    fi
+  ended=0
+  wait "$pid" || ended=$?
+  while $interrupted; do  # the signal ended the wait, not the process
+    interrupted=false
+    again=0
+    wait "$pid" || again=$?
+    if [[ $again -ne 127 ]]; then ended=$again; fi  # 127: it had been waited for
   done
+  if [[ $code -eq 0 ]]; then code=$ended; fi
 done
 exit "$code"

@@ -29,7 +29,7 @@ install() {
   for folder in ~/phijax-runs/*/; do
     if alive "$folder"; then say "${folder} runs: what it runs on is left as it is"; return; fi
   done
-  python3 -m uv --version > /dev/null 2>&1 || run python3 -m pip install --quiet --user uv
+  if $dry_run || ! python3 -m uv --version > /dev/null 2>&1; then run python3 -m pip install --quiet --user uv; fi
   run mkdir -p "$home"
   if [[ -n "$ref" ]]; then
     [[ -n "$repository" ]] || refuse "--ref needs --repository=URL"
@@ -53,7 +53,7 @@ data() {
   run sudo mkdir -p "$to"
   run sudo chown "$(id -u):$(id -g)" "$to"
   if [[ -n "$copy" ]]; then
-    run gcloud storage rsync --recursive "$copy" "$to"
+    run gcloud storage rsync "$copy" "$to" --recursive
   elif [[ -n "$mount" ]]; then
     if mountpoint -q "$to"; then say "$to is mounted already"; return; fi
     # ArrayRecord reads at random: a cache of whole files on the local disk, filled as they are touched.

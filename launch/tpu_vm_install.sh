@@ -27,6 +27,7 @@ set_place
 [[ -n "$ref$wheel" ]] || refuse "what code? --ref=COMMIT --repository=URL, or --wheel=FILE"
 [[ -z "$ref" || -z "$wheel" ]] || refuse "--ref and --wheel exclude each other"
 [[ -z "$ref" || -n "$repository" ]] || refuse "--ref needs --repository=URL"
+[[ -z "$data_copy$data_mount" || -n "$data_to" ]] || refuse "--data-to=FOLDER is missing"
 for file in "$wheel" "$experiment"; do
   [[ -z "$file" || -f "$file" ]] || refuse "$file is no file"
 done
