@@ -106,17 +106,20 @@ def write_folder(
       keys: more of config.json.
     """
     staging.check_output(output, sum(shape.nbytes for shapes in files.values() for shape in shapes))
-    with staging.staged(output) as folder:
-        for name, shapes in files.items():
-            say(f"{name}: {len(shapes)} tensors, {sum(shape.nbytes for shape in shapes):,} bytes")
-            data = (piece for shape in shapes for piece in pieces(shape))
-            safetensors_files.write_file(folder / name, shapes, data, "mlx" if format == "mlx" else "pt")
-        if len(files) > 1:
-            safetensors_files.write_index(folder / safetensors_files.INDEX_FILE, files)
-        ids = tokenizer_files.write_huggingface(opened, folder, say)
-        config = huggingface_config.render(opened.model, layout, dtype=dtype.name, ids=ids.in_config()) | dict(keys)
-        durable.write_json(folder / huggingface_config.CONFIG_FILE, config)
-        durable.write_text(folder / model_card.FILE, model_card.render(opened, layout, format))
+    try:
+        with staging.staged(output) as folder:
+            for name, shapes in files.items():
+                say(f"{name}: {len(shapes)} tensors, {sum(shape.nbytes for shape in shapes):,} bytes")
+                data = (piece for shape in shapes for piece in pieces(shape))
+                safetensors_files.write_file(folder / name, shapes, data, "mlx" if format == "mlx" else "pt")
+            if len(files) > 1:
+                safetensors_files.write_index(folder / safetensors_files.INDEX_FILE, files)
+            ids = tokenizer_files.write_huggingface(opened, folder, say).in_config()
+            config = huggingface_config.render(opened.model, layout, dtype=dtype.name, ids=ids) | dict(keys)
+            durable.write_json(folder / huggingface_config.CONFIG_FILE, config)
+            durable.write_text(folder / model_card.FILE, model_card.render(opened, layout, format))
+    except OSError as error:
+        raise UserError(f"{output} could not be written: {error.strerror or error}. Nothing is left of it.") from error
 
 
 def stored_dtype(source: WeightSource, tensor: Tensor) -> np.dtype:

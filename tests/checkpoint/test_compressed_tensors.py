@@ -146,19 +146,16 @@ def test_inputs_that_fill_no_words_are_refused(small, tmp_path):
         write(narrow, tmp_path / "out")
 
 
-def test_a_failure_half_way_leaves_nothing(small, tmp_path, monkeypatch):
-    calls = []
+def test_a_full_disk_is_one_message_and_leaves_nothing(small, tmp_path, monkeypatch):
+    original, calls = small_matrices.scales, []
 
-    def failing(*arguments):
+    def full(*arguments):
         calls.append(1)
         if len(calls) == 5:
-            raise OSError("No space left on device")
-        return np.zeros(small_matrices_shape(*arguments), np.float16)
+            raise OSError(28, "No space left on device")
+        return original(*arguments)
 
-    def small_matrices_shape(source, part):
-        return part.rows, 128 // 32 if part.leaf != "blocks/mlp/down" else 256 // 32
-
-    monkeypatch.setattr(small_matrices, "scales", failing)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(small_matrices, "scales", full)
+    with pytest.raises(UserError, match=r"out could not be written: No space left on device\. Nothing is left"):
         write(small("groups of 32"), tmp_path / "out")
     assert len(calls) == 5 and not list(tmp_path.iterdir())

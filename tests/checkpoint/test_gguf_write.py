@@ -203,7 +203,7 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
                 raise OSError("the disk is gone")
             return super().read(path, index)
 
-    with pytest.raises(OSError, match="disk"):
+    with pytest.raises(UserError, match="could not be written: the disk is gone"):
         write_gguf(opened(PHI3, weights=Failing(random_arrays(PHI3))), tmp_path / "m.gguf", kind="F32")
     assert os.listdir(tmp_path) == []
     path = write_gguf(opened(PHI3), tmp_path / "m.gguf", kind="F32")
