@@ -13,7 +13,7 @@ import numpy as np
 
 from phijax.model import params
 from phijax.model.decoder import SAVEABLE, remat_names
-from phijax.model.kernels.splash import BLOCK
+from phijax.model.kernels.splash import BLOCK, backward_block, part_length
 from phijax.parallel import sharding
 from phijax.parallel.mesh import MeshConfig, make_mesh
 from phijax.planning import interconnect
@@ -118,7 +118,7 @@ def _attention(recipe: Recipe, where: Slice, local: "_Local", shape: BatchShape)
     """The blocks that the kernels compute, as `kernels.seconds` counts them."""
     c, chip, keys = recipe.model, where.chip, shape[2]
     forward, backward = (
-        seen_share(keys // where.sizes["context"], keys, min(block, keys), window=c.sliding_window)
+        seen_share(keys, min(block, keys), window=c.sliding_window)
         for block in (BLOCK, BACKWARD_BLOCK)
     )
     products = (2 + 2 * local.attention_again) * forward + BACKWARD_PRODUCTS * backward
@@ -232,7 +232,8 @@ class _Local:
         self.residual_bytes = self.tokens * c.model_dim * self.compute
         self.kv_bytes = self.tokens * sizes["context"] * kv * self.compute
         # The backward pass of a layer: partial dq of every block of keys, gate and up and their gradients, heads.
-        self.blocks_of_keys = -(-shape[2] // BLOCK)
+        length = shape[2]
+        self.blocks_of_keys = -(-length // backward_block(length, part_length(length, sizes["context"])))
         gathered = 2 * kv * sizes["context"] if sizes["context"] > 1 else 0
         self.backward_bytes = self.compute * (
             gathered + self.blocks_of_keys * heads + 2 * self.ffn + 3 * heads + 2 * kv + 3 * c.model_dim

@@ -57,16 +57,14 @@ class Estimate:
     core_cycles: int = 0  # the compiler's own, outside of collectives and kernels: exact, for gates
 
 
-def estimate(
-    text: str | Program, chip: Chip, torus: Torus, *, window: int | None = None, balanced: bool = False
-) -> Estimate:
+def estimate(text: str | Program, chip: Chip, torus: Torus, *, window: int | None = None) -> Estimate:
     """Replays `compiled.as_text()`.
 
     Args:
-      window, balanced: what the attention kernels' masks are; the text does not say (kernels.seconds).
+      window: of the attention kernels' masks; the text does not say (kernels.seconds).
     """
     program = text if isinstance(text, Program) else parse(text)
-    replay = _Replay(program, chip, torus, window, balanced)
+    replay = _Replay(program, chip, torus, window)
     result = replay.result
     result.step = replay.run(program.entry, 1)
     result.overlapped = max(0.0, sum(t.seconds for t in result.collectives.values()) - result.exposed)
@@ -74,8 +72,8 @@ def estimate(
 
 
 class _Replay:
-    def __init__(self, program: Program, chip: Chip, torus: Torus, window: int | None, balanced: bool):
-        self.program, self.chip, self.torus, self.window, self.balanced = program, chip, torus, window, balanced
+    def __init__(self, program: Program, chip: Chip, torus: Torus, window: int | None):
+        self.program, self.chip, self.torus, self.window = program, chip, torus, window
         self.result = Estimate()
 
     def run(self, computation: str, times: int) -> float:
@@ -173,7 +171,7 @@ class _Replay:
     def _work(self, o: Operation, times: int) -> float:
         """Seconds of an operation of the core."""
         if o.opcode == "custom-call" and o.target == kernels.KERNEL_TARGET:
-            took = kernels.seconds(o, self.chip, window=self.window, balanced=self.balanced)
+            took = kernels.seconds(o, self.chip, window=self.window)
             self.result.attention += took * times
             return self._count(f"kernel {re.sub(r'[.0-9]+$', '', o.name)}", o, took, times)
         if o.opcode == "custom-call":

@@ -17,12 +17,11 @@ def is_attention(operation: Operation) -> bool:
     return any(word in operation.name.lower() for word in ("splash", "flash", "attention"))
 
 
-def seconds(operation: Operation, chip: Chip, *, window: int | None, balanced: bool) -> float:
+def seconds(operation: Operation, chip: Chip, *, window: int | None) -> float:
     """Attention by its padded matrix products at an assumed efficiency; any other kernel by its bytes in HBM.
 
     Args:
       window: keys that a query sees, if not all before it.
-      balanced: under `context`, whether queries are dealt so that all chips see as many keys.
     """
     if not is_attention(operation):
         return 2 * operation.bytes / chip.hbm_bandwidth
@@ -37,7 +36,7 @@ def seconds(operation: Operation, chip: Chip, *, window: int | None, balanced: b
         count *= n
     keys = max(shape[-2] for shape in heads)
     width = -(-width // chip.matrix_side) * chip.matrix_side
-    share = seen_share(length, keys, _block(operation), window=window, balanced=balanced)
+    share = seen_share(keys, _block(operation), window=window)
     flops = products(operation) * 2 * count * length * keys * width * share
     return flops / chip.peak_flops / ATTENTION_EFFICIENCY
 
@@ -56,19 +55,16 @@ def _block(operation: Operation) -> int:
     return int(found) if found else BACKWARD_BLOCK
 
 
-def seen_share(queries: int, keys: int, block: int, *, window: int | None = None, balanced: bool = False) -> float:
+def seen_share(keys: int, block: int, *, window: int | None = None) -> float:
     """Share of the queries x keys square that the kernel computes: whole blocks with any key that is seen.
 
-    Fewer queries than keys: one chip's part under `context`, and the busiest chip (the last rows) is meant, unless
-    the rows are dealt evenly.
+    So it is for one chip's queries under `context` too, since rows are dealt (parallel/dealing.py); with a window it is
+    the mean of the chips.
     """
     block = min(block, keys)
-    if queries < keys and balanced:
-        return 0.5 if window is None else min(0.5, window / keys)
-    first = keys - queries
     total = 0
-    for start in range(first, keys, block):
+    for start in range(0, keys, block):
         last = min(start + block, keys)
         lowest = max(0, start - window + 1) // block * block if window is not None else 0
-        total += (min(last, keys) - start) * (-(-last // block) * block - lowest)
-    return total / (queries * keys)
+        total += (last - start) * (-(-last // block) * block - lowest)
+    return total / keys**2

@@ -112,8 +112,7 @@ def plan_step(
     """Args: compiled: what the compiler said; None where it was not asked, then all is analytic."""
     chip, chips = where.chip, math.prod(where.sizes.values())
     flops = train_flops_per_token(recipe.model, shape[2]) * math.prod(shape)
-    context = where.sizes["context"]
-    note = f"attention is the busiest chip's: the last of {context} sees nearly all keys" if context > 1 else ""
+    note = ""
     if isinstance(compiled, Compiled):
         if where.torus.slices:
             compiled, note = _with_slices(compiled, analytic.estimate(recipe, where, shape)), BETWEEN_SLICES

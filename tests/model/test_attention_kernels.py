@@ -115,6 +115,17 @@ def test_splash_windows(small_blocks, window):
     compare(PATHS["splash"], inputs(256, heads=4, kv_heads=2, head_dim=96, batch=1), window)
 
 
+def test_splash_backward_in_longer_blocks(small_blocks, monkeypatch):
+    """Of many keys the backward kernel takes more at once, as many as lie together."""
+    assert splash.backward_block(4096, 4096) == 128 and splash.backward_block(8192, 1024) == 256
+    assert splash.backward_block(131072, 384) == 128  # 384 is no multiple of 256
+    monkeypatch.setattr(splash, "MOST_BLOCKS_OF_KEYS", 2)
+    assert splash.backward_block(512, 512) == 256
+    compare(PATHS["splash"], inputs(512, heads=2, kv_heads=1, head_dim=24, batch=1), 300)
+    with jax.set_mesh(make_mesh(MeshConfig(1, 1, 2, 1), jax.devices()[:2])):
+        compare(functools.partial(dealt, PATHS["splash"]), inputs(1024, 2, 1, 24, batch=1), None)
+
+
 def test_splash_heads():
     compare(PATHS["splash"], inputs(128, heads=3, kv_heads=1, head_dim=48), None)
 
