@@ -46,6 +46,7 @@ def run_checks(config) -> int:
     """All processes together; the verdict as an exit code."""
     from etils import epath
 
+    from phijax.checkpoint import durable
     from phijax.parallel import processes
     from phijax.readiness import check, inspection
     from phijax.readiness.limit import TimeLimit
@@ -53,6 +54,7 @@ def run_checks(config) -> int:
     started, half = time.monotonic(), FLAGS.time_limit / 2
     limits = config.processes if config else processes.ProcessConfig()
     limits = dataclasses.replace(limits, initialization_timeout=max(1, min(limits.initialization_timeout, int(half))))
+    durable.prepare_store(epath.Path(FLAGS.workdir))
     limit = TimeLimit(FLAGS.time_limit)
     limit.doing("processes")
     try:

@@ -12,6 +12,7 @@ import jax
 from etils import epath
 
 from phijax import config as configs
+from phijax.checkpoint import durable
 from phijax.checkpoint.lock import WriterLock
 from phijax.checkpoint.open import load_params, open_checkpoint
 from phijax.checkpoint.opened import Opened
@@ -111,6 +112,7 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
 
     Raises: UserError before device memory is taken; loop.Diverged, SaveFailed while it runs.
     """
+    durable.prepare_store(workdir)
     mesh = make_mesh(config.mesh, jax.devices())
     sizes = dict(mesh.shape)
     device = mesh.devices.flat[0]
@@ -322,9 +324,7 @@ def keep_config(config: Config, workdir: epath.Path, step: int, say) -> None:
             line = {"time": time.time(), "step": step, "changed": {k: list(v) for k, v in changed.items()}}
             history = workdir / "config_history.jsonl"
             history.write_text((history.read_text() if history.exists() else "") + json.dumps(line) + "\n")
-    temporary = workdir / "config.json.tmp"
-    temporary.write_text(json.dumps(now, indent=2) + "\n")
-    temporary.replace(path)
+    durable.write_json(path, now)
 
 
 def shapes_by_phase(config: Config) -> dict[str, BatchShape]:

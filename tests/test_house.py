@@ -214,7 +214,7 @@ def test_every_library_that_is_imported_is_required(project):
     providers = importlib.metadata.packages_distributions()
     extras = project["project"]["optional-dependencies"]
     required = {distribution(line) for line in requirement_lines()}
-    ours = ("data", "tpu", "cuda", "wandb", "tokenizers", "gguf", "llama")
+    ours = ("data", "tpu", "cuda", "wandb", "tokenizers", "gguf", "llama", "gcs")
     optional = {distribution(line) for name in ours for line in extras[name]}
     for file in FILES:
         at_import = {node.lineno for node in ast.parse((REPOSITORY / file).read_text()).body}

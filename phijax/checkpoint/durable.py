@@ -5,10 +5,29 @@ import os
 
 from etils import epath
 
+from phijax.errors import UserError
+
 
 def is_local(path: epath.Path) -> bool:
     """False for gs:// and other object stores, where a write is atomic and fsync has no meaning."""
     return "://" not in str(path)
+
+
+def prepare_store(path: epath.Path) -> None:
+    """Before the first look at a bucket: its client must be here, and must not answer out of its memory.
+
+    gcsfs keeps a folder's first listing for ever, while TensorStore and other processes write into it.
+    Raises: UserError where the client is missing.
+    """
+    if is_local(path):
+        return
+    try:
+        import fsspec.config
+        import gcsfs  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{path}: buckets need their client.  Try pip install 'phijax[gcs]'") from error
+    for protocol in ("gs", "gcs"):
+        fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

@@ -84,8 +84,13 @@ def delete(folder: epath.Path) -> None:
 
 def set_aside_damaged(folder: epath.Path) -> None:
     """A damaged step stops being one, so that the run can save that step again; its data stay to be looked at."""
-    (folder / MANIFEST_FILE).replace(folder / DAMAGED_FILE)
-    durable.sync_directory(folder)
+    if durable.is_local(folder):
+        (folder / MANIFEST_FILE).replace(folder / DAMAGED_FILE)
+        durable.sync_directory(folder)
+        return
+    # Objects cannot be renamed: a copy, then the end of the old one. Killed in between, it is found damaged again.
+    (folder / DAMAGED_FILE).write_bytes((folder / MANIFEST_FILE).read_bytes())
+    (folder / MANIFEST_FILE).unlink()
 
 
 def move_aside(folder: epath.Path) -> epath.Path:
