@@ -1,6 +1,7 @@
 """Quantised weights as GGUF blocks: what gguf's own reader makes of them is what they were, bit for bit."""
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -88,4 +89,13 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(small, tmp_path, monkeypa
     monkeypatch.setattr(gguf_small, "blocks", full)
     with pytest.raises(UserError, match=r"tiny-Q4_0.gguf could not be written: No space left on device"):
         write_gguf(small("mixed"), tmp_path, kind="BF16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_k_quants_without_llama_say_what_to_install(small, tmp_path, monkeypatch):
+    from phijax.checkpoint.gguf_k_quants import write_k_quants
+
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(UserError, match=r"made by llama.cpp, which is not installed: pip install 'phijax\[llama\]'"):
+        write_k_quants(small("mixed"), tmp_path, kind="Q4_K_M")
     assert not list(tmp_path.iterdir())

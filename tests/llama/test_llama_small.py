@@ -1,0 +1,119 @@
+"""What llama.cpp makes of quantised weights of ours, and the K-quants that it makes for us. Run: `make test-llama`."""
+
+import ctypes
+import dataclasses
+import os
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import real_model
+from etils import epath
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "checkpoint"))
+from gguf_case import Arrays, everything, logits, opened, random_arrays
+from small_weights_case import CASES, FUSED, Small
+from test_llama_cpp import load, theirs
+
+import phijax
+from phijax.checkpoint import gguf_k_quants, ours_export, quantized_export
+from phijax.checkpoint.gguf import open_gguf, write_gguf
+from phijax.checkpoint.open import open_checkpoint
+from phijax.errors import UserError
+from phijax.quantization import policy, report
+from phijax.quantization.rounding import round_to_nearest
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is built from source, 10 to 25 minutes: make test-llama")
+gguf = pytest.importorskip("gguf")
+
+WIDE = dataclasses.replace(FUSED, model_dim=256, num_heads=4, num_kv_heads=2, ffn_dim=512)  # K-quants: blocks of 256
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return Small(tmp_path_factory.mktemp("small"))
+
+
+def widened_by_llama(path, output):
+    """Our file, dequantised by llama.cpp itself. Its products of narrow weights would round the activations too."""
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.allow_requantize, settings.nthread = llama_cpp.LLAMA_FTYPE_ALL_F32, True, 1
+    assert llama_cpp.llama_model_quantize(os.fsencode(path), os.fsencode(output), ctypes.byref(settings)) == 0
+    return output
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_and_logits_are_ours(case, small, tmp_path):
+    opened = small(case)
+    path = write_gguf(opened, tmp_path / "m.gguf", kind="F32")
+    wide = widened_by_llama(path, tmp_path / "wide.gguf")
+    arrays = {leaf: array.astype(np.float32) for leaf, array in everything(opened.weights).items()}
+    for leaf, array in everything(open_gguf(wide).weights).items():
+        np.testing.assert_array_equal(array, arrays[leaf], err_msg=leaf)
+    tokens = np.random.default_rng(0).integers(0, 380, 48).tolist()
+    ours = logits(opened.model, arrays, tokens, length=64)
+    np.testing.assert_allclose(theirs(load(wide, 64), tokens), ours, atol=1e-4, rtol=0)  # of 4
+    narrow = theirs(load(path, 64), tokens)
+    assert np.sqrt(np.mean((narrow - ours) ** 2) / np.mean(ours**2)) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", "Q6_K"])
+def test_k_quants_are_read_by_us_and_near(kind, tmp_path):
+    source, said = opened(WIDE, random_arrays(WIDE)), []
+    path = gguf_k_quants.write_k_quants(source, tmp_path / "m.gguf", kind=kind, say=said.append)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.gguf"] and not said
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert kinds == ({"F32", "Q4_K", "Q6_K"} if kind == "Q4_K_M" else {"F32", "Q6_K"})
+    read = everything(open_gguf(path).weights)
+    for leaf, array in everything(source.weights).items():
+        error = np.linalg.norm(read[leaf] - array) / np.linalg.norm(array)
+        assert error < (0.09 if kind == "Q4_K_M" else 0.025), leaf  # 0.071 and 0.018 of normal weights
+    assert len(theirs(load(path, 64), [1, 2, 3])) == 3
+
+
+def test_of_quantised_weights_it_says_that_it_rounds_again(small, tmp_path):
+    said = []
+    gguf_k_quants.write_k_quants(small("mixed"), tmp_path, kind="Q5_K_M", say=said.append)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["tiny-Q5_K_M.gguf"]
+    assert len(said) == 1 and "is quantised already; Q5_K_M rounds a second time" in said[0]
+
+
+def test_what_llama_refuses_is_one_message_and_leaves_nothing(tmp_path, monkeypatch):
+    def garbage(opened, path, **settings):
+        path.write_bytes(b"GGUF no model")
+
+    monkeypatch.setattr(gguf_k_quants, "write_gguf", garbage)
+    with pytest.raises(UserError, match=r"llama.cpp could not make Q4_K_M of it: .*\S"):
+        gguf_k_quants.write_k_quants(opened(WIDE), tmp_path / "m.gguf", kind="Q4_K_M")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_nan_leave_nothing(tmp_path):
+    arrays = random_arrays(WIDE)
+    arrays["blocks/mlp/up"][1, 2, 3] = np.nan
+    with pytest.raises(UserError, match="holds NaN"):
+        gguf_k_quants.write_k_quants(opened(WIDE, weights=Arrays(arrays)), tmp_path / "m.gguf", kind="Q4_K_M")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow  # a gigabyte
+def test_a_real_model(tmp_path):
+    """SmolLM2-135M in int4_g64, embedding in int8. Measured KL: 5e-11 by llama.cpp's own dequantised weights; 0.006 by
+    its integer products, which round activations to eight bits."""
+    float_model = open_checkpoint(real_model.find_or_skip())
+    assigned = policy.assign(float_model.model, policy.parse("int4_g64_head8"))
+    quantized_export.write(float_model, epath.Path(tmp_path / "small"), assigned, round_to_nearest, method="rtn")
+    opened = open_checkpoint(tmp_path / "small")
+    path = write_gguf(opened, tmp_path / "m.gguf", kind="F32")
+    ours_export.write(opened, epath.Path(tmp_path / "wide"), dtype=None)  # what the integers stand for, in float32
+    model = phijax.load(tmp_path / "wide", max_length=512)
+    tokens = opened.tokenizer().encode((pathlib.Path(__file__).parents[2] / "README.md").read_text())[:200]
+    ours = np.asarray(model.logits(tokens))
+
+    def kl(file):
+        got = theirs(load(file, 512), tokens)
+        return report.summarise([report.compare(ours, got, np.roll(tokens, -1))]).kl_mean
+
+    assert kl(widened_by_llama(path, tmp_path / "wide.gguf")) < 1e-6
+    assert kl(path) < 0.02
