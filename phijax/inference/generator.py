@@ -228,10 +228,9 @@ class Generator:
 
     def _empty_cache(self, rows: int, length: int):
         parts = self.mesh.shape["tensor"] if self._path.cut_by_time is not None else 1
-        length = programs.cache_length(length)
-        # Whole blocks of keys on every chip.
-        length = -(-length // (parts * programs.CACHE_MULTIPLE)) * parts * programs.CACHE_MULTIPLE
-        return programs.cache_maker(self.model, self._path, rows, length, self._cache_layout)()
+        unit = programs.CHUNKS[-1]
+        lengths = programs.piece_lengths(length, unit if unit % parts == 0 else unit * parts)
+        return programs.cache_maker(self.model, self._path, rows, lengths, self._cache_layout)()
 
     def _rows(self, ids: list[list[int]], names: list[int], batch: int, penalises: bool) -> programs.Rows:
         surplus = [0] * (batch - len(ids))

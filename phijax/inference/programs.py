@@ -10,11 +10,12 @@ from jax.sharding import NamedSharding
 from phijax.inference.sampling import Plan, choose
 from phijax.model import cached
 from phijax.model.config import ModelConfig
+from phijax.model.kernels.decode import Pieces
 from phijax.model.kernels.rows import each_row
 
 # Buckets of a chunk of a prompt. A prompt is cut by its own length alone (see `chunks`).
 CHUNKS = (16, 64, 256)
-CACHE_MULTIPLE = 256
+LARGEST_PIECE = 16  # of a cache, in units of its smallest
 
 
 class Rows(NamedTuple):
@@ -38,14 +39,16 @@ def chunks(length: int) -> list[tuple[int, int, int]]:
     return pieces
 
 
-def cache_length(length: int) -> int:
-    """Places of a cache for sequences of `length`, rounded up: doubling to 4096, then in steps of 4096."""
-    if length > 4096:
-        return -(-length // 4096) * 4096
-    size = CACHE_MULTIPLE
-    while size < length:
-        size *= 2
-    return size
+def piece_lengths(length: int, unit: int = CHUNKS[-1]) -> tuple[int, ...]:
+    """Of the pieces of a cache for `length` places: a unit, then each as long as all before it, to 16 units.
+
+    What a row does not use of its last piece is read in vain: about a third of what it uses, half of it at worst. A
+    chunk of a prompt lies within a unit.
+    """
+    pieces = [unit]
+    while sum(pieces) < length:
+        pieces.append(min(sum(pieces), LARGEST_PIECE * unit))
+    return tuple(pieces)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,))
@@ -69,9 +72,8 @@ def prefill(
     Returns: logits float32, cache.
     """
     positions = start + jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    row = jnp.zeros(1, jnp.int32)
     x, cache = cached.hidden(
-        c, path, weights, cache, tokens[None], positions[None], row, frequencies[None], attention_factor
+        c, path, weights, cache, tokens[None], positions[None], frequencies[None], attention_factor
     )
     if every:
         return cached.logits(c, path, weights, x[0]), cache
@@ -84,7 +86,12 @@ def prefill(
 def insert(path: cached.Path, cache: cached.Cache, prompt: cached.Cache, row: jax.Array) -> cached.Cache:
     """The cache of one prompt becomes row `row` of a batch's; both hold the same positions, the batch's no fewer."""
     at = (row, 0, 0, 0) if path.unrolled else (0, row, 0, 0, 0)
-    return jax.tree.map(lambda whole, one: jax.lax.dynamic_update_slice(whole, one, at), cache, prompt)
+
+    def put(whole: Pieces, one: Pieces) -> Pieces:
+        n = len(one)
+        return jax.tree.map(lambda w, o: jax.lax.dynamic_update_slice(w, o, at), whole[:n], one) + whole[n:]
+
+    return tuple(map(put, cache, prompt)) if path.unrolled else put(cache, prompt)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 7))
@@ -102,11 +109,9 @@ def step(
     count: jax.Array | None,
 ):
     """Feeds each row's token and chooses its next. advance: (B,) int32, 1, or 0 for a row that has ended.
-    count: rows to compute one by one, which keeps the bits of each; None: all together.
+    count: rows that count, each with bits of its own; None: no such promise.
     Returns: logits (B, padded V), log-probabilities (B,), rows, cache.
     """
-    held = jax.tree.leaves(cache)[0].shape[-4]  # a batch of two may hold one row: see `each_row`
-    places = jnp.minimum(jnp.arange(rows.tokens.shape[0], dtype=jnp.int32), held - 1)
     x, cache = cached.hidden(
         c,
         path,
@@ -114,7 +119,6 @@ def step(
         cache,
         rows.tokens[:, None],
         rows.positions[:, None],
-        places,
         frequencies,
         attention_factor,
         count,
@@ -143,6 +147,6 @@ def _chosen(plan: Plan, settings, logits: jax.Array, rows: Rows, count: jax.Arra
 
 
 @functools.lru_cache(maxsize=64)
-def cache_maker(c: ModelConfig, path: cached.Path, rows: int, length: int, layout: NamedSharding):
+def cache_maker(c: ModelConfig, path: cached.Path, rows: int, lengths: tuple[int, ...], layout: NamedSharding):
     """Compiled: () -> an empty cache, made where it lies."""
-    return jax.jit(lambda: cached.empty_cache(c, path, rows, length), out_shardings=layout)
+    return jax.jit(lambda: cached.empty_cache(c, path, rows, lengths), out_shardings=layout)

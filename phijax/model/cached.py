@@ -6,7 +6,7 @@ lie where they are used (`inference/resident.py`), and XLA carries their cuts th
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from phijax.model import params as model_params
 from phijax.model.config import ModelConfig
 from phijax.model.decoder import Block, Decoder
 from phijax.model.kernels.decode import attention_cut_by_time, cached_attention, write
-from phijax.model.kernels.rows import each_row
+from phijax.model.kernels.rows import kept_apart, row_sum
 from phijax.model.params import STACKED, Params
 from phijax.model.quantized import Quantized
 from phijax.model.rope import apply_rope
@@ -27,7 +27,7 @@ from phijax.model.weights import WeightFormat, lookup, project, project_back
 Weights = dict[str, Any]  # as Params, but "blocks" is a tuple of trees where layers are unrolled
 HEAD = "head"
 PROJECTED = frozenset({"q", "k", "v", "gate", "up"})
-Cache = Any  # (k, v), each (R, K, S, H): a tuple of these, or one with L in front
+Cache = Any  # pieces as in `kernels/decode.py`: a tuple of these, one a layer, or one with L in front
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +78,14 @@ def _swapped(leaf: jax.Array | WeightFormat) -> jax.Array | WeightFormat:
     return jax.tree.map(lambda a: jnp.swapaxes(a, -1, -2), leaf)
 
 
-def empty_cache(c: ModelConfig, path: Path, rows: int, length: int) -> Cache:
-    """A cache of `rows` rows and `length` places, all zero."""
-    shape = (rows, c.num_kv_heads, length, c.head_dim)
-    if path.unrolled:
-        return tuple((jnp.zeros(shape, path.dtype), jnp.zeros(shape, path.dtype)) for _ in range(c.num_layers))
-    return jnp.zeros((c.num_layers, *shape), path.dtype), jnp.zeros((c.num_layers, *shape), path.dtype)
+def empty_cache(c: ModelConfig, path: Path, rows: int, lengths: Sequence[int]) -> Cache:
+    """A cache of `rows` rows in pieces of these lengths, all zero."""
+
+    def pieces(*layers: int):
+        shapes = [(*layers, rows, c.num_kv_heads, length, c.head_dim) for length in lengths]
+        return tuple((jnp.zeros(shape, path.dtype), jnp.zeros(shape, path.dtype)) for shape in shapes)
+
+    return tuple(pieces() for _ in range(c.num_layers)) if path.unrolled else pieces(c.num_layers)
 
 
 def hidden(
@@ -93,19 +95,18 @@ def hidden(
     cache: Cache,
     tokens: jax.Array,
     positions: jax.Array,
-    rows: jax.Array,
     frequencies: jax.Array,
     attention_factor: float,
     count: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """New tokens of some of the cache's rows through all layers; their keys and values are written first.
+    """New tokens of the cache's rows through all layers; their keys and values are written first.
 
     Args:
       tokens, positions: (B, T) int32, positions rising by one; what the cache holds at later places is not seen.
-      rows: (B,) int32, rows of the cache.
+        Rows beyond those of the cache are surplus: computed, and nothing.
       frequencies: (B, R/2) float32, radians per token of each row; with `attention_factor`, as
         `rope.inverse_frequencies` gives them.
-      count: as `each_row` takes it.
+      count: how many rows count, each with bits of its own, see `kernels/rows.py`; None: no such promise.
     Returns: (B, T, D) after the final norm, and the cache.
     """
     rope = _rope_table(c, path, positions, frequencies, attention_factor)
@@ -113,7 +114,7 @@ def hidden(
     x = lookup(top.embedding, tokens, path.dtype)
 
     def body(x, layer, cache):
-        return _block(c, path, _module(c, path, weights, layer).blocks, x, rope, cache, rows, positions, count)
+        return _block(c, path, _module(c, path, weights, layer).blocks, x, rope, cache, positions, count)
 
     if path.unrolled:
         new = []
@@ -123,7 +124,7 @@ def hidden(
         cache = tuple(new)
     else:
         x, cache = jax.lax.scan(lambda x, both: body(x, *both), x, (weights[STACKED], cache))
-    return each_row(top.final_norm, count)(x), cache
+    return top.final_norm(x, None if count is None else row_sum), cache
 
 
 def logits(c: ModelConfig, path: Path, weights: Weights, x: jax.Array) -> jax.Array:
@@ -138,32 +139,31 @@ def logits(c: ModelConfig, path: Path, weights: Weights, x: jax.Array) -> jax.Ar
     return jnp.where(jnp.arange(head.shape[0]) < c.vocab_size, values, -jnp.inf)
 
 
-def _block(c, path, block: Block, x, rope, cache, rows, positions, count):
+def _block(c, path, block: Block, x, rope, cache, positions, count):
     """One layer, the residual block of decoder.Block: x (B, T, D), cache (k, v) -> both anew.
 
-    With `count`, what sums along a row does so row by row; products do not need it, see `Path.transposed`.
+    Products give a row its own bits anyway, see `Path.transposed`.
     """
     a, mlp = block.attention, block.mlp
+    sums = None if count is None else row_sum
 
     def split(h: jax.Array, w, heads: int) -> jax.Array:
         return _flat(project, h, w).reshape(*h.shape[:2], heads, -1).swapaxes(1, 2)
 
-    h = each_row(block.attention_norm, count)(x)
+    h = block.attention_norm(x, sums)
     q, k, v = split(h, a.q, c.num_heads), split(h, a.k, c.num_kv_heads), split(h, a.v, c.num_kv_heads)
     q, k = (apply_rope(y, rope, c, by_matmul=path.rope_by_matmul) for y in (q, k))
-    k_cache, v_cache = (
-        write(old, new, rows, positions[:, 0], count=count) for old, new in zip(cache, (k, v), strict=True)
-    )
+    if count is not None:
+        q, k = kept_apart((q, k), count)  # of a rotation fused with what comes next the bits depend on the shape
+    cache = write(cache, k, v, positions[:, 0], cut_by_time=path.cut_by_time is not None)
     if path.cut_by_time is None:
-        out = cached_attention(q, k_cache, v_cache, rows, positions, window=c.sliding_window, count=count)
+        out = cached_attention(q, cache, positions, window=c.sliding_window, row_sum=sums)
     else:
-        out = attention_cut_by_time(
-            q, k_cache, v_cache, rows, positions, window=c.sliding_window, mesh=path.cut_by_time
-        )
+        out = attention_cut_by_time(q, cache, positions, window=c.sliding_window, mesh=path.cut_by_time)
     x = x + _flat(project_back, out.swapaxes(1, 2).reshape(*x.shape[:2], -1), a.o)
-    h = each_row(block.mlp_norm, count)(x)
+    h = block.mlp_norm(x, sums)
     h = jax.nn.silu(_flat(project, h, mlp.gate)) * _flat(project, h, mlp.up)
-    return x + _flat(project_back, h, mlp.down), (k_cache, v_cache)
+    return x + _flat(project_back, h, mlp.down), cache
 
 
 def _flat(verb: Callable, x: jax.Array, w) -> jax.Array:

@@ -110,7 +110,7 @@ def test_what_goes_into_the_program_is_quantized(small, platform):
     weights = resident.place(
         MODEL, path, load_params(open_checkpoint(small), mesh, dtype=path.dtype, keep_quantized=True), mesh
     )
-    cache = programs.cache_maker(MODEL, path, 1, 256, resident.cache_sharding(MODEL, path, mesh))()
+    cache = programs.cache_maker(MODEL, path, 1, (256,), resident.cache_sharding(MODEL, path, mesh))()
     frequencies = np.zeros(MODEL.rotary_dim // 2, np.float32)
     tokens = np.zeros(16, np.int32)
     zero = np.int32(0)

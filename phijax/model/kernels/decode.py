@@ -1,10 +1,14 @@
 """Attention of new tokens over a cache of keys and values: prefill, decoding, and both cut over chips by time.
 
-Keys are visited in blocks of fixed size, from the first that a query may see to the last, with a running softmax
-(Milakov and Gimelshein 2018, arXiv:1805.02867). A masked key adds an exact zero, so the result depends neither on how
-long the cache is nor on what other rows are in the batch.
+A cache is a tuple of pieces, each (k, v) of (R, K, S, H): the first holds positions 0 to S - 1, the next goes on. Pieces
+that no row has reached are not read, and the others are read where they lie: of one large array XLA:CPU copies whatever
+part a product asks for, which was half of a step with eight rows.
+
+The softmax runs on from piece to piece (Milakov and Gimelshein 2018, arXiv:1805.02867). A masked key adds an exact
+zero, so the result depends neither on how many pieces there are nor on what other rows are in the batch.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,118 +16,158 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from phijax.model.kernels.dense import MASKED
-from phijax.model.kernels.rows import each_row
 
-BLOCK = 128  # keys
+PROMPT_BLOCK = 256  # keys that many queries see at once: scores of a whole long piece would not fit
+
+Pieces = tuple[tuple[jax.Array, jax.Array], ...]
 
 
 class Partial(NamedTuple):
-    """A softmax over some of the keys, to be joined with that over the others."""
+    """A softmax over some of the keys, to be joined with that over the others; M = N / K * T."""
 
-    weighted: jax.Array  # (K, M, H) float32: sum of exp(score - highest) v
-    highest: jax.Array  # (K, M) float32
-    total: jax.Array  # (K, M) float32: sum of exp(score - highest)
+    weighted: jax.Array  # (R, K, M, H) float32: sum of exp(score - highest) v
+    highest: jax.Array  # (R, K, M) float32
+    total: jax.Array  # (R, K, M) float32: sum of exp(score - highest)
 
 
 def cached_attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rows: jax.Array,
+    cache: Pieces,
     positions: jax.Array,
     *,
     window: int | None,
-    count: jax.Array | None,
+    row_sum: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v over the keys at positions <= the query's, at most `window` of them.
 
     Args:
-      q: (B, N, T, H); k, v: (R, K, S, H), place s of a row holding position s.
-      rows: (B,) int32, the cache's row of each query row.
+      q: (B, N, T, H); of more rows than the cache has, the surplus gets zeros.
       positions: (B, T) int32, rising by one.
-      count: as `each_row` takes it.
+      row_sum: adds up the last axis in an order of its own; None: as the compiler likes.
     Returns: (B, N, T, H) in q.dtype.
     """
-
-    def one(q, row, positions):
-        return _finish(_partial(q, k, v, row, positions, window, first=jnp.int32(0)), q)
-
-    return each_row(jax.vmap(one), count)(q, rows, positions)
+    rows = cache[0][0].shape[0]
+    part = _over_pieces(q[:rows], cache, positions[:rows], window, row_sum=row_sum)
+    return jnp.pad(_finish(part, q[:rows]), [(0, q.shape[0] - rows), (0, 0), (0, 0), (0, 0)])
 
 
 def attention_cut_by_time(
-    q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, positions: jax.Array, *, window: int | None, mesh: Mesh
+    q: jax.Array, cache: Pieces, positions: jax.Array, *, window: int | None, mesh: Mesh
 ) -> jax.Array:
     """The same function where S is cut over `tensor`: every chip sees its keys, and logsumexps join the parts."""
+    rows = cache[0][0].shape[0]
 
-    def local(q, k, v, rows, positions):
-        first = jax.lax.axis_index("tensor") * k.shape[2]
-
-        def one(q, row, positions):
-            part = _partial(q, k, v, row, positions, window, first=first)
-            highest = jax.lax.pmax(part.highest, "tensor")
-            scale = jnp.exp(part.highest - highest)
-            joined = Partial(part.weighted * scale[..., None], highest, part.total * scale)
-            weighted, total = jax.lax.psum((joined.weighted, joined.total), "tensor")
-            return _finish(Partial(weighted, highest, total), q)
-
-        return jax.vmap(one)(q, rows, positions)
+    def local(q, cache, positions):
+        part = _over_pieces(q, cache, positions, window, part=jax.lax.axis_index("tensor"), parts=mesh.shape["tensor"])
+        highest = jax.lax.pmax(part.highest, "tensor")
+        scale = jnp.exp(part.highest - highest)
+        weighted, total = jax.lax.psum((part.weighted * scale[..., None], part.total * scale), "tensor")
+        return _finish(Partial(weighted, highest, total), q)
 
     whole, cut = PartitionSpec(), PartitionSpec(None, None, "tensor")
-    return jax.shard_map(local, mesh=mesh, in_specs=(whole, cut, cut, whole, whole), out_specs=whole, check_vma=False)(
-        q, k, v, rows, positions
+    out = jax.shard_map(local, mesh=mesh, in_specs=(whole, cut, whole), out_specs=whole, check_vma=False)(
+        q[:rows], cache, positions[:rows]
     )
+    return jnp.pad(out, [(0, q.shape[0] - rows), (0, 0), (0, 0), (0, 0)])
 
 
-def write(cache: jax.Array, new: jax.Array, rows: jax.Array, start: jax.Array, *, count: jax.Array | None) -> jax.Array:
-    """Puts `new` (B, K, T, H) at places start (B,) of the cache's rows (B,); in place where the cache is donated."""
-    if new.shape[0] == 1 and count is None:
-        return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (rows[0], 0, start[0], 0))
-    if count is not None:
+def write(cache: Pieces, k: jax.Array, v: jax.Array, start: jax.Array, *, cut_by_time: bool) -> Pieces:
+    """Puts k and v (B, K, T, H) at positions start (B,) of the cache's rows; in place where the cache is donated.
 
-        def put(i, cache):
-            piece = jax.lax.dynamic_slice_in_dim(new, i, 1).astype(cache.dtype)
-            return jax.lax.dynamic_update_slice(cache, piece, (rows[i], 0, start[i], 0))
+    New places lie within one piece, whatever their number. Surplus rows are not written.
 
-        return jax.lax.fori_loop(0, count, put, cache)
-    places = start[:, None] + jnp.arange(new.shape[2])  # (B, T)
-    # Indices around the slice come first in the result: (B, T, K, H).
-    return cache.at[rows[:, None], :, places].set(new.swapaxes(1, 2).astype(cache.dtype))
+    Args: cut_by_time: S is cut over chips.
+    """
+    first, out = 0, []
+    for piece in cache:
+        place = start - first
+        out.append(tuple(_write(a, new, place, cut_by_time) for a, new in zip(piece, (k, v), strict=True)))
+        first += piece[0].shape[2]
+    return tuple(out)
 
 
-def _partial(q, k, v, row, positions, window: int | None, *, first: jax.Array) -> Partial:
-    """One row, q (N, T, H), over those of the cache's keys that it sees; place 0 of this cache is position `first`."""
-    n, t, h = q.shape
-    kv_heads, length = k.shape[1:3]
-    block = min(BLOCK, length)
-    grouped = (q * h**-0.5).reshape(kv_heads, n // kv_heads * t, h)
-    places = jnp.tile(positions, n // kv_heads) - first  # (M,), M = N / K * T
-    lowest = jnp.int32(0) if window is None else jnp.maximum(positions[0] - first - window + 1, 0)
-    end = jnp.clip((positions[-1] - first) // block + 1, 0, length // block)
+def _write(piece: jax.Array, new: jax.Array, place: jax.Array, cut: bool) -> jax.Array:
+    rows, _, length, _ = piece.shape
+    new = new.astype(piece.dtype)
 
-    def visit(number, part: Partial) -> Partial:
-        start = number * block
-        keys, values = (
-            jax.lax.dynamic_slice(a, (row, 0, start, 0), (1, kv_heads, block, h))[0].astype(q.dtype) for a in (k, v)
-        )
-        scores = jnp.einsum("kmh,ksh->kms", grouped, keys, preferred_element_type=jnp.float32)
-        distance = places[:, None] - (start + jnp.arange(block))
-        seen = distance >= 0
-        if window is not None:
-            seen &= distance < window
-        scores = jnp.where(seen, scores, MASKED)
-        highest = jnp.maximum(part.highest, jnp.max(scores, axis=-1))
-        weights = jnp.where(seen, jnp.exp(scores - highest[..., None]), 0.0)
-        scale = jnp.exp(part.highest - highest)
-        new = jnp.einsum("kms,ksh->kmh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
-        return Partial(part.weighted * scale[..., None] + new, highest, part.total * scale + jnp.sum(weights, axis=-1))
+    def put(row, piece):
+        at = (row, 0, jnp.clip(place[row], 0, length - new.shape[2]), 0)
+        ours = (place[row] >= 0) & (place[row] < length)
+        of_row = jax.lax.dynamic_slice_in_dim(new, row, 1)
+        old = jax.lax.dynamic_slice(piece, at, of_row.shape)
+        return jax.lax.dynamic_update_slice(piece, jnp.where(ours, of_row, old), at)
 
-    nothing = Partial(
+    if not cut:
+        return jax.lax.fori_loop(0, rows, put, piece)
+    places = place[:rows, None] + jnp.arange(new.shape[2])  # (R, T)
+    places = jnp.where(places < 0, length, places)  # a negative index would count from the end
+    # Indices around the slice come first in the result: (R, T, K, H).
+    return piece.at[jnp.arange(rows)[:, None], :, places].set(new[:rows].swapaxes(1, 2), mode="drop")
+
+
+def _over_pieces(
+    q: jax.Array,
+    cache: Pieces,
+    positions: jax.Array,
+    window: int | None,
+    *,
+    row_sum: Callable | None = None,
+    part: jax.Array | int = 0,
+    parts: int = 1,
+) -> Partial:
+    """q (R, N, T, H) over this chip's part of every piece, part number `part` of `parts`."""
+    r, n, t, h = q.shape
+    kv_heads = cache[0][0].shape[1]
+    grouped = (q * h**-0.5).reshape(r, kv_heads, n // kv_heads * t, h)
+    places = jnp.tile(positions, n // kv_heads)  # (R, M)
+    out = Partial(
         jnp.zeros(grouped.shape, jnp.float32),
-        jnp.full(grouped.shape[:2], MASKED, jnp.float32),
-        jnp.zeros(grouped.shape[:2], jnp.float32),
+        jnp.full(grouped.shape[:3], MASKED, jnp.float32),
+        jnp.zeros(grouped.shape[:3], jnp.float32),
     )
-    return jax.lax.fori_loop(lowest // block, end, visit, nothing)
+    start = 0
+    for k, v in cache:
+        length = k.shape[2]
+        block = length if t == 1 else min(length, PROMPT_BLOCK)
+        here = places - (start + part * length)
+        end = jnp.clip(jnp.max(here) // block + 1, 0, length // block)
+        lowest = jnp.int32(0) if window is None else jnp.clip((jnp.min(here) - window + 1) // block, 0, length // block)
+
+        def visit(number, out: Partial, k=k, v=v, here=here, block=block) -> Partial:
+            keys, values = (jax.lax.dynamic_slice_in_dim(a, number * block, block, axis=2) for a in (k, v))
+            return _joined(out, grouped, keys, values, here - number * block, window, row_sum)
+
+        if block < length:
+            out = jax.lax.fori_loop(lowest, end, visit, out)
+        else:
+            out = jax.lax.cond(lowest < end, lambda out, visit=visit: visit(0, out), lambda out: out, out)
+        start += length * parts
+    return out
+
+
+def _joined(
+    part: Partial,
+    grouped: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    places: jax.Array,
+    window: int | None,
+    row_sum: Callable | None,
+) -> Partial:
+    """`part` with queries (R, K, M, H) over more keys, (R, K, S, H); query m stands at place `places` (R, M) of them."""
+    dtype = grouped.dtype
+    scores = jnp.einsum("rkmh,rksh->rkms", grouped, keys.astype(dtype), preferred_element_type=jnp.float32)
+    distance = places[:, None, :, None] - jnp.arange(keys.shape[2])
+    seen = distance >= 0
+    if window is not None:
+        seen &= distance < window
+    scores = jnp.where(seen, scores, MASKED)
+    highest = jnp.maximum(part.highest, jnp.max(scores, axis=-1))
+    weights = jnp.where(seen, jnp.exp(scores - highest[..., None]), 0.0)
+    scale = jnp.exp(part.highest - highest)
+    new = jnp.einsum("rkms,rksh->rkmh", weights.astype(dtype), values.astype(dtype), preferred_element_type=jnp.float32)
+    total = jnp.sum(weights, axis=-1) if row_sum is None else row_sum(weights)
+    return Partial(part.weighted * scale[..., None] + new, highest, part.total * scale + total)
 
 
 def _finish(part: Partial, q: jax.Array) -> jax.Array:

@@ -1,4 +1,7 @@
-"""Rows of a batch one after another, so that the bits of each do not depend on the others."""
+"""What keeps the bits of a batch's row from its place and from the other rows.
+
+On CPU even a sum along a row can depend on the row's place: XLA chooses by the batch how vectors and threads share it.
+"""
 
 from collections.abc import Callable
 
@@ -6,10 +9,30 @@ import jax
 import jax.numpy as jnp
 
 
+def row_sum(x: jax.Array) -> jax.Array:
+    """(..., D) -> (...): halves added to each other until one is left, an order that the shape of a row alone decides.
+
+    Only additions of whole arrays, which no compiler reorders. D is filled up with zeros to a power of two.
+    """
+    size = 1 << (x.shape[-1] - 1).bit_length()
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
+    while size > 1:
+        size //= 2
+        x = x[..., :size] + x[..., size:]
+    return x[..., 0]
+
+
+def kept_apart(arrays, count: jax.Array):
+    """`arrays` as they are, computed before what uses them and not as part of it. count: any positive number.
+
+    A product and a sum that are compiled together may round once instead of twice. XLA:CPU drops optimisation barriers
+    before it fuses; the arguments of a branch it does compute.
+    """
+    return jax.lax.cond(count > 0, lambda arrays: arrays, lambda arrays: jax.tree.map(jnp.zeros_like, arrays), arrays)
+
+
 def each_row(f: Callable, count: jax.Array | None) -> Callable:
     """`f`, arrays (B, ...) -> array or tuple of arrays (B, ...): all rows at once, or each as a batch of one.
-
-    On CPU even a sum along a row can depend on the row's place in the batch, as vectors may lie across rows.
 
     The loop's length is an argument of the program and the arrays have two rows or more: of arrays with one row, or of
     a loop that is known to turn once, XLA makes other code, with other bits.
