@@ -11,8 +11,9 @@ def get_config():
     c = phijax.config.defaults()
     c.model.preset = "phi3_mini_128k"
     c.model.sliding_window = None
-    c.model.remat = "save_attention"
+    c.model.remat = "save_all"
     c.mesh = dict(data=1, fsdp=16, context=8)  # 128 chips; a sequence of 128K is 16K tokens a chip
+    c.compiler.profile = "sparse_core"  # keys and values are gathered while the core works
     c.data.phases = [
         dict(steps=2000, sequence_length=32_768, global_batch_size=64, mixture=[dict(path="shards/long", weight=1)]),
         dict(steps=2000, sequence_length=131_072, global_batch_size=16, mixture=[dict(path="shards/long", weight=1)]),

@@ -14,7 +14,7 @@ BLOCK_COMPUTE = 512  # inner step over keys: bounds the scores held in VMEM
 # The backward kernel leaves a dq for every block of keys, as large as the queries each: in blocks of 1024 of 131072
 # keys 128 of them, 17 GB of a chip and 1.8 of 10.7 s by the compiler's count. Longer blocks keep their number down.
 MOST_BLOCKS_OF_KEYS = 32
-LONGEST_BLOCK = 4096  # what VMEM holds of keys, values, their gradients
+LONGEST_BLOCK = 2048  # of keys, values and their gradients; 4096 are more than the VMEM that a kernel may use
 
 # Under this name remat policies keep the kernel's output and log-sum-exp, without which its forward runs twice.
 RESIDUALS = "attention_residuals"
