@@ -53,7 +53,7 @@ class Fitted:
 
 FITTED = {
     "v5e": Fitted(matrix=0.93, stacks=0.58, sums=0.030, partial_sums=0.028, elementwise=12.0, hides_gathers=True),
-    "v5p": Fitted(matrix=0.77, stacks=0.58, sums=0.018, partial_sums=0.0115, elementwise=8.0, hides_gathers=False),
+    "v5p": Fitted(matrix=0.77, stacks=0.58, sums=0.018, partial_sums=0.0050, elementwise=8.0, hides_gathers=False),
     "v6e": Fitted(matrix=0.60, stacks=0.20, sums=0.025, partial_sums=0.026, elementwise=12.0, hides_gathers=False),
 }
 
@@ -230,7 +230,7 @@ class _Local:
         self.saved = self.compute * (c.model_dim + sum(n for name, n in sizes_of.items() if name in kept))
         self.again = {name: 0 if name in kept else self.compute * n for name, n in sizes_of.items()}
         self.residual_bytes = self.tokens * c.model_dim * self.compute
-        self.kv_bytes = self.tokens * sizes["context"] * kv * self.compute
+        self.kv_bytes = self.tokens * sizes["context"] * self.kv_heads * c.head_dim * self.compute
         # The backward pass of a layer: partial dq of every block of keys, gate and up and their gradients, heads.
         length = shape[2]
         self.blocks_of_keys = -(-length // backward_block(length, part_length(length, sizes["context"])))

@@ -26,7 +26,7 @@ class Facts:
     text: str
     peak: int
     estimate: Estimate
-    weights: frozenset[int]  # elements of each projection of a layer, whole
+    weights: frozenset[int]  # elements of each projection of a layer, whole; without grouped k and v
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Kind of collective -> bytes of whole arrays in a step, over groups of any size."""
@@ -59,10 +59,12 @@ def facts(recipe: Recipe, mesh: Mesh, topology: str, shape: BatchShape, options:
     """Compiles the step for chips that are not here."""
     compiled = lower_train_step(recipe, mesh, shape).compile(compiler_options=options)
     text = compiled.as_text()
+    c, axes = recipe.model, params.axes(recipe.model)
+    grouped = c.num_kv_heads < c.num_heads  # such k and v are small: a chip's part of them may be cut at any row
     weights = frozenset(
         math.prod(dims[1:])
-        for path, dims in params.shapes(recipe.model).items()
-        if path.startswith(f"{params.STACKED}/") and len(dims) == 3
+        for path, dims in params.shapes(c).items()
+        if path.startswith(f"{params.STACKED}/") and len(dims) == 3 and not (grouped and "kv_heads" in axes[path])
     )
     estimate = estimator.estimate(text, chip_of(topology), torus_of(topology, mesh.devices.flat))
     return Facts(text, compiled.memory_analysis().peak_memory_in_bytes, estimate, weights)
@@ -80,11 +82,11 @@ class Recorded:
 def check(found: Facts, recorded: Recorded) -> None:
     """The gate: every exact fact, each with what it says when it is broken."""
     peak, cycles = found.peak / 2**30, found.estimate.core_cycles
-    assert peak < 1.03 * recorded.peak, f"HBM grew: {peak:.3f} GiB, {recorded.peak} when this was written"
+    assert peak < 1.02 * recorded.peak, f"HBM grew: {peak:.3f} GiB, {recorded.peak} when this was written"
     moved = {kind: size / 1e6 for kind, size in found.bytes_by_kind().items()}
     assert moved.keys() == recorded.megabytes.keys(), moved
     for kind, size in recorded.megabytes.items():
-        assert moved[kind] == pytest.approx(size, rel=0.01, abs=0.05), f"{kind}: {moved}"
+        assert moved[kind] == pytest.approx(size, rel=0.01, abs=0.1), f"{kind}: {moved}"
     assert found.whole_sums_in_loops() == [], "gradients are summed whole, and cut afterwards"
     assert found.relayouts() == [], "weights are laid out anew in a loop"
     assert cycles == pytest.approx(recorded.cycles, rel=CYCLES), "the compiler's cycles outside collectives and kernels"
