@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-slow test-llama test-mlx lint format benchmarks parity-peers clean
+.PHONY: setup demo test test-slow test-llama test-mlx test-onnx lint format benchmarks parity-peers clean
 
 setup: $(VENV)/.installed
 
@@ -31,6 +31,10 @@ $(VENV)/.installed-mlx: $(VENV)/.installed-test $(VENV)/.installed-real
 	$(PIP) --editable '.[test,mlx]'
 	touch $@
 
+$(VENV)/.installed-onnx: $(VENV)/.installed-test
+	$(PIP) --editable '.[test,onnx]'
+	touch $@
+
 demo: setup
 	$(BIN)/python experiments/python_text.py --output=build/python_text_raw
 	$(BIN)/phijax prepare --input=build/python_text_raw --output=build/python_text \
@@ -50,6 +54,7 @@ demo: setup
 # One line at the end that says how many passed, also for a reader of logs.
 test: $(VENV)/.installed-test
 	@test -e $(VENV)/.installed-llama || echo "Skipped: what llama.cpp makes of our files (make test-llama builds it from source)."
+	@test -e $(VENV)/.installed-onnx || echo "Skipped: what ONNX Runtime GenAI makes of our folders (make test-onnx brings it, 48 MB)."
 	@test -e $(VENV)/.installed-mlx || echo "Skipped: what mlx-lm makes of our files (make test-mlx brings it, 355 MB)."
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 
@@ -63,6 +68,10 @@ test-llama: $(VENV)/.installed-llama
 # What mlx-lm makes of our MLX folders, on the CPU: 355 MB of wheels.
 test-mlx: $(VENV)/.installed-mlx
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "slow or not slow" tests/mlx
+
+# Whether ONNX Runtime GenAI's builder takes our folders.
+test-onnx: $(VENV)/.installed-onnx
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/onnx
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
