@@ -67,11 +67,11 @@ test-llama: $(VENV)/.installed-llama
 
 # What mlx-lm makes of our MLX folders, on the CPU: 355 MB of wheels.
 test-mlx: $(VENV)/.installed-mlx
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "slow or not slow" tests/mlx
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "slow or not slow" tests/mlx_reader
 
 # Whether ONNX Runtime GenAI's builder takes our folders.
 test-onnx: $(VENV)/.installed-onnx
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/onnx
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/onnx_builder
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
