@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 from absl import app, flags
 
@@ -83,16 +84,18 @@ class Job:
         _run(sys.executable, "-m", "phijax.prepare", f"--input={text}", f"--output={shards}",
              "--vocab_size=1024", "--block=128", "--num_shards=2")  # fmt: skip
 
-    def live(self, workdir: pathlib.Path, every: int, seconds: float, victim: int) -> None:
-        """One life: started, its `victim`-th process killed after `seconds`, the others awaited."""
+    def live(self, workdir: pathlib.Path, every: int, until: Callable[[], bool], victim: int) -> None:
+        """One life: started, its `victim`-th process killed when `until` says so, the others awaited."""
         workdir.mkdir(exist_ok=True)
         if not (workdir / "compile_cache").exists():  # a life is too short to be spent compiling
             (self.folder / "compiled").mkdir(exist_ok=True)
             (workdir / "compile_cache").symlink_to(self.folder / "compiled")
         children = [self._start(workdir, every, number) for number in range(FLAGS.processes)]
         try:
-            time.sleep(seconds)
-            if any(child.poll() is not None for child in children):
+            while not until():
+                time.sleep(0.02)
+                if all(child.poll() is None for child in children):
+                    continue
                 raise RuntimeError("a process ended by itself:\n" + (workdir / "process-0.txt").read_text()[-2000:])
             children[victim].send_signal(signal.SIGKILL)
             for child in children:
@@ -163,13 +166,21 @@ def measure(workdir: pathlib.Path, interval: int, ended: float) -> Measured:
 
 
 def run(job: Job, name: str, every: int, kills: list[tuple[float, int]]) -> Measured:
-    """A run from nothing, through all its lives."""
+    """A run from nothing, through all its lives; kills: (seconds from the start, process)."""
     workdir = job.folder / name
     for seconds, victim in kills:
-        job.live(workdir, every, seconds, victim)
+        end = time.monotonic() + seconds
+        job.live(workdir, every, lambda end=end: time.monotonic() > end, victim)
     found = measure(workdir, every, time.time())
     shutil.rmtree(workdir)
     return found
+
+
+def calibrate(job: Job, every: int = 5, saves: int = 4) -> Measured:
+    """One life of a few saves, however long it takes to compile."""
+    workdir = job.folder / "calibration"
+    job.live(workdir, every, lambda: len(list(workdir.glob("checkpoints/*/manifest.json"))) == saves - 1, 0)
+    return measure(workdir, every, time.time())
 
 
 def main(_) -> None:
@@ -180,7 +191,7 @@ def main(_) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         job = Job(pathlib.Path(temporary))
         job.prepare()
-        first = run(job, "calibration", 10, [(1.2 * FLAGS.kill_every, 0)])  # compiles, too
+        first = calibrate(job)
         best = best_interval(first.save_seconds, FLAGS.kill_every) / first.step_seconds
         print(f"{FLAGS.processes} processes, {FLAGS.lives} lives of {FLAGS.kill_every:g} s on average: a step "
               f"{first.step_seconds:.2f} s, a save {first.save_seconds:.2f} s; the formula's best interval is "
