@@ -104,7 +104,11 @@ def _write_weights(opened, output, max_shard_bytes: int) -> int:
 
 def _write_gguf(opened, output) -> int:
     if FLAGS.dry_run:
-        print(f"would write {output} as GGUF {FLAGS.kind}: {_count(opened):,} weights")
+        from phijax.checkpoint.small_matrices import schemes_of
+
+        keeps = schemes_of(opened) and FLAGS.kind not in K_QUANTS
+        kept = "quantised weights as Q4_0 and Q8_0, others as " if keeps else ""
+        print(f"would write {output} as GGUF, {kept}{FLAGS.kind}: {_count(opened):,} weights")
         return EXIT_DONE
     from phijax.checkpoint.gguf import write_card, write_gguf  # the format's package is an extra
 

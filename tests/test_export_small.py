@@ -66,10 +66,12 @@ def test_what_is_written_is_said_with_its_size(format, small, tmp_path, capsys):
     assert "## Small weights" in (output / "README.md").read_text()
 
 
-@pytest.mark.parametrize("format", ["compressed_tensors", "mlx"])
+@pytest.mark.parametrize("format", SAID)
 def test_dry_run_writes_nothing(format, small, tmp_path, capsys):
     assert run(f"--checkpoint={small}", f"--format={format}", f"--output={tmp_path / 'out'}", "--dry_run") == 0
-    assert "would write" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    printed = capsys.readouterr().out
+    assert "would write" in printed and not list(tmp_path.iterdir())
+    assert ("Q4_0 and Q8_0, others as BF16" in printed) == (format == "gguf")
 
 
 @pytest.mark.parametrize("format", ["compressed_tensors", "mlx"])

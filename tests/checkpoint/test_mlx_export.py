@@ -1,4 +1,4 @@
-"""MLX folders of ours, byte for byte by the format's rule. What mlx-lm makes of them: tests/mlx_reader, `make test-mlx`."""
+"""MLX folders of ours, byte for byte by the format. What mlx-lm makes of them: tests/mlx_reader, `make test-mlx`."""
 
 import dataclasses
 import json
