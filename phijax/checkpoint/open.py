@@ -35,7 +35,7 @@ def open_checkpoint(path: epath.PathLike) -> Opened:
             + (" phijax downloads nothing: give a folder that you have." if hub else "")
         )
     if not path.is_dir():
-        if path.suffix == ".gguf":
+        if path.suffix == ".gguf" or _begins_as_gguf(path):  # a blob of Ollama's has no suffix
             from phijax.checkpoint.gguf import open_gguf  # the format's package is an extra
 
             return open_gguf(path)
@@ -48,9 +48,14 @@ def open_checkpoint(path: epath.PathLike) -> Opened:
     raise UserError(f"{path} is no checkpoint: it has {_listing(path)}.\n{LOOKED_FOR}")
 
 
+def _begins_as_gguf(path: epath.Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
 LOOKED_FOR = (
     "A checkpoint is: the workdir of a run (checkpoints/), the folder of one of its steps (manifest.json and state/), "
-    "a Hugging Face folder (config.json and *.safetensors), or a file *.gguf."
+    "a Hugging Face folder (config.json and *.safetensors), or a GGUF file."
 )
 
 

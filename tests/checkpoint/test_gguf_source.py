@@ -9,6 +9,7 @@ from gguf_case import LLAMA, LONG, PARTIAL, PHI3, everything, opened, random_arr
 from phijax.checkpoint import gguf_names
 from phijax.checkpoint.gguf import open_gguf, write_gguf
 from phijax.checkpoint.gguf_source import QUANTISED
+from phijax.checkpoint.open import open_checkpoint
 from phijax.checkpoint.weight_source import model_shapes
 from phijax.errors import UserError
 
@@ -294,3 +295,10 @@ def test_what_we_write_is_laid_out_as_by_hand(tmp_path):
         assert {t.name for t in by_hand.tensors} == set(ours)
         for tensor in by_hand.tensors:
             np.testing.assert_array_equal(ours[tensor.name].data, tensor.data, err_msg=tensor.name)
+
+
+def test_a_file_is_recognised_by_its_first_bytes(tmp_path):
+    """Ollama keeps GGUF files under their digests."""
+    path = write(tmp_path / "m.gguf", LLAMA, "llama", random_arrays(LLAMA)).rename(tmp_path / "sha256-1234")
+    found = open_checkpoint(path)
+    assert found.kind == "gguf" and found.model == LLAMA
