@@ -1,11 +1,13 @@
 """A Google bucket on this machine: a server that is not ours, and the clients that a run has, gcsfs and TensorStore.
 
-What it does not have: authentication, TLS, latency, quotas, the rates of real buckets.
+What it does not have: authentication, TLS, latency, quotas, the rates of real buckets. (Tried by hand against a second
+server that is not ours, fake-gcs-server: the same.)
 """
 
 import contextlib
 import json
 import os
+import re
 import socket
 import urllib.parse
 import urllib.request
@@ -55,6 +57,19 @@ class Bucket:
         ]
 
 
+def _close(response, close) -> None:
+    """What this server lacks: a download says which generation it is of; TensorStore builds its next write on that."""
+    handler = response._handler
+    parts = urllib.parse.urlsplit(handler.path)
+    match = re.fullmatch(r"(?:/download)?/storage/v1/b/([^/]+)/o/(.+)", parts.path)
+    if match and "alt=media" in parts.query and response.status < 300:
+        response["x-goog-generation"] = handler.storage.get_file_obj(match[1], urllib.parse.unquote(match[2]))[
+            "generation"
+        ]
+    with contextlib.suppress(BrokenPipeError):  # a client that was killed
+        close(response)
+
+
 @contextlib.contextmanager
 def bucket() -> Iterator[Bucket]:
     """Skips, loudly, where the server or the client is not installed."""
@@ -66,8 +81,9 @@ def bucket() -> Iterator[Bucket]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     found = Bucket(port)
-    log = server.RequestHandler.log_message
+    log, close = server.RequestHandler.log_message, server.Response.close
     server.RequestHandler.log_message = lambda self, text, *arguments: found.requests.append(text % arguments)
+    server.Response.close = lambda response: _close(response, close)
     running = server.create_server("127.0.0.1", port, in_memory=True, default_bucket=NAME)
     running.start()
     before = {name: os.environ.get(name) for name in found.environment}
@@ -76,7 +92,7 @@ def bucket() -> Iterator[Bucket]:
         yield found
     finally:
         running.stop()
-        server.RequestHandler.log_message = log
+        server.RequestHandler.log_message, server.Response.close = log, close
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
