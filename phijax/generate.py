@@ -41,6 +41,13 @@ flags.DEFINE_integer("tensor", 1, "Devices over which the weights are cut.", low
 flags.DEFINE_enum(
     "dtype", "auto", ["auto", "float32", "bfloat16"], "auto: float32 on CPU, else bfloat16.", flag_values=FLAGS
 )
+flags.DEFINE_enum(
+    "cache_dtype",
+    "auto",
+    ["auto", "int8"],
+    "Of keys and values; auto: as --dtype. int8 is half of bfloat16, a quarter of float32.",
+    flag_values=FLAGS,
+)
 flags.DEFINE_integer(
     "max_length", None, "Declared length of prompt and answer; none: the model's.", lower_bound=1, flag_values=FLAGS
 )
@@ -68,6 +75,7 @@ def main(arguments: list[str]) -> int:
         dtype=FLAGS.dtype,
         tensor=FLAGS.tensor,
         long_rope=FLAGS.long_rope,
+        cache_dtype=FLAGS.cache_dtype,
     )
     if FLAGS.chat:
         model.chat_format()

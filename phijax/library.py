@@ -35,12 +35,13 @@ def load(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     tensor: int = 1,
     long_rope: Literal["auto", "declared", "per_sequence"] = "auto",
+    cache_dtype: Literal["auto", "int8"] = "auto",
     int8_activations: bool = True,
 ) -> "Model":
     """Opens any checkpoint for use: a run's workdir or step, a Hugging Face folder, a GGUF file.
 
     Args:
-      max_length, long_rope: as inference.Generator takes them.
+      max_length, long_rope, cache_dtype: as inference.Generator takes them.
       dtype: of computation, and of weights that are not quantised; "auto": float32 on CPU, bfloat16 elsewhere.
       tensor: devices over which the weights are cut.
       int8_activations: on one CPU, what quantised weights are multiplied with is rounded to int8: many times as fast,
@@ -77,6 +78,7 @@ def load(
         stop_ids=_stop_ids(opened, tokenizer),
         begin=_begin(opened, tokenizer),
         long_rope=long_rope,
+        cache_dtype=cache_dtype,
     )
     return Model(generator, opened.chat_template, without_tokenizer=missing)
 

@@ -55,6 +55,7 @@ class Generator:
         stop_ids: Sequence[int] = (),
         begin: Sequence[int] = (),
         long_rope: Literal["auto", "declared", "per_sequence"] = "auto",
+        cache_dtype: Literal["auto", "int8"] = "auto",
     ):
         """`params` as `checkpoint.open.load_params` gives them; they are copied into the layout of inference.
 
@@ -67,6 +68,7 @@ class Generator:
           long_rope: "declared": one list for all, the long one if max_length exceeds the original length;
             "per_sequence": transformers' rule, the long list once a sequence is longer than the original length, its
             cache then computed anew, once; "auto": by max_length where it is given.
+          cache_dtype: of keys and values; "auto": that of computation. In int8 they take half of bfloat16's memory.
         Raises: UserError for a max_length that the model does not have.
         """
         self.model, self.tokenizer = model, tokenizer
@@ -80,7 +82,7 @@ class Generator:
         self._per_sequence = model.long_rope is not None and (
             long_rope == "per_sequence" or (long_rope == "auto" and max_length is None)
         )
-        self._path = resident.choose_path(model, self.backend, self.mesh)
+        self._path = resident.choose_path(model, self.backend, self.mesh, cache_dtype)
         # Of partitioned programs the promise is 1e-5, not bits.
         self._alone = self.mesh.size == 1 and platform == "cpu"
         form = resident.matrix_format(self.backend, self.mesh)
@@ -159,7 +161,7 @@ class Generator:
         texts = [self._continuation(i, n, sampling) for i, n in zip(ids, room, strict=True)]
         count = len(ids)
         held = 1 << (count - 1).bit_length()
-        batch = max(2, held)
+        batch = max(self._path.least_rows, held)
         one_by_one = np.int32(count) if self._alone else None
         plan, settings = sampling.plan, Settings.of(sampling)
         cache = self._empty_cache(held, max(len(i) + n for i, n in zip(ids, room, strict=True)))

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from phijax.inference.sampling import Plan, choose
 from phijax.model import cached
@@ -77,8 +76,8 @@ def prefill(
     )
     if every:
         return cached.logits(c, path, weights, x[0]), cache
-    # Two equal rows: of a single one XLA:CPU makes a loop that copies the head first, 8 of 53 ms for 256 tokens.
-    last = jnp.tile(jax.lax.dynamic_slice_in_dim(x[0], count - 1, 1), (2, 1))
+    # Equal rows, as many as products want: of one XLA:CPU copied the head first, 8 of 53 ms for 256 tokens.
+    last = jnp.tile(jax.lax.dynamic_slice_in_dim(x[0], count - 1, 1), (path.least_rows, 1))
     return cached.logits(c, path, weights, last)[:1], cache
 
 
@@ -86,6 +85,9 @@ def prefill(
 def insert(path: cached.Path, cache: cached.Cache, prompt: cached.Cache, row: jax.Array) -> cached.Cache:
     """The cache of one prompt becomes row `row` of a batch's; both hold the same positions, the batch's no fewer."""
     at = (row, 0, 0, 0) if path.unrolled else (0, row, 0, 0, 0)
+
+    if path.stacked:
+        return jax.tree.map(lambda w, o: jax.lax.dynamic_update_slice(w, o, (0, row, 0, 0)), cache, prompt)
 
     def put(whole: Pieces, one: Pieces) -> Pieces:
         n = len(one)
@@ -147,6 +149,6 @@ def _chosen(plan: Plan, settings, logits: jax.Array, rows: Rows, count: jax.Arra
 
 
 @functools.lru_cache(maxsize=64)
-def cache_maker(c: ModelConfig, path: cached.Path, rows: int, lengths: tuple[int, ...], layout: NamedSharding):
-    """Compiled: () -> an empty cache, made where it lies."""
+def cache_maker(c: ModelConfig, path: cached.Path, rows: int, lengths: tuple[int, ...], layout):
+    """Compiled: () -> an empty cache, made where it lies; `layout` as `resident.cache_sharding` gives it."""
     return jax.jit(lambda: cached.empty_cache(c, path, rows, lengths), out_shardings=layout)

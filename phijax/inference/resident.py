@@ -1,6 +1,7 @@
 """Where weights and cache lie during inference: whole or cut over `tensor`, resident, in the dtype of computation."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -9,22 +10,30 @@ from phijax.model import cached
 from phijax.model import params as model_params
 from phijax.model.backend import Backend
 from phijax.model.config import ModelConfig
-from phijax.model.kernels import cpu_int4, cpu_int4_library
+from phijax.model.kernels import cpu_int4, cpu_int4_library, integers_tpu
+from phijax.model.kernels.decode_tpu import StackedCache
 from phijax.model.params import Params
 from phijax.model.quantized import Quantized
 from phijax.model.weights import WeightFormat
 from phijax.parallel import sharding
 
 
-def choose_path(c: ModelConfig, backend: Backend, mesh: Mesh) -> cached.Path:
-    """The static choices that belong to a backend and a mesh."""
+def choose_path(
+    c: ModelConfig, backend: Backend, mesh: Mesh, cache_dtype: Literal["auto", "int8"] = "auto"
+) -> cached.Path:
+    """The static choices that belong to a backend and a mesh. cache_dtype: "auto": that of computation."""
     tensor = mesh.shape["tensor"]
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
     return cached.Path(
         unrolled=not backend.scan_layers,
         transposed=not backend.scan_layers and tensor == 1,
         dtype=backend.compute_dtype,
         rope_by_matmul=backend.rope_by_matmul,
         cut_by_time=mesh if tensor > 1 and c.num_kv_heads % tensor else None,
+        stacked=on_tpu and backend.scan_layers and c.num_kv_heads % tensor == 0,
+        cache_dtype=cache_dtype,
+        least_rows=8 if on_tpu else 2,
+        mesh=mesh if on_tpu and mesh.size > 1 else None,
     )
 
 
@@ -58,39 +67,64 @@ def place(
 
     Args: form: as `matrix_format` gives it.
     """
-    heads = {"heads": c.num_heads, "kv_heads": c.num_kv_heads}
-
-    def rows(axis: str | None, length: int) -> str | None:
-        if "tensor" not in (sharding.RULES.get(axis) or ()):
-            return None
-        return "tensor" if heads.get(axis, length) % mesh.shape["tensor"] == 0 else None
 
     def put(array: jax.Array, cut: list[str | None]) -> jax.Array:
         return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*cut)))
 
-    def put_leaf(leaf, axes: tuple[str, ...]):
+    def put_leaf(name: str, leaf, axes: tuple[str, ...]):
         if isinstance(leaf, tuple):
-            return tuple(put_leaf(layer, axes[1:]) for layer in leaf)
+            return tuple(put_leaf(name, layer, axes[1:]) for layer in leaf)
         if isinstance(leaf, Quantized) and form is not None:
             if len(leaf.shape) == 3:
-                return tuple(put_leaf(jax.tree.map(lambda a, i=i: a[i], leaf), axes[1:]) for i in range(c.num_layers))
+                return tuple(
+                    put_leaf(name, jax.tree.map(lambda a, i=i: a[i], leaf), axes[1:]) for i in range(c.num_layers)
+                )
             leaf = form(leaf)
-        cut = [rows(axis, length) for axis, length in zip(axes, leaf.shape, strict=True)]
+        cut = cut_of(c, mesh, axes, leaf.shape)
         if isinstance(leaf, Quantized):
             groups = [None if n % mesh.shape["tensor"] else at for at, n in zip(cut, leaf.scales.shape, strict=True)]
-            return Quantized(put(leaf.values, cut), put(leaf.scales, groups))
+            return for_kernel(c, path, name, Quantized(put(leaf.values, cut), put(leaf.scales, groups)), cut, mesh)
         return leaf if isinstance(leaf, WeightFormat) else put(leaf, cut).astype(path.dtype)
 
     axes = model_params.axes(c)
     weights = model_params.nested(
-        {name: put_leaf(leaf, axes[name]) for name, leaf in model_params.flat(params).items()}
+        {name: put_leaf(name, leaf, axes[name]) for name, leaf in model_params.flat(params).items()}
     )
     if path.unrolled:
         weights = cached.layered(weights, c.num_layers)
     return cached.transposed(weights) if path.transposed else weights
 
 
-def cache_sharding(c: ModelConfig, path: cached.Path, mesh: Mesh) -> NamedSharding:
+def cut_of(c: ModelConfig, mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> list[str | None]:
+    """The mesh axis of each dimension of a leaf: `tensor` or None."""
+    heads = {"heads": c.num_heads, "kv_heads": c.num_kv_heads}
+
+    def of(axis: str, length: int) -> str | None:
+        if "tensor" not in (sharding.RULES.get(axis) or ()):
+            return None
+        return "tensor" if heads.get(axis, length) % mesh.shape["tensor"] == 0 else None
+
+    return [of(axis, length) for axis, length in zip(axes, shape, strict=True)]
+
+
+def for_kernel(
+    c: ModelConfig, path: cached.Path, name: str, w: Quantized, cut: list[str | None], mesh: Mesh
+) -> WeightFormat:
+    """The weight in the order of the TPU's kernel, where that is used and takes it; an embedding is only looked up."""
+    parts = mesh.shape["tensor"] if "tensor" in cut else 1
+    if not path.stacked or (name == "embedding" and not c.tied_head) or not integers_tpu.fits(w, parts):
+        return w
+    return integers_tpu.from_quantized(w, path.mesh, cut=parts > 1, interpret=path.interpret)
+
+
+def cache_sharding(c: ModelConfig, path: cached.Path, mesh: Mesh) -> NamedSharding | StackedCache:
     """Of each array of the cache: by kv head where `tensor` divides them, else by time."""
+
+    def cut(*spec: str | None) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    if path.stacked:
+        lines, scales = cut(None, None, None, "tensor"), cut(None, None, "tensor", None)
+        return StackedCache(lines, lines, *[scales] * (2 * (path.cache_dtype == "int8")))
     spec = (None, None, "tensor", None) if path.cut_by_time is not None else (None, "tensor", None, None)
-    return NamedSharding(mesh, PartitionSpec(*spec if path.unrolled else (None, *spec)))
+    return cut(*spec if path.unrolled else (None, *spec))

@@ -6,7 +6,7 @@ lie where they are used (`inference/resident.py`), and XLA carries their cuts th
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,20 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from phijax.model import joined
 from phijax.model import params as model_params
 from phijax.model.config import ModelConfig
 from phijax.model.decoder import Block, Decoder
 from phijax.model.kernels.decode import attention_cut_by_time, cached_attention, write
+from phijax.model.kernels.decode_tpu import empty
+from phijax.model.kernels.integers_tpu import TpuIntegers
 from phijax.model.kernels.rows import kept_apart, row_sum
+from phijax.model.kernels.stacked import stacked_attention
 from phijax.model.params import STACKED, Params
 from phijax.model.quantized import Quantized
 from phijax.model.rope import apply_rope
-from phijax.model.weights import WeightFormat, lookup, project, project_back
+from phijax.model.weights import WeightFormat, lookup
 
 Weights = dict[str, Any]  # as Params, but "blocks" is a tuple of trees where layers are unrolled
 HEAD = "head"
 PROJECTED = frozenset({"q", "k", "v", "gate", "up"})
-Cache = Any  # pieces as in `kernels/decode.py`: a tuple of these, one a layer, or one with L in front
+Cache = Any  # pieces as in `kernels/decode.py`: a tuple of these, one a layer, or one with L in front; or StackedCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,13 @@ class Path:
       then 1.3 to 2 times as fast as over [rows, D], and, for two rows or more, the bits of a row depend neither on
       how many there are nor on its place (tests/inference/test_batches.py): a batch of one is computed as two.
     cut_by_time: the mesh over whose axis `tensor` the cache is cut by time.
+    stacked: the cache is one stack, which the TPU's kernels read where it lies; needs layers that are scanned.
+    cache_dtype: "int8", or "auto": that of computation.
+    least_rows: what products are given, filled up with surplus rows. With one row XLA:CPU makes a loop that copies the
+      matrix first; with fewer than eight the TPU leaves its matrix unit alone, and the vector unit takes ten times as
+      long.
+    mesh: of more than one chip, for kernels, which XLA does not cut.
+    interpret: the kernels' bodies on any backend, for tests.
     """
 
     unrolled: bool
@@ -45,6 +56,11 @@ class Path:
     dtype: str = "float32"
     rope_by_matmul: bool = False
     cut_by_time: Mesh | None = None
+    stacked: bool = False
+    cache_dtype: str = "auto"
+    least_rows: int = 2
+    mesh: Mesh | None = None
+    interpret: bool = False
 
 
 def layered(weights: Params, num_layers: int) -> Weights:
@@ -80,10 +96,18 @@ def _swapped(leaf: jax.Array | WeightFormat) -> jax.Array | WeightFormat:
 
 def empty_cache(c: ModelConfig, path: Path, rows: int, lengths: Sequence[int]) -> Cache:
     """A cache of `rows` rows in pieces of these lengths, all zero."""
+    if path.stacked:
+        dtype = path.dtype if path.cache_dtype == "auto" else path.cache_dtype
+        return empty(c.num_layers, rows, c.num_kv_heads, sum(lengths), c.head_dim, dtype)
 
     def pieces(*layers: int):
-        shapes = [(*layers, rows, c.num_kv_heads, length, c.head_dim) for length in lengths]
-        return tuple((jnp.zeros(shape, path.dtype), jnp.zeros(shape, path.dtype)) for shape in shapes)
+        def zeros(length: int, width: int, dtype: str):
+            shape = (*layers, rows, c.num_kv_heads, length, width)
+            return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+        if path.cache_dtype == "int8":
+            return tuple(zeros(n, c.head_dim, "int8") + zeros(n, 1, "bfloat16") for n in lengths)
+        return tuple(zeros(n, c.head_dim, path.dtype) for n in lengths)
 
     return tuple(pieces() for _ in range(c.num_layers)) if path.unrolled else pieces(c.num_layers)
 
@@ -113,10 +137,16 @@ def hidden(
     top = _module(c, path, weights, _layer(weights, 0))
     x = lookup(top.embedding, tokens, path.dtype)
 
-    def body(x, layer, cache):
-        return _block(c, path, _module(c, path, weights, layer).blocks, x, rope, cache, positions, count)
+    def body(x, layer, cache, number=None):
+        block = _module(c, path, weights, layer).blocks
+        return _block(c, path, block, x, rope, cache, positions, count, number)
 
-    if path.unrolled:
+    if path.stacked:
+        # Carried, not scanned over: what is scanned over is sliced and put together again, a copy of the cache.
+        x, cache = jax.lax.fori_loop(
+            0, c.num_layers, lambda i, both: body(both[0], _layer(weights, i), both[1], i), (x, cache)
+        )
+    elif path.unrolled:
         new = []
         for layer, layer_cache in zip(weights[STACKED], cache, strict=True):
             x, layer_cache = body(x, layer, layer_cache)
@@ -139,36 +169,42 @@ def logits(c: ModelConfig, path: Path, weights: Weights, x: jax.Array) -> jax.Ar
     return jnp.where(jnp.arange(head.shape[0]) < c.vocab_size, values, -jnp.inf)
 
 
-def _block(c, path, block: Block, x, rope, cache, positions, count):
+def _block(c, path, block: Block, x, rope, cache, positions, count, number):
     """One layer, the residual block of decoder.Block: x (B, T, D), cache (k, v) -> both anew.
 
     Products give a row its own bits anyway, see `Path.transposed`.
     """
-    a, mlp = block.attention, block.mlp
+    a = block.attention
     sums = None if count is None else row_sum
 
-    def split(h: jax.Array, w, heads: int) -> jax.Array:
-        return _flat(project, h, w).reshape(*h.shape[:2], heads, -1).swapaxes(1, 2)
+    def split(h: jax.Array, heads: int) -> jax.Array:
+        return h.reshape(*h.shape[:2], heads, -1).swapaxes(1, 2)
 
-    h = block.attention_norm(x, sums)
-    q, k, v = split(h, a.q, c.num_heads), split(h, a.k, c.num_kv_heads), split(h, a.v, c.num_kv_heads)
-    q, k = (apply_rope(y, rope, c, by_matmul=path.rope_by_matmul) for y in (q, k))
-    if count is not None:
-        q, k = kept_apart((q, k), count)  # of a rotation fused with what comes next the bits depend on the shape
+    q, k, v = joined.normed_products(x, block.attention_norm, (a.q, a.k, a.v), sums, count)
+    if path.cut_by_time is None and joined.attends_in_one_call(a.q, x, cache):
+        out, cache = joined.attend((q, k, v), rope, cache, positions, count, c.sliding_window, a.q)
+    else:
+        q, k, v = split(q, c.num_heads), split(k, c.num_kv_heads), split(v, c.num_kv_heads)
+        q, k = (apply_rope(y, rope, c, by_matmul=path.rope_by_matmul) for y in (q, k))
+        if count is not None:
+            q, k = kept_apart((q, k), count)  # of a rotation fused with what comes next the bits depend on the shape
+        out, cache = _attention(c, path, q, k, v, cache, positions, sums, number)
+        out = out.swapaxes(1, 2).reshape(*x.shape[:2], -1)
+    x = joined.plus_product(x, out, a.o, count)
+    return joined.plus_mlp(x, block.mlp_norm, block.mlp, sums, count), cache
+
+
+def _attention(c, path, q, k, v, cache, positions, sums, number):
+    """q (B, N, T, H) over the layer's cache with k and v (B, K, T, H) in it -> (B, N, T, H), cache."""
+    window = c.sliding_window
+    if path.stacked:
+        return stacked_attention(
+            q, k, v, cache, number, positions, window=window, mesh=path.mesh, interpret=path.interpret
+        )
     cache = write(cache, k, v, positions[:, 0], cut_by_time=path.cut_by_time is not None)
     if path.cut_by_time is None:
-        out = cached_attention(q, cache, positions, window=c.sliding_window, row_sum=sums)
-    else:
-        out = attention_cut_by_time(q, cache, positions, window=c.sliding_window, mesh=path.cut_by_time)
-    x = x + _flat(project_back, out.swapaxes(1, 2).reshape(*x.shape[:2], -1), a.o)
-    h = block.mlp_norm(x, sums)
-    h = jax.nn.silu(_flat(project, h, mlp.gate)) * _flat(project, h, mlp.up)
-    return x + _flat(project_back, h, mlp.down), cache
-
-
-def _flat(verb: Callable, x: jax.Array, w) -> jax.Array:
-    """A contraction that sees (B T, D): one product on every backend."""
-    return verb(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
+        return cached_attention(q, cache, positions, window=window, row_sum=sums), cache
+    return attention_cut_by_time(q, cache, positions, window=window, mesh=path.cut_by_time), cache
 
 
 def _rope_table(c, path, positions, frequencies, factor) -> tuple[jax.Array, jax.Array]:
@@ -182,9 +218,18 @@ def _rope_table(c, path, positions, frequencies, factor) -> tuple[jax.Array, jax
     return cos.astype(path.dtype), sin.astype(path.dtype)
 
 
-def _layer(weights: Weights, number: int) -> Params:
+def _layer(weights: Weights, number: int | jax.Array) -> Params:
+    """One layer's weights. XLA fuses a slice of a stack into the product that reads it."""
     blocks = weights[STACKED]
-    return blocks[number] if isinstance(blocks, tuple) else jax.tree.map(lambda a: a[number], blocks)
+    if isinstance(blocks, tuple):
+        return blocks[number]
+
+    def of_layer(leaf):
+        if isinstance(leaf, TpuIntegers):
+            return leaf.of_layer(number)
+        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False), leaf)
+
+    return jax.tree.map(of_layer, blocks, is_leaf=lambda leaf: isinstance(leaf, TpuIntegers))
 
 
 def _module(c: ModelConfig, path: Path, weights: Weights, layer: Params) -> Decoder:

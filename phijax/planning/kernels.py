@@ -3,6 +3,7 @@
 import re
 
 from phijax.parallel.program_text import Operation, arrays_in
+from phijax.planning import decode_kernels
 from phijax.planning.assumptions import ATTENTION_EFFICIENCY, Chip
 
 KERNEL_TARGET = "tpu_custom_call"
@@ -23,6 +24,8 @@ def seconds(operation: Operation, chip: Chip, *, window: int | None) -> float:
     Args:
       window: keys that a query sees, if not all before it.
     """
+    if decode_kernels.is_decode_kernel(operation):
+        return decode_kernels.seconds(operation, chip, window=window)
     if not is_attention(operation):
         return 2 * operation.bytes / chip.hbm_bandwidth
     operands = arrays_in(operation.attribute(r"operand_layout_constraints=\{(.*?)\}, (?:front|meta|back|custom)") or "")

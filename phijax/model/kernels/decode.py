@@ -1,8 +1,9 @@
 """Attention of new tokens over a cache of keys and values: prefill, decoding, and both cut over chips by time.
 
-A cache is a tuple of pieces, each (k, v) of (R, K, S, H): the first holds positions 0 to S - 1, the next goes on. Pieces
-that no row has reached are not read, and the others are read where they lie: of one large array XLA:CPU copies whatever
-part a product asks for, which was half of a step with eight rows.
+A cache is a tuple of pieces, each (k, v) of (R, K, S, H): the first holds positions 0 to S - 1, the next goes on.
+Pieces that no row has reached are not read, and the others are read where they lie: of one large array XLA:CPU copies
+whatever part a product asks for, which was half of a step with eight rows. In eight bits a piece is (k, v, scales of k,
+scales of v), scales (R, K, S, 1): `int8_lines`.
 
 The softmax runs on from piece to piece (Milakov and Gimelshein 2018, arXiv:1805.02867). A masked key adds an exact
 zero, so the result depends neither on how many pieces there are nor on what other rows are in the batch.
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from phijax.model.kernels.dense import MASKED
+from phijax.model.kernels.int8_lines import from_int8, to_int8
 
 PROMPT_BLOCK = 256  # keys that many queries see at once: scores of a whole long piece would not fit
 
-Pieces = tuple[tuple[jax.Array, jax.Array], ...]
+Pieces = tuple[tuple[jax.Array, ...], ...]
 
 
 class Partial(NamedTuple):
@@ -48,7 +50,7 @@ def cached_attention(
     """
     rows = cache[0][0].shape[0]
     part = _over_pieces(q[:rows], cache, positions[:rows], window, row_sum=row_sum)
-    return jnp.pad(_finish(part, q[:rows]), [(0, q.shape[0] - rows), (0, 0), (0, 0), (0, 0)])
+    return jnp.pad(finished(part, q[:rows]), [(0, q.shape[0] - rows), (0, 0), (0, 0), (0, 0)])
 
 
 def attention_cut_by_time(
@@ -62,7 +64,7 @@ def attention_cut_by_time(
         highest = jax.lax.pmax(part.highest, "tensor")
         scale = jnp.exp(part.highest - highest)
         weighted, total = jax.lax.psum((part.weighted * scale[..., None], part.total * scale), "tensor")
-        return _finish(Partial(weighted, highest, total), q)
+        return finished(Partial(weighted, highest, total), q)
 
     whole, cut = PartitionSpec(), PartitionSpec(None, None, "tensor")
     out = jax.shard_map(local, mesh=mesh, in_specs=(whole, cut, whole), out_specs=whole, check_vma=False)(
@@ -79,9 +81,10 @@ def write(cache: Pieces, k: jax.Array, v: jax.Array, start: jax.Array, *, cut_by
     Args: cut_by_time: S is cut over chips.
     """
     first, out = 0, []
+    new = (k, v) if len(cache[0]) == 2 else in_eight_bits(k, v)
     for piece in cache:
         place = start - first
-        out.append(tuple(_write(a, new, place, cut_by_time) for a, new in zip(piece, (k, v), strict=True)))
+        out.append(tuple(_write(a, b, place, cut_by_time) for a, b in zip(piece, new, strict=True)))
         first += piece[0].shape[2]
     return tuple(out)
 
@@ -120,22 +123,17 @@ def _over_pieces(
     kv_heads = cache[0][0].shape[1]
     grouped = (q * h**-0.5).reshape(r, kv_heads, n // kv_heads * t, h)
     places = jnp.tile(positions, n // kv_heads)  # (R, M)
-    out = Partial(
-        jnp.zeros(grouped.shape, jnp.float32),
-        jnp.full(grouped.shape[:3], MASKED, jnp.float32),
-        jnp.zeros(grouped.shape[:3], jnp.float32),
-    )
-    start = 0
-    for k, v in cache:
-        length = k.shape[2]
+    out, start = nothing(grouped), 0
+    for piece in cache:
+        length = piece[0].shape[2]
         block = length if t == 1 else min(length, PROMPT_BLOCK)
         here = places - (start + part * length)
         end = jnp.clip(jnp.max(here) // block + 1, 0, length // block)
         lowest = jnp.int32(0) if window is None else jnp.clip((jnp.min(here) - window + 1) // block, 0, length // block)
 
-        def visit(number, out: Partial, k=k, v=v, here=here, block=block) -> Partial:
-            keys, values = (jax.lax.dynamic_slice_in_dim(a, number * block, block, axis=2) for a in (k, v))
-            return _joined(out, grouped, keys, values, here - number * block, window, row_sum)
+        def visit(number, out: Partial, piece=piece, here=here, block=block) -> Partial:
+            seen = tuple(jax.lax.dynamic_slice_in_dim(a, number * block, block, axis=2) for a in piece)
+            return joined(out, grouped, seen, here - number * block, window, row_sum)
 
         if block < length:
             out = jax.lax.fori_loop(lowest, end, visit, out)
@@ -145,18 +143,26 @@ def _over_pieces(
     return out
 
 
-def _joined(
+def nothing(grouped: jax.Array) -> Partial:
+    """Over no keys yet, of queries (R, K, M, H)."""
+    shape = grouped.shape
+    return Partial(
+        jnp.zeros(shape, jnp.float32), jnp.full(shape[:3], MASKED, jnp.float32), jnp.zeros(shape[:3], jnp.float32)
+    )
+
+
+def joined(
     part: Partial,
     grouped: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    piece: tuple[jax.Array, ...],
     places: jax.Array,
     window: int | None,
-    row_sum: Callable | None,
+    row_sum: Callable | None = None,
 ) -> Partial:
-    """`part` with queries (R, K, M, H) over more keys, (R, K, S, H); query m stands at place `places` (R, M) of them."""
+    """`part` with queries (R, K, M, H) over the keys of a piece; query m stands at place `places` (R, M) of them."""
     dtype = grouped.dtype
-    scores = jnp.einsum("rkmh,rksh->rkms", grouped, keys.astype(dtype), preferred_element_type=jnp.float32)
+    keys, values = _floats(piece, dtype)
+    scores = jnp.einsum("rkmh,rksh->rkms", grouped, keys, preferred_element_type=jnp.float32)
     distance = places[:, None, :, None] - jnp.arange(keys.shape[2])
     seen = distance >= 0
     if window is not None:
@@ -165,10 +171,24 @@ def _joined(
     highest = jnp.maximum(part.highest, jnp.max(scores, axis=-1))
     weights = jnp.where(seen, jnp.exp(scores - highest[..., None]), 0.0)
     scale = jnp.exp(part.highest - highest)
-    new = jnp.einsum("rkms,rksh->rkmh", weights.astype(dtype), values.astype(dtype), preferred_element_type=jnp.float32)
+    new = jnp.einsum("rkms,rksh->rkmh", weights.astype(dtype), values, preferred_element_type=jnp.float32)
     total = jnp.sum(weights, axis=-1) if row_sum is None else row_sum(weights)
     return Partial(part.weighted * scale[..., None] + new, highest, part.total * scale + total)
 
 
-def _finish(part: Partial, q: jax.Array) -> jax.Array:
+def in_eight_bits(k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+    """(B, K, T, H) each -> the four arrays of a piece."""
+    (k, k_scales), (v, v_scales) = to_int8(k), to_int8(v)
+    return k, v, k_scales[..., None], v_scales[..., None]
+
+
+def _floats(piece: tuple[jax.Array, ...], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    if len(piece) == 2:
+        return piece[0].astype(dtype), piece[1].astype(dtype)
+    k, v, k_scales, v_scales = piece
+    return from_int8(k, k_scales[..., 0], dtype), from_int8(v, v_scales[..., 0], dtype)
+
+
+def finished(part: Partial, q: jax.Array) -> jax.Array:
+    """The attention's result, shaped and typed as q."""
     return (part.weighted / part.total[..., None]).astype(q.dtype).reshape(q.shape)

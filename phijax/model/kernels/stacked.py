@@ -1,0 +1,104 @@
+"""Attention over a cache that is one stack of all layers, as TPUs read it: prefill, decoding, and both cut by heads."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from phijax.model.kernels.decode import finished, joined, nothing
+from phijax.model.kernels.decode_tpu import BLOCK, StackedCache, attend_and_write
+from phijax.model.kernels.int8_lines import to_int8
+
+
+def stacked_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: StackedCache,
+    layer: jax.Array,
+    positions: jax.Array,
+    *,
+    window: int | None,
+    mesh: Mesh | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, StackedCache]:
+    """softmax(q k^T / sqrt(H)) v over a layer's places up to each query's; the new keys and values are written too.
+
+    Args:
+      q: (B, N, T, H), k, v: (B, K, T, H) of the cache's rows; of more rows than it has, the surplus gets zeros.
+      layer: () int32; positions: (B, T) int32, rising by one.
+      mesh: over whose axis `tensor` heads are cut; None: one chip.
+      interpret: the kernel's body on any backend, for tests.
+    Returns: (B, N, T, H) in q.dtype, and the cache.
+    """
+    surplus = q.shape[0] - cache.k.shape[1]
+    q, k, v, positions = (a[: cache.k.shape[1]] for a in (q, k, v, positions))
+    if q.shape[2] > 1:
+        out, cache = _many(q, k, v, cache, layer, positions, window)
+    else:
+        one = functools.partial(attend_and_write, window=window, interpret=interpret)
+        if mesh is not None:
+            one = _by_heads(one, mesh, cache)
+        out, cache = one(q[:, :, 0], k[:, :, 0], v[:, :, 0], cache, layer, positions[:, 0])
+        out = out[:, :, None]
+    return jnp.pad(out, [(0, surplus), (0, 0), (0, 0), (0, 0)]), cache
+
+
+def _by_heads(one, mesh: Mesh, cache: StackedCache):
+    """`one` where each chip of `tensor` has its heads."""
+    heads, whole = PartitionSpec(None, "tensor"), PartitionSpec()
+    lines, scales = PartitionSpec(None, None, None, "tensor"), PartitionSpec(None, None, "tensor")
+    specs = StackedCache(lines, lines) if cache.k_scales is None else StackedCache(lines, lines, scales, scales)
+    return jax.shard_map(
+        one,
+        mesh=mesh,
+        in_specs=(heads, heads, heads, specs, whole, whole),
+        out_specs=(heads, specs),
+        check_vma=False,
+    )
+
+
+def _many(q, k, v, cache: StackedCache, layer, positions, window):
+    """A chunk of each row's prompt: written, then seen block by block, up to the last that any query sees."""
+    rows, heads, _, width = q.shape
+    kv_heads = k.shape[1]
+    for row in range(rows):
+        cache = _with_chunk(cache, k[row], v[row], layer, row, positions[row, 0])
+    grouped = (q * width**-0.5).reshape(rows, kv_heads, -1, width)
+    places = jnp.tile(positions, heads // kv_heads)
+
+    def lines(array: jax.Array, start: jax.Array) -> jax.Array:
+        block = jax.lax.dynamic_slice(array, (layer, 0, start, 0), (1, rows, BLOCK, array.shape[-1]))
+        return block.reshape(rows, BLOCK, kv_heads, width).swapaxes(1, 2)
+
+    def scales(array: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(array, (layer, 0, 0, start), (1, rows, kv_heads, BLOCK))[0][..., None]
+
+    def visit(number, part):
+        start = number * BLOCK
+        piece = lines(cache.k, start), lines(cache.v, start)
+        if cache.k_scales is not None:
+            piece += scales(cache.k_scales, start), scales(cache.v_scales, start)
+        return joined(part, grouped, piece, places - start, window)
+
+    first = jnp.int32(0) if window is None else jnp.maximum(jnp.min(positions) - window + 1, 0) // BLOCK
+    part = jax.lax.fori_loop(first, jnp.max(positions) // BLOCK + 1, visit, nothing(grouped))
+    return finished(part, q), cache
+
+
+def _with_chunk(cache: StackedCache, k: jax.Array, v: jax.Array, layer, row: int, start) -> StackedCache:
+    """k, v (K, T, H) at places start and on of one row."""
+
+    def put(lines: jax.Array, new: jax.Array) -> jax.Array:
+        new = new.swapaxes(0, 1).reshape(1, 1, new.shape[1], -1).astype(lines.dtype)
+        return jax.lax.dynamic_update_slice(lines, new, (layer, row, start, 0))
+
+    if cache.k_scales is None:
+        return StackedCache(put(cache.k, k), put(cache.v, v))
+    (k, k_scales), (v, v_scales) = to_int8(k), to_int8(v)
+    scales = (
+        jax.lax.dynamic_update_slice(old, new[None, None], (layer, row, 0, start))
+        for old, new in ((cache.k_scales, k_scales), (cache.v_scales, v_scales))
+    )
+    return StackedCache(put(cache.k, k), put(cache.v, v), *scales)
