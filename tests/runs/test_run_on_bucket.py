@@ -8,8 +8,11 @@ import sys
 
 import pytest
 from bucket_case import bucket as open_bucket
+from etils import epath
 from run_case import LIMIT, ROOT, environment, free_address
 from synthetic_shards import write_synthetic
+
+from phijax.checkpoint import durable
 
 STEPS, EVERY = 10, 2
 EXPERIMENT = f"""
@@ -89,6 +92,15 @@ def trained(command):
     output = end(command("main", "--workdir=gs://bucket/trained"))
     assert "going on from step" in output and f"done: {STEPS} steps" in output
     return "trained"
+
+
+def test_what_others_write_into_a_folder_is_seen(bucket):
+    durable.prepare_store(epath.Path("gs://bucket/listed"))
+    folder = epath.Path("gs://bucket/listed")
+    (folder / "ours").write_text("1")
+    assert [path.name for path in folder.iterdir()] == ["ours"]
+    bucket.write("listed/theirs", b"2")  # as TensorStore and other processes do: not through this client
+    assert sorted(path.name for path in folder.iterdir()) == ["ours", "theirs"]
 
 
 def test_a_killed_run_on_a_bucket_is_the_unbroken_local_one(trained, command, bucket, tmp_path):
