@@ -6,7 +6,7 @@ lie where they are used (`inference/resident.py`), and XLA carries their cuts th
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from phijax.model import joined
 from phijax.model import params as model_params
 from phijax.model.config import ModelConfig
 from phijax.model.decoder import Block, Decoder
@@ -25,7 +26,7 @@ from phijax.model.kernels.stacked import stacked_attention
 from phijax.model.params import STACKED, Params
 from phijax.model.quantized import Quantized
 from phijax.model.rope import apply_rope
-from phijax.model.weights import WeightFormat, lookup, project, project_back
+from phijax.model.weights import WeightFormat, lookup
 
 Weights = dict[str, Any]  # as Params, but "blocks" is a tuple of trees where layers are unrolled
 HEAD = "head"
@@ -173,22 +174,24 @@ def _block(c, path, block: Block, x, rope, cache, positions, count, number):
 
     Products give a row its own bits anyway, see `Path.transposed`.
     """
-    a, mlp = block.attention, block.mlp
+    a = block.attention
     sums = None if count is None else row_sum
 
-    def split(h: jax.Array, w, heads: int) -> jax.Array:
-        return _flat(project, h, w).reshape(*h.shape[:2], heads, -1).swapaxes(1, 2)
+    def split(h: jax.Array, heads: int) -> jax.Array:
+        return h.reshape(*h.shape[:2], heads, -1).swapaxes(1, 2)
 
-    h = block.attention_norm(x, sums)
-    q, k, v = split(h, a.q, c.num_heads), split(h, a.k, c.num_kv_heads), split(h, a.v, c.num_kv_heads)
-    q, k = (apply_rope(y, rope, c, by_matmul=path.rope_by_matmul) for y in (q, k))
-    if count is not None:
-        q, k = kept_apart((q, k), count)  # of a rotation fused with what comes next the bits depend on the shape
-    out, cache = _attention(c, path, q, k, v, cache, positions, sums, number)
-    x = x + _flat(project_back, out.swapaxes(1, 2).reshape(*x.shape[:2], -1), a.o)
-    h = block.mlp_norm(x, sums)
-    h = jax.nn.silu(_flat(project, h, mlp.gate)) * _flat(project, h, mlp.up)
-    return x + _flat(project_back, h, mlp.down), cache
+    q, k, v = joined.normed_products(x, block.attention_norm, (a.q, a.k, a.v), sums, count)
+    if path.cut_by_time is None and joined.attends_in_one_call(a.q, x, cache):
+        out, cache = joined.attend((q, k, v), rope, cache, positions, count, c.sliding_window, a.q)
+    else:
+        q, k, v = split(q, c.num_heads), split(k, c.num_kv_heads), split(v, c.num_kv_heads)
+        q, k = (apply_rope(y, rope, c, by_matmul=path.rope_by_matmul) for y in (q, k))
+        if count is not None:
+            q, k = kept_apart((q, k), count)  # of a rotation fused with what comes next the bits depend on the shape
+        out, cache = _attention(c, path, q, k, v, cache, positions, sums, number)
+        out = out.swapaxes(1, 2).reshape(*x.shape[:2], -1)
+    x = joined.plus_product(x, out, a.o, count)
+    return joined.plus_mlp(x, block.mlp_norm, block.mlp, sums, count), cache
 
 
 def _attention(c, path, q, k, v, cache, positions, sums, number):
@@ -202,11 +205,6 @@ def _attention(c, path, q, k, v, cache, positions, sums, number):
     if path.cut_by_time is None:
         return cached_attention(q, cache, positions, window=window, row_sum=sums), cache
     return attention_cut_by_time(q, cache, positions, window=window, mesh=path.cut_by_time), cache
-
-
-def _flat(verb: Callable, x: jax.Array, w) -> jax.Array:
-    """A contraction that sees (B T, D): one product on every backend."""
-    return verb(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
 
 
 def _rope_table(c, path, positions, frequencies, factor) -> tuple[jax.Array, jax.Array]:

@@ -7,442 +7,208 @@
 // float32 in the order of the groups. No sum crosses outputs or rows, and each path has one order of operations, so a
 // row's bits depend neither on the other rows nor on the number of threads.
 //
-// Weights lie in tiles of 32 outputs, a tile in chunks of 128 bytes: of 4 bits, byte (n, j) of chunk c is input
-// 8 c + j of output n in the low half and input 8 c + 4 + j in the high half, both plus 8; of 8 bits it is input
-// 4 c + j plus 128. So a vector of bytes meets four consecutive activations in each lane, as the dot instructions
-// want it, and a tile is one stream of memory.
+// A call does what stands around the products too: RMSNorm before, silu(gate) * up between, the residual sum behind.
+// At one token a step a layer's products take some ten microseconds each, and so does everything that XLA starts.
 
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <thread>
-#include <vector>
+#include <string>
 
+#include "cpu_int4_attention.h"
+#include "cpu_int4_threads.h"
+#include "cpu_int4_tiles.h"
 #include "xla/ffi/api/ffi.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int kTile = 32;        // outputs
-constexpr int kChunk = kTile * 4;  // bytes
-constexpr int kMostRows = 6;     // of a block
+// --- A product's parts.
 
-enum Path { kGeneric = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3 };
-
-#define INLINE static inline __attribute__((always_inline))
-
-// --- Activations: rows in blocks of up to kMostRows, interleaved by four inputs, so that a block reads as one stream.
-
-struct Block {
-  int first, rows;
-  const int8_t* values;    // [K / 4][rows][4]
-  const int32_t* offsets;  // [groups][rows]: minus what is added to each weight, times the sum of the values
-  const float* scales;     // [groups][rows]
-};
-
-struct Weights {
-  const uint8_t* values;
-  const uint16_t* scales;  // float16 [tiles][groups, or 1][32]
-  float* out;              // [rows][outputs]
-  int outputs, tiles;
-};
-
-struct Product {
-  const float* x;
-  int rows, inputs, groups, group, bits, path;
-  bool by_channel;
-  std::vector<Weights> weights;
-  std::vector<Block> blocks;
-
-  int chunks() const { return group / (bits == 4 ? 8 : 4); }  // of a group
-};
-
-// A row's group of inputs: the largest magnitude becomes 127. What is not finite makes the scale NaN.
-INLINE void round_group(const float* x, int count, int group, int8_t* out, float* scale, int32_t* total) {
-  float highest = 0.0f, poison = 0.0f;
-  for (int k = 0; k < count; ++k) {
-    float size = __builtin_fabsf(x[k]);
-    highest = size > highest ? size : highest;
-    poison += x[k] * 0.0f;
-  }
-  const bool zero = !(highest > 1e-30f);
-  const float factor = zero ? 0.0f : 127.0f / highest;
-  int32_t sum = 0;
-  for (int k = 0; k < count; ++k) {
-    const float shifted = x[k] * factor + 12582912.0f;  // 1.5 * 2^23: the low bits are now the nearest integer
-    int32_t bits;
-    std::memcpy(&bits, &shifted, 4);
-    const int32_t value = bits - 0x4B400000;
-    out[k] = static_cast<int8_t>(value);
-    sum += static_cast<int8_t>(value);
-  }
-  for (int k = count; k < group; ++k) out[k] = 0;
-  *scale = (zero ? 0.0f : highest / 127.0f) + poison;
-  *total = sum;
-}
-
-INLINE void round_block(const Product& p, const Block& b) {
-  auto* values = reinterpret_cast<int32_t*>(const_cast<int8_t*>(b.values));
-  auto* offsets = const_cast<int32_t*>(b.offsets);
-  auto* scales = const_cast<float*>(b.scales);
-  const int32_t added = p.path == kGeneric || (p.path == kAvx2 && p.bits == 8) ? 0 : p.bits == 4 ? 8 : 128;
-  alignas(64) int8_t rounded[128];
-  for (int r = 0; r < b.rows; ++r) {
-    const float* x = p.x + static_cast<int64_t>(b.first + r) * p.inputs;
-    for (int g = 0; g < p.groups; ++g) {
-      const int count = std::min(p.group, p.inputs - g * p.group);
-      int32_t total;
-      round_group(x + g * p.group, count, p.group, rounded, &scales[g * b.rows + r], &total);
-      offsets[g * b.rows + r] = -added * total;
-      for (int k = 0; k < p.group / 4; ++k) {
-        std::memcpy(&values[(g * p.group / 4 + k) * b.rows + r], rounded + 4 * k, 4);
-      }
-    }
-  }
-}
-
-// --- The generic path: any compiler, any CPU.
-
-float half(uint16_t h) {
-  const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3FF;
-  uint32_t bits;
-  float value;
-  if (exponent == 0) {
-    value = static_cast<float>(fraction) * 0x1p-24f;
-    std::memcpy(&bits, &value, 4);
-    bits |= sign;
-  } else {
-    bits = sign | ((exponent == 31 ? 255u : exponent + 112) << 23) | (fraction << 13);
-  }
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-template <int R, int BITS>
-void tile_generic(const Product& p, const Weights& w, int tile, const Block& b) {
-  const int chunks = p.chunks();
-  const uint8_t* values = w.values + static_cast<int64_t>(tile) * p.groups * chunks * kChunk;
-  const uint16_t* scales = w.scales + static_cast<int64_t>(tile) * (p.by_channel ? 1 : p.groups) * kTile;
-  float sums[R][kTile] = {};
-  for (int g = 0; g < p.groups; ++g) {
-    int32_t dots[R][kTile] = {};
-    for (int c = 0; c < chunks; ++c, values += kChunk) {
-      const int k = (g * chunks + c) * (BITS == 4 ? 2 : 1);  // in fours
-      for (int r = 0; r < R; ++r) {
-        const int8_t* x = b.values + 4 * (k * R + r);
-        for (int n = 0; n < kTile; ++n) {
-          int32_t dot = 0;
-          for (int j = 0; j < 4; ++j) {
-            const int v = values[4 * n + j];
-            if (BITS == 4) {
-              dot += x[j] * ((v & 15) - 8) + x[4 * R + j] * ((v >> 4) - 8);
-            } else {
-              dot += x[j] * (v - 128);
-            }
-          }
-          dots[r][n] += dot;
-        }
-      }
-    }
-    for (int n = 0; n < kTile; ++n) {
-      const float scale = p.by_channel ? 1.0f : half(scales[g * kTile + n]);
-      for (int r = 0; r < R; ++r) sums[r][n] += static_cast<float>(dots[r][n]) * (scale * b.scales[g * R + r]);
-    }
-  }
-  const int count = std::min(kTile, w.outputs - tile * kTile);
-  for (int r = 0; r < R; ++r) {
-    float* out = w.out + static_cast<int64_t>(b.first + r) * w.outputs + tile * kTile;
-    for (int n = 0; n < count; ++n) out[n] = sums[r][n] * (p.by_channel ? half(scales[n]) : 1.0f);
-  }
-}
-
-// --- x86-64: the same sums in vectors. `kTarget...` lets a function use instructions that the build does not assume.
-
-#if defined(__x86_64__)
-
-#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
-#define TARGET_AVXVNNI __attribute__((target("avxvnni,avx2,fma,f16c")))
-#define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
-
-template <int R, int BITS>
-TARGET_AVX512 void tile_avx512(const Product& p, const Weights& w, int tile, const Block& b) {
-  const int chunks = p.chunks();
-  const uint8_t* values = w.values + static_cast<int64_t>(tile) * p.groups * chunks * kChunk;
-  const uint16_t* scales = w.scales + static_cast<int64_t>(tile) * (p.by_channel ? 1 : p.groups) * kTile;
-  const int32_t* x = reinterpret_cast<const int32_t*>(b.values);
-  const __m512i low = _mm512_set1_epi8(15);
-  __m512 sums[R][2];
-  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-  for (int g = 0; g < p.groups; ++g) {
-    __m512i dots[R][2];
-    for (int r = 0; r < R; ++r) dots[r][0] = dots[r][1] = _mm512_set1_epi32(b.offsets[g * R + r]);
-    for (int c = 0; c < chunks; ++c, values += kChunk) {
-      const __m512i first = _mm512_loadu_si512(values), second = _mm512_loadu_si512(values + 64);
-      if (R <= 2) _mm_prefetch(reinterpret_cast<const char*>(values) + 2048, _MM_HINT_T0);
-      if (R <= 2) _mm_prefetch(reinterpret_cast<const char*>(values) + 2112, _MM_HINT_T0);
-      if (BITS == 4) {
-        const __m512i a = _mm512_and_si512(first, low), e = _mm512_and_si512(second, low);
-        for (int r = 0; r < R; ++r) {
-          const __m512i v = _mm512_set1_epi32(x[r]);
-          dots[r][0] = _mm512_dpbusd_epi32(dots[r][0], a, v);
-          dots[r][1] = _mm512_dpbusd_epi32(dots[r][1], e, v);
-        }
-        const __m512i h = _mm512_and_si512(_mm512_srli_epi16(first, 4), low);
-        const __m512i i = _mm512_and_si512(_mm512_srli_epi16(second, 4), low);
-        for (int r = 0; r < R; ++r) {
-          const __m512i v = _mm512_set1_epi32(x[R + r]);
-          dots[r][0] = _mm512_dpbusd_epi32(dots[r][0], h, v);
-          dots[r][1] = _mm512_dpbusd_epi32(dots[r][1], i, v);
-        }
-        x += 2 * R;
-      } else {
-        for (int r = 0; r < R; ++r) {
-          const __m512i v = _mm512_set1_epi32(x[r]);
-          dots[r][0] = _mm512_dpbusd_epi32(dots[r][0], first, v);
-          dots[r][1] = _mm512_dpbusd_epi32(dots[r][1], second, v);
-        }
-        x += R;
-      }
-    }
-    for (int i = 0; i < 2; ++i) {
-      __m512 scale = _mm512_set1_ps(1.0f);
-      if (!p.by_channel) {
-        scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + g * kTile + 16 * i)));
-      }
-      for (int r = 0; r < R; ++r) {
-        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(b.scales[g * R + r]));
-        sums[r][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r][i]), both, sums[r][i]);
-      }
-    }
-  }
-  for (int i = 0; i < 2; ++i) {
-    const int count = w.outputs - tile * kTile - 16 * i;
-    const __mmask16 there = count >= 16 ? 0xFFFF : count <= 0 ? 0 : (1 << count) - 1;
-    __m512 scale = _mm512_set1_ps(1.0f);
-    if (p.by_channel) {
-      scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + 16 * i)));
-    }
-    for (int r = 0; r < R; ++r) {
-      float* out = w.out + static_cast<int64_t>(b.first + r) * w.outputs + tile * kTile + 16 * i;
-      _mm512_mask_storeu_ps(out, there, _mm512_mul_ps(sums[r][i], scale));
-    }
-  }
-}
-
-// 32 bytes of weights by four activations: 8 sums. Eight bits go through their magnitudes, since 16 bits hold two
-// products of 128 by 127 but not of 255 by 127.
-template <int BITS>
-TARGET_AVX2 INLINE __m256i dot_avx2(__m256i sum, __m256i w, __m256i x) {
-  __m256i pairs;
-  if (BITS == 4) {
-    pairs = _mm256_maddubs_epi16(w, x);
-  } else {
-    const __m256i plain = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-    pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(plain), _mm256_sign_epi8(x, plain));
-  }
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-
-template <int BITS>
-TARGET_AVXVNNI INLINE __m256i dot_avxvnni(__m256i sum, __m256i w, __m256i x) {
-  return _mm256_dpbusd_avx_epi32(sum, w, x);
-}
-
-#define TILE_256(NAME, TARGET, DOT)                                                                                    \
-  template <int R, int BITS>                                                                                           \
-  TARGET void NAME(const Product& p, const Weights& w, int tile, const Block& b) {                                     \
-    const int chunks = p.chunks();                                                                                     \
-    const uint8_t* values = w.values + static_cast<int64_t>(tile) * p.groups * chunks * kChunk;                        \
-    const uint16_t* scales = w.scales + static_cast<int64_t>(tile) * (p.by_channel ? 1 : p.groups) * kTile;            \
-    const int32_t* x = reinterpret_cast<const int32_t*>(b.values);                                                     \
-    const __m256i low = _mm256_set1_epi8(15);                                                                          \
-    __m256 sums[R][4];                                                                                                 \
-    for (int r = 0; r < R; ++r)                                                                                        \
-      for (int i = 0; i < 4; ++i) sums[r][i] = _mm256_setzero_ps();                                                    \
-    for (int g = 0; g < p.groups; ++g) {                                                                               \
-      __m256i dots[R][4];                                                                                              \
-      for (int r = 0; r < R; ++r)                                                                                      \
-        for (int i = 0; i < 4; ++i) dots[r][i] = _mm256_set1_epi32(b.offsets[g * R + r]);                              \
-      for (int c = 0; c < chunks; ++c, values += kChunk) {                                                             \
-        for (int i = 0; i < 4; ++i) {                                                                                  \
-          const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + 32 * i));                     \
-          for (int r = 0; r < R; ++r) {                                                                                \
-            if (BITS == 4) {                                                                                           \
-              const __m256i h = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);                                        \
-              dots[r][i] = DOT<4>(dots[r][i], _mm256_and_si256(v, low), _mm256_set1_epi32(x[r]));                      \
-              dots[r][i] = DOT<4>(dots[r][i], h, _mm256_set1_epi32(x[R + r]));                                         \
-            } else {                                                                                                   \
-              dots[r][i] = DOT<8>(dots[r][i], v, _mm256_set1_epi32(x[r]));                                             \
-            }                                                                                                          \
-          }                                                                                                            \
-        }                                                                                                              \
-        x += BITS == 4 ? 2 * R : R;                                                                                    \
-      }                                                                                                                \
-      for (int i = 0; i < 4; ++i) {                                                                                    \
-        __m256 scale = _mm256_set1_ps(1.0f);                                                                           \
-        if (!p.by_channel) scale = halves_avx2(scales + g * kTile + 8 * i);                                            \
-        for (int r = 0; r < R; ++r) {                                                                                  \
-          const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(b.scales[g * R + r]));                               \
-          sums[r][i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[r][i]), both, sums[r][i]);                              \
-        }                                                                                                              \
-      }                                                                                                                \
-    }                                                                                                                  \
-    const int count = std::min(kTile, w.outputs - tile * kTile);                                                       \
-    for (int r = 0; r < R; ++r) {                                                                                      \
-      alignas(32) float row[kTile];                                                                                    \
-      for (int i = 0; i < 4; ++i) {                                                                                    \
-        const __m256 scale = p.by_channel ? halves_avx2(scales + 8 * i) : _mm256_set1_ps(1.0f);                        \
-        _mm256_store_ps(row + 8 * i, _mm256_mul_ps(sums[r][i], scale));                                                \
-      }                                                                                                                \
-      std::memcpy(w.out + static_cast<int64_t>(b.first + r) * w.outputs + tile * kTile, row, count * sizeof(float));   \
-    }                                                                                                                  \
-  }
-
-TARGET_AVX2 INLINE __m256 halves_avx2(const uint16_t* scales) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
-}
-
-TILE_256(tile_avx2, TARGET_AVX2, dot_avx2)
-TILE_256(tile_avxvnni, TARGET_AVXVNNI, dot_avxvnni)
-
-TARGET_AVX512 void round_avx512(const Product& p, const Block& b) { round_block(p, b); }
-TARGET_AVX2 void round_avx2(const Product& p, const Block& b) { round_block(p, b); }
-
-#endif  // __x86_64__
-
-void round_generic(const Product& p, const Block& b) { round_block(p, b); }
-
-// --- Which functions a path is made of.
-
-using TileFunction = void (*)(const Product&, const Weights&, int tile, const Block&);
-using RoundFunction = void (*)(const Product&, const Block&);
-
-template <int BITS>
-TileFunction tile_function(int path, int rows) {
-#if defined(__x86_64__)
-  if (path == kAvx512Vnni) {
-    constexpr TileFunction by_rows[] = {tile_avx512<1, BITS>, tile_avx512<2, BITS>, tile_avx512<3, BITS>,
-                                        tile_avx512<4, BITS>, tile_avx512<5, BITS>, tile_avx512<6, BITS>};
-    return by_rows[rows - 1];
-  }
-  if (path == kAvxVnni) return rows == 1 ? tile_avxvnni<1, BITS> : tile_avxvnni<2, BITS>;
-  if (path == kAvx2) return rows == 1 ? tile_avx2<1, BITS> : tile_avx2<2, BITS>;
-#endif
-  return rows == 1 ? tile_generic<1, BITS> : tile_generic<2, BITS>;
-}
-
-RoundFunction round_function(int path) {
-#if defined(__x86_64__)
-  if (path == kAvx512Vnni) return round_avx512;
-  if (path != kGeneric) return round_avx2;
-#endif
-  return round_generic;
-}
-
-int rows_of_block(int path) { return path == kAvx512Vnni ? kMostRows : 2; }
-
-// --- Threads: XLA's own. The caller works too and waits for no task that has not begun.
-
-struct Shared {
-  std::atomic<int> next{0}, done{0};
-  int count = 0;
-};
-
-template <typename Work>
-void in_parallel(ffi::ThreadPool pool, int count, const Work& work) {
-  auto shared = std::make_shared<Shared>();
-  shared->count = count;
-  auto run = [shared, &work] {
-    int i;
-    while ((i = shared->next.fetch_add(1)) < shared->count) {
-      work(i);
-      shared->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  const int helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
-  for (int i = 0; i < helpers; ++i) pool.Schedule(decltype(run)(run));  // it takes no lvalue
-  run();
-  for (int turns = 0; shared->done.load(std::memory_order_acquire) < count; ++turns) {
-    if (turns > 4096) std::this_thread::yield();
-  }
-}
-
-void multiply(Product& p, ffi::ThreadPool pool) {
-  thread_local std::vector<int32_t> memory;
+void make_blocks(Product& p, std::vector<int32_t>& memory) {
   const int most = rows_of_block(p.path);
-  const int blocks = (p.rows + most - 1) / most;
   const int64_t padded = static_cast<int64_t>(p.groups) * p.group;
   memory.resize(p.rows * (padded / 4 + 2 * p.groups));
   int32_t* at = memory.data();
-  for (int i = 0; i < blocks; ++i) {
+  for (int first = 0; first < p.rows; first += most) {
     Block b;
-    b.first = i * most, b.rows = std::min(most, p.rows - i * most);
-    b.values = reinterpret_cast<int8_t*>(at), at += b.rows * padded / 4;
+    b.first = first, b.rows = std::min(most, p.rows - first);
+    b.values = at, at += b.rows * padded / 4;
     b.offsets = at, at += b.rows * p.groups;
     b.scales = reinterpret_cast<float*>(at), at += b.rows * p.groups;
     p.blocks.push_back(b);
   }
-  const RoundFunction round = round_function(p.path);
-  if (blocks < 4) {
-    for (const Block& b : p.blocks) round(p, b);
-  } else {
-    in_parallel(pool, blocks, [&](int i) { round(p, p.blocks[i]); });
-  }
+}
 
+int tiles_of(const Product& p) {
   int tiles = 0;
   for (const Weights& w : p.weights) tiles += w.tiles;
-  const int stride = std::max<int>(1, std::min<int>(8, tiles / (8 * pool.num_threads())));
-  in_parallel(pool, (tiles + stride - 1) / stride, [&](int part) {
-    for (int t = part * stride; t < std::min(tiles, (part + 1) * stride); ++t) {
-      int tile = t, number = 0;
-      while (tile >= p.weights[number].tiles) tile -= p.weights[number++].tiles;
-      for (const Block& b : p.blocks) {
-        const TileFunction f = p.bits == 4 ? tile_function<4>(p.path, b.rows) : tile_function<8>(p.path, b.rows);
-        f(p, p.weights[number], tile, b);
-      }
+  return tiles;
+}
+
+// Tiles that a thread takes at once.
+int stride_of(const Product& p, int threads) { return std::clamp(tiles_of(p) / (6 * threads), 1, 8); }
+
+void run_tiles(const Product& p, int first, int end) {
+  for (int t = first; t < end; ++t) {
+    int tile = t, number = 0;
+    while (tile >= p.weights[number].tiles) tile -= p.weights[number++].tiles;
+    for (const Block& b : p.blocks) {
+      const TileFunction f = p.bits == 4 ? tile_function<4>(p.path, b.rows) : tile_function<8>(p.path, b.rows);
+      f(p, p.weights[number], tile, b);
+    }
+  }
+}
+
+// Products one after another, each over what the one before gave.
+void run(const std::vector<Product*>& products, ffi::ThreadPool pool) {
+  Threads& all = Threads::all(pool.num_threads());
+  const int threads = all.count();
+  std::vector<int> counts;
+  for (const Product* p : products) {
+    const int blocks = p->blocks.size(), stride = stride_of(*p, threads);
+    counts.push_back(blocks);
+    counts.push_back((tiles_of(*p) + stride - 1) / stride);
+  }
+  all.run(counts, [&products, threads](int phase, int i) {
+    const Product& p = *products[phase / 2];
+    if (phase % 2 == 0) {
+      round_function(p.path)(p, p.blocks[i]);
+    } else {
+      const int stride = stride_of(p, threads);
+      run_tiles(p, i * stride, std::min(tiles_of(p), (i + 1) * stride));
     }
   });
 }
 
-// x float32 (rows, inputs), then values and scales of each matrix -> float32 (rows, outputs) for each.
-ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs matrices, ffi::RemainingRets out,
-                   int32_t bits, int32_t group, int32_t path) {
-  if (x.dimensions().size() != 2 || matrices.size() != 2 * out.size() || group > 128 || group % 8) {
-    return ffi::Error::InvalidArgument("phijax_cpu_int4: arguments");
-  }
+// --- What XLA calls. Arrays that are not there are empty.
+
+using F32 = ffi::Buffer<ffi::F32>;
+
+ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(std::string("phijax cpu_int4: ") + what); }
+
+const float* data_or_null(const F32& array) { return array.element_count() ? array.typed_data() : nullptr; }
+
+// Matrix `number` of the rest of the arguments: values, scales. False where the shapes are not those of p.
+bool add_matrix(Product& p, ffi::RemainingArgs rest, int number, int64_t outputs, float* out, const float* residual) {
+  auto values = rest.get<ffi::Buffer<ffi::U8>>(2 * number);
+  auto scales = rest.get<ffi::Buffer<ffi::F16>>(2 * number + 1);
+  if (!values || !scales || values->dimensions().size() != 4 || scales->dimensions().size() != 3) return false;
+  Weights w;
+  w.values = values->typed_data();
+  w.scales = reinterpret_cast<const uint16_t*>(scales->untyped_data());
+  w.out = out, w.residual = residual, w.outputs = outputs;
+  w.tiles = values->dimensions()[0];
+  const int64_t groups = scales->dimensions()[1];
+  p.by_channel = groups == 1;
+  p.weights.push_back(w);
+  const int64_t chunks = static_cast<int64_t>(p.groups) * p.chunks();
+  return w.tiles == (outputs + kTile - 1) / kTile && (groups == 1 || groups == p.groups) &&
+         static_cast<int64_t>(values->element_count()) == w.tiles * chunks * kChunk &&
+         static_cast<int64_t>(scales->element_count()) == w.tiles * groups * kTile;
+}
+
+bool begin(Product& p, int64_t rows, int64_t inputs, int32_t bits, int32_t group, int32_t path) {
+  p.rows = rows, p.inputs = inputs, p.bits = bits, p.group = group, p.path = path;
+  if (group <= 0 || group > kLargestGroup || group % 8 || (bits != 4 && bits != 8)) return false;
+  p.groups = (inputs + group - 1) / group;
+  return true;
+}
+
+// Rows that count; the others become zeros.
+int64_t counted(const ffi::Buffer<ffi::S32>& count, int64_t rows) {
+  return count.element_count() ? std::clamp<int64_t>(count.typed_data()[0], 0, rows) : rows;
+}
+
+// x (rows, inputs), norm (inputs) or (0), residual (rows, outputs) or (0), count (1) or (0); values and scales of each
+// matrix -> (rows, outputs) for each. A residual is for one matrix.
+ffi::Error product(ffi::ThreadPool pool, F32 x, F32 norm, F32 residual, ffi::Buffer<ffi::S32> count,
+                   ffi::RemainingArgs matrices, ffi::RemainingRets outs, int32_t bits, int32_t group, int32_t path,
+                   float epsilon) {
+  if (x.dimensions().size() != 2 || matrices.size() != 2 * outs.size()) return wrong("arguments");
   Product p;
-  p.x = x.typed_data();
-  p.rows = x.dimensions()[0], p.inputs = x.dimensions()[1];
-  p.bits = bits, p.group = group, p.path = path;
-  p.groups = (p.inputs + group - 1) / group;
-  for (size_t i = 0; i < out.size(); ++i) {
-    auto values = matrices.get<ffi::Buffer<ffi::U8>>(2 * i);
-    auto scales = matrices.get<ffi::Buffer<ffi::F16>>(2 * i + 1);
-    auto result = out.get<ffi::Buffer<ffi::F32>>(i);
-    if (!values || !scales || !result) return ffi::Error::InvalidArgument("phijax_cpu_int4: types");
-    Weights w;
-    w.values = values->typed_data();
-    w.scales = reinterpret_cast<const uint16_t*>(scales->untyped_data());
-    w.out = (*result)->typed_data();
-    w.outputs = (*result)->dimensions()[1];
-    w.tiles = values->dimensions()[0];
-    p.by_channel = scales->dimensions()[1] == 1;
-    const int64_t chunks = static_cast<int64_t>(p.groups) * p.chunks();
-    if (static_cast<int64_t>(values->element_count()) != w.tiles * chunks * kChunk ||
-        (w.outputs + kTile - 1) / kTile != w.tiles || (*result)->dimensions()[0] != p.rows ||
-        static_cast<int64_t>(scales->element_count()) != static_cast<int64_t>(w.tiles) * kTile * (p.by_channel ? 1 : p.groups)) {
-      return ffi::Error::InvalidArgument("phijax_cpu_int4: shapes");
-    }
-    p.weights.push_back(w);
+  const int64_t all = x.dimensions()[0];
+  if (!begin(p, counted(count, all), x.dimensions()[1], bits, group, path)) return wrong("bits or group");
+  p.source.x = x.typed_data(), p.source.norm = data_or_null(norm), p.source.epsilon = epsilon;
+  for (size_t i = 0; i < outs.size(); ++i) {
+    auto out = outs.get<F32>(i);
+    if (!out || (*out)->dimensions().size() != 2 || (*out)->dimensions()[0] != all) return wrong("results");
+    const int64_t outputs = (*out)->dimensions()[1];
+    float* to = (*out)->typed_data();
+    if (!add_matrix(p, matrices, i, outputs, to, data_or_null(residual))) return wrong("shapes of a matrix");
+    std::fill(to + p.rows * outputs, to + all * outputs, 0.0f);
   }
-  if (p.rows > 0) multiply(p, pool);
+  if (p.rows == 0) return ffi::Error::Success();
+  thread_local std::vector<int32_t> memory;
+  make_blocks(p, memory);
+  run({&p}, pool);
+  return ffi::Error::Success();
+}
+
+// x (rows, D) as above, then gate, up (D -> F) and down (F -> D): residual + down(silu(gate(x)) * up(x)).
+ffi::Error gated(ffi::ThreadPool pool, F32 x, F32 norm, F32 residual, ffi::Buffer<ffi::S32> count,
+                 ffi::RemainingArgs matrices, ffi::Result<F32> out, int32_t bits, int32_t group, int32_t down_bits,
+                 int32_t down_group, int32_t hidden, int32_t path, float epsilon) {
+  if (x.dimensions().size() != 2 || matrices.size() != 6) return wrong("arguments");
+  const int64_t all = x.dimensions()[0], outputs = out->dimensions()[1];
+  Product first, second;
+  const int64_t rows = counted(count, all);
+  if (!begin(first, rows, x.dimensions()[1], bits, group, path) ||
+      !begin(second, rows, hidden, down_bits, down_group, path)) {
+    return wrong("bits or group");
+  }
+  thread_local std::vector<float> between;
+  between.resize(2 * rows * hidden);
+  first.source.x = x.typed_data(), first.source.norm = data_or_null(norm), first.source.epsilon = epsilon;
+  second.source.x = between.data(), second.source.up = between.data() + rows * hidden;
+  float* to = out->typed_data();
+  if (!add_matrix(first, matrices, 0, hidden, between.data(), nullptr) ||
+      !add_matrix(first, matrices, 1, hidden, between.data() + rows * hidden, nullptr) ||
+      !add_matrix(second, matrices, 2, outputs, to, data_or_null(residual))) {
+    return wrong("shapes of a matrix");
+  }
+  std::fill(to + rows * outputs, to + all * outputs, 0.0f);
+  if (rows == 0) return ffi::Error::Success();
+  thread_local std::vector<int32_t> memory, more;
+  make_blocks(first, memory);
+  make_blocks(second, more);
+  run({&first, &second}, pool);
+  return ffi::Error::Success();
+}
+
+// q (rows, N H), k and v (rows, K H), cosines and sines (rows, rotary), positions (rows), count as above, then k and v
+// of each piece of the cache -> (rows, N H) and the pieces, which are the same memory.
+ffi::Error attend(ffi::ThreadPool pool, F32 q, F32 k, F32 v, F32 cosines, F32 sines, ffi::Buffer<ffi::S32> positions,
+                  ffi::Buffer<ffi::S32> count, ffi::RemainingArgs cache, ffi::RemainingRets outs, int32_t window,
+                  int32_t path) {
+  if (outs.size() != cache.size() + 1 || cache.size() < 2) return wrong("arguments");
+  auto out = outs.get<F32>(0);
+  auto shape = cache.get<F32>(0);
+  if (!out || !shape || shape->dimensions().size() != 4) return wrong("arguments");
+  const auto heads = shape->dimensions();  // (R, K, S, H)
+  Attention a;
+  a.q = q.typed_data(), a.k = k.typed_data(), a.v = v.typed_data(), a.out = (*out)->typed_data();
+  a.cosines = cosines.typed_data(), a.sines = sines.typed_data(), a.positions = positions.typed_data();
+  a.kv_heads = heads[1], a.head_dim = heads[3], a.rotary = cosines.dimensions()[1], a.window = window;
+  const int64_t width = q.dimensions()[1];
+  a.group = width / (a.kv_heads * a.head_dim);
+  if (k.dimensions()[1] != heads[1] * heads[3] || width != a.group * heads[1] * heads[3]) return wrong("heads");
+  int64_t places = 0;
+  for (size_t i = 0; i < cache.size(); i += 2) {
+    auto keys = cache.get<F32>(i);
+    auto new_keys = outs.get<F32>(i + 1), new_values = outs.get<F32>(i + 2);
+    if (!keys || !new_keys || !new_values) return wrong("cache");
+    a.pieces.push_back({(*new_keys)->typed_data(), (*new_values)->typed_data(), keys->dimensions()[2]});
+    places += keys->dimensions()[2];
+  }
+  const int64_t all = q.dimensions()[0], rows = std::min<int64_t>(counted(count, all), heads[0]);
+  for (int64_t r = 0; r < rows; ++r) {
+    if (a.positions[r] < 0 || a.positions[r] >= places) return wrong("position outside of the cache");
+  }
+  std::fill(a.out + rows * width, a.out + all * width, 0.0f);
+  if (rows == 0) return ffi::Error::Success();
+  const AttendFunction function = attend_function(path);
+  Threads::all(pool.num_threads()).run({static_cast<int>(rows * a.kv_heads)}, [&](int, int i) {
+    function(a, i / a.kv_heads, i % a.kv_heads);
+  });
   return ffi::Error::Success();
 }
 
@@ -450,27 +216,50 @@ ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remaining
 
 #pragma GCC visibility push(default)
 
-extern "C" int phijax_cpu_int4_has(int path) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (path == kAvx2) return avx2;
-  if (path == kAvxVnni) return avx2 && __builtin_cpu_supports("avxvnni");
-  if (path == kAvx512Vnni) {
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
-  }
-#endif
-  return path == kGeneric;
-}
+extern "C" int phijax_cpu_int4_has(int path) { return has(path); }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(phijax_cpu_int4_product, product,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<int32_t>("bits")
                                   .Attr<int32_t>("group")
+                                  .Attr<int32_t>("path")
+                                  .Attr<float>("epsilon"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(phijax_cpu_int4_gated, gated,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<F32>()
+                                  .Attr<int32_t>("bits")
+                                  .Attr<int32_t>("group")
+                                  .Attr<int32_t>("down_bits")
+                                  .Attr<int32_t>("down_group")
+                                  .Attr<int32_t>("hidden")
+                                  .Attr<int32_t>("path")
+                                  .Attr<float>("epsilon"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(phijax_cpu_int4_attend, attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<int32_t>("window")
                                   .Attr<int32_t>("path"));

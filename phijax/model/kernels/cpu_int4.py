@@ -84,18 +84,120 @@ class Tiled:
         return groups.reshape(values.shape)[..., : self.inputs]
 
 
-def products(x: jax.Array, weights: Sequence[Tiled], dtype: jnp.dtype | None = None) -> list[jax.Array]:
-    """(..., I) -> (..., O) for each of several matrices of one kind, whose activations are rounded once."""
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """RMSNorm before a product, as `model/norm.py` has it."""
+
+    scale: jax.Array  # (I,)
+    epsilon: float
+
+
+def products(
+    x: jax.Array,
+    weights: Sequence[Tiled],
+    dtype: jnp.dtype | None = None,
+    *,
+    norm: Norm | None = None,
+    residual: jax.Array | None = None,
+    count: jax.Array | None = None,
+) -> list[jax.Array]:
+    """(..., I) -> (..., O) for each of several matrices that are `alike`, whose activations are rounded once.
+
+    Args:
+      dtype: of the results; None: as x.
+      residual: (..., O), is added to the product with the one matrix that there is.
+      count: () int32, how many of x's rows count, the others give zeros; None: all.
+    """
     first = weights[0]
-    assert all(alike(w, first) for w in weights)
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    call = jax.ffi.ffi_call(
-        cpu_int4_library.TARGET, [jax.ShapeDtypeStruct((rows.shape[0], w.outputs), jnp.float32) for w in weights]
+    assert all(alike(w, first) for w in weights) and (residual is None or len(weights) == 1)
+    before = _before(x, norm, residual, count)
+    rows = before[0].shape[0]
+    results = [jax.ShapeDtypeStruct((rows, w.outputs), jnp.float32) for w in weights]
+    outs = jax.ffi.ffi_call(cpu_int4_library.PRODUCT, results)(
+        *before, *_arrays(weights), **_attributes(norm, bits=first.bits, group=first.group, path=_number(first.path))
     )
-    numbers = {"bits": first.bits, "group": first.group, "path": cpu_int4_library.PATHS.index(first.path)}
-    arrays = [array for w in weights for array in (w.values, w.scales)]
-    outs = call(rows, *arrays, **{name: np.int32(number) for name, number in numbers.items()})
     return [out.reshape(*x.shape[:-1], -1).astype(dtype or x.dtype) for out in outs]
+
+
+def gated(
+    x: jax.Array,
+    gate: Tiled,
+    up: Tiled,
+    down: Tiled,
+    *,
+    norm: Norm | None = None,
+    residual: jax.Array | None = None,
+    count: jax.Array | None = None,
+) -> jax.Array:
+    """residual + down(silu(gate(x)) * up(x)), (..., D) -> (..., D); gate and up `alike`."""
+    assert alike(gate, up) and down.path == gate.path and down.over_rows
+    before = _before(x, norm, residual, count)
+    result = jax.ShapeDtypeStruct((before[0].shape[0], down.outputs), jnp.float32)
+    numbers = {"bits": gate.bits, "group": gate.group, "down_bits": down.bits, "down_group": down.group}
+    out = jax.ffi.ffi_call(cpu_int4_library.GATED, result)(
+        *before,
+        *_arrays([gate, up, down]),
+        **_attributes(norm, **numbers, hidden=gate.outputs, path=_number(gate.path)),
+    )
+    return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    cache: Sequence[tuple[jax.Array, jax.Array]],
+    positions: jax.Array,
+    count: jax.Array | None,
+    *,
+    window: int | None,
+    path: str,
+) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], ...]]:
+    """One new token a row: rotates q and k, writes k and v into the cache, and attends.
+
+    Args:
+      q: (B, N H); k, v: (B, K H); rope: cos and sin (B, R); cache: as in `kernels/decode.py`, float32.
+      positions: (B,) int32, the places of the new tokens.
+      count: as in `products`.
+    Returns: (B, N H), zeros for rows beyond `count` or the cache's; the cache, in place where it is donated.
+    """
+    pieces = [array for piece in cache for array in piece]
+    counted = jnp.zeros(0, jnp.int32) if count is None else jnp.asarray(count, jnp.int32).reshape(1)
+    before = [q, k, v, *rope, positions, counted]
+    results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (q, *pieces)]
+    aliases = {len(before) + i: i + 1 for i in range(len(pieces))}
+    call = jax.ffi.ffi_call(cpu_int4_library.ATTEND, results, input_output_aliases=aliases)
+    out, *new = call(*before, *pieces, window=np.int32(window or 0), path=np.int32(_number(path)))
+    return out, tuple(zip(new[::2], new[1::2], strict=True))
+
+
+def _before(x, norm, residual, count) -> list[jax.Array]:
+    """The arguments before the matrices; what is not there is empty."""
+
+    def flat(array: jax.Array) -> jax.Array:
+        return array.reshape(-1, array.shape[-1]).astype(jnp.float32)
+
+    nothing = jnp.zeros(0, jnp.float32)
+    return [
+        flat(x),
+        nothing if norm is None else norm.scale.astype(jnp.float32),
+        nothing if residual is None else flat(residual),
+        jnp.zeros(0, jnp.int32) if count is None else jnp.asarray(count, jnp.int32).reshape(1),
+    ]
+
+
+def _arrays(weights: Sequence[Tiled]) -> list[jax.Array]:
+    return [array for w in weights for array in (w.values, w.scales)]
+
+
+def _attributes(norm: Norm | None, **numbers: int) -> dict[str, np.generic]:
+    epsilon = np.float32(0.0 if norm is None else norm.epsilon)
+    return {name: np.int32(number) for name, number in numbers.items()} | {"epsilon": epsilon}
+
+
+def _number(path: str) -> int:
+    return cpu_int4_library.PATHS.index(path)
 
 
 def alike(a: Any, b: Any) -> bool:

@@ -20,11 +20,13 @@ from phijax.errors import UserError, nearest_name
 
 VARIABLE = "PHIJAX_CPU_KERNEL"
 PATHS = ("generic", "avx2", "avxvnni", "avx512vnni")  # their numbers in the source, the best last
-TARGET = "phijax_cpu_int4_product"
-SOURCE = pathlib.Path(__file__).with_name("cpu_int4.cc")
+PRODUCT, GATED, ATTEND = TARGETS = ("phijax_cpu_int4_product", "phijax_cpu_int4_gated", "phijax_cpu_int4_attend")
+HEADERS = ("cpu_int4_tiles.h", "cpu_int4_attention.h", "cpu_int4_threads.h")
+SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("cpu_int4.cc", *HEADERS))
 COMPILERS = ("c++", "g++", "clang++")
-# Contraction would let the compiler sum differently for other numbers of rows.
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread")
+# Contraction would let the compiler sum differently for other numbers of rows; traps and errno keep loops from vectors.
+MATHS = ("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", *MATHS, "-pthread")
 SECONDS = 300
 LIBRARY_FILE, DIGEST_FILE = "cpu_int4.so", "sha256"
 
@@ -63,7 +65,8 @@ def loaded() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.phijax_cpu_int4_product), platform="cpu")
+    for name in TARGETS:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return library
 
 
@@ -92,7 +95,8 @@ def _open(cache: pathlib.Path) -> ctypes.CDLL:
 def _key(compiler: str) -> str:
     """Of the source, the headers' release, the compiler and its flags: whatever changes the library."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    parts = (SOURCE.read_bytes(), jaxlib.__version__.encode(), compiler.encode(), version, " ".join(FLAGS).encode())
+    release = jaxlib.__version__.encode()
+    parts = (*(file.read_bytes() for file in SOURCES), release, compiler.encode(), version, " ".join(FLAGS).encode())
     return "cpu_int4-" + hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
@@ -114,7 +118,7 @@ def _build(compiler: str, folder: pathlib.Path) -> pathlib.Path:
         aside = pathlib.Path(tempfile.mkdtemp(prefix="phijax-"))
         folder = aside / folder.name
     library = aside / LIBRARY_FILE
-    command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(library)]
+    command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCES[0]), "-o", str(library)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
         if done.returncode:
