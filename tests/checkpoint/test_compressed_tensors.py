@@ -61,7 +61,7 @@ def test_integers_and_scales_are_ours(case, small, tmp_path):
             # In 16 bits what was not: embedding and head, if they were quantised.
             np.testing.assert_array_equal(dense, torch.tensor(wide).to(tensors[name].dtype).float().numpy())
             continue
-        assert tensors[f"{module}.weight_packed"].dtype == torch.int32
+        assert tensors[f"{module}.weight_packed"].dtype == torch.int32 and ".layers." in name
         bits = 32 * tensors[f"{module}.weight_packed"].shape[1] // wide.shape[1]
         np.testing.assert_array_equal(dequantized(tensors, module, bits), wide.astype(np.float64), err_msg=name)
         seen |= {f"{module}.{part}" for part in ("weight_packed", "weight_scale", "weight_shape")}
