@@ -86,6 +86,7 @@ def test_what_the_config_names_and_is_not_there(config, tmp_path):
     assert "/no/such/shards" in output
 
 
+@pytest.mark.slow
 def test_other_configs_and_another_folder_on_one_process(config, tmp_path):
     def own(index):
         return [f"--workdir={tmp_path / str(index)}", f"--config.seed={index}"]
@@ -109,6 +110,7 @@ def test_a_hung_all_reduce_ends_in_a_verdict(tmp_path):
         assert f"NOT READY: all-reduce hung: not done after 10 s (process {index} of 2" in output
 
 
+@pytest.mark.slow
 def test_who_did_not_come_to_a_check_is_named(tmp_path):
     ends = group(2, [f"--workdir={tmp_path}", "--time_limit=20"], program=[CHILD, "never_comes_to_storage"])
     assert [code for code, _ in ends] == [2, 2]

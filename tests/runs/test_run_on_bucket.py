@@ -112,6 +112,7 @@ def test_a_killed_run_on_a_bucket_is_the_unbroken_local_one(trained, command, bu
     check_manifest(bucket, f"trained/checkpoints/{STEPS}")
 
 
+@pytest.mark.slow
 def test_a_damaged_step_is_set_aside_and_made_again(trained, command, bucket):
     folder = f"trained/checkpoints/{STEPS}"
     victim = max(bucket.names(f"{folder}/state/"), key=lambda name: len(bucket.read(name)))
@@ -124,6 +125,7 @@ def test_a_damaged_step_is_set_aside_and_made_again(trained, command, bucket):
     check_manifest(bucket, folder)
 
 
+@pytest.mark.slow
 def test_what_a_bucket_holds_is_shown_and_generated_from(trained, command):
     output = end(command("show", "gs://bucket/trained/checkpoints"))
     assert f"gs://bucket/trained/checkpoints/{STEPS}: step {STEPS}, written" in output
