@@ -109,6 +109,7 @@ class ModelSection:
     attention: Literal["auto", "dense", "blocked", "splash", "cudnn"] = "auto"
     remat: str = "auto"  # what the backward pass finds saved: model/decoder.py REMAT_POLICIES
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    mlp_products: Literal["float", "int8"] = "float"  # model/int8_products.py
     layers: Literal["auto", "scan", "unroll"] = "auto"
 
 

@@ -51,7 +51,7 @@ class Block(nnx.Module):
         h = self.mlp_norm(x)
         if backend.flat_tokens:
             h = h.reshape(-1, h.shape[-1])
-        return sharding.constrain(x + self.mlp(h).reshape(x.shape), residual)
+        return sharding.constrain(x + self.mlp(h, int8=backend.mlp_products == "int8").reshape(x.shape), residual)
 
 
 class Decoder(nnx.Module):
