@@ -31,6 +31,7 @@ class Backend:
     flat_tokens: bool = False  # projections see (B T, D)
     remat: str = "none"
     compute_dtype: str = "float32"
+    mlp_products: str = "float"  # in training; "int8" rounds both factors
     int8_activations: bool = False  # what weights in few bits are multiplied with, where there is a kernel for it
 
     @property
@@ -62,6 +63,7 @@ def choose_backend(section: ModelSection, platform: str, *, context: int = 1) ->
         "attention": section.attention,
         "remat": section.remat,
         "compute_dtype": section.compute_dtype,
+        "mlp_products": section.mlp_products,
         "scan_layers": "auto" if section.layers == "auto" else section.layers == "scan",
     }
     choice = dataclasses.replace(choice, **{k: v for k, v in asked.items() if v != "auto"})
