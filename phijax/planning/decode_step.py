@@ -40,6 +40,11 @@ class Served:
 
 def lower_step(served: Served, rows: int, places: int, sampling: Sampling | None = None):
     """One token for each of `rows` rows over a cache of `places` places: `programs.step` before it is compiled."""
+    return trace_step(served, rows, places, sampling).lower()
+
+
+def trace_step(served: Served, rows: int, places: int, sampling: Sampling | None = None):
+    """`lower_step`'s program before it is lowered; `.jaxpr` is what was traced."""
     sampling, path, c = sampling or Sampling(temperature=0.0), served.path, served.model
     batch = max(rows, path.least_rows)
 
@@ -47,7 +52,7 @@ def lower_step(served: Served, rows: int, places: int, sampling: Sampling | None
         return _whole(served, (batch, *shape), dtype)
 
     seen = each(jnp.bool_, c.padded_vocab_size) if sampling.plan.penalises else None
-    return programs.step.lower(
+    return programs.step.trace(
         c,
         path,
         1.0,

@@ -102,6 +102,16 @@ def test_groups_by_the_kernel(monkeypatch, small_weights, tensor):
     assert_same(fast.generate(PROMPTS, GREEDY), expected, 2e-5)
 
 
+def test_eight_devices_give_what_one_does(small_weights):
+    """By XLA alone: rows of matrices over eight devices, the four heads of keys over none of them, places over all."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=8), jax.devices())
+    cut = Generator(MODEL, small_weights, None, PLAIN, mesh)
+    assert cut._weights["blocks"]["mlp"]["down"].values.sharding.shard_shape((2, 256, 128)) == (2, 32, 128)
+    assert_same(
+        cut.generate(PROMPTS, GREEDY), Generator(MODEL, small_weights, None, PLAIN).generate(PROMPTS, GREEDY), 1e-5
+    )
+
+
 def test_the_long_list_takes_over(monkeypatch, weights):
     """LongRoPE's switch computes the cache anew, in the stack as in the plain programs."""
     half = MODEL.head_dim // 2
