@@ -114,7 +114,7 @@ def needs_of(config):
         plan.read(plan.place(0, 0), plan.phases[0].sequence_length)
         shards = sum(len(source.manifest.shards) for source in plan.sources.values())
         shards += sum(len(one.shards.manifest.shards) for one in held_out)
-        checks.append(Check("data", OK, f"{len(plan.sources) + len(held_out)} folders, {shards} shards, a row read"))
+        checks.append(Check("data", OK, f"folders: {len(plan.sources) + len(held_out)}, shards: {shards}, a row read"))
     except UserError as error:
         checks.append(Check("data", FAIL, str(error)))
     return dataclasses.replace(

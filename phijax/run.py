@@ -123,6 +123,8 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda text: None
     for text in params.check_mesh(recipe.model, sizes):
         say(f"warning: {text}")
+    if recipe.options:
+        say(f"compiler.profile={config.compiler.profile}: {recipe.options}")
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     identity = {"model": dataclasses.asdict(recipe.model), "data": loader.fingerprint(plan)}
