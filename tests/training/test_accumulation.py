@@ -12,6 +12,7 @@ from small_training import LENGTH, ROWS, SMALL, compiled, losses, mesh_of, recip
 from phijax.model import params
 from phijax.model.kernels.dense import dense_attention
 from phijax.model.kernels.splash import splash_attention
+from phijax.parallel import dealing
 
 ONE = (1, 1, 1, 1)
 ACCUMULATED = (4, ROWS // 2, LENGTH)  # 16 rows in all
@@ -54,15 +55,17 @@ def test_the_reader_of_collectives_sees_those_in_loops():
 def test_splash_attention_where_data_is_cut_already(shape):
     """The kernel makes a shard_map of its own inside that of accumulation. Its body runs here, interpreted."""
     rng = np.random.default_rng(0)
-    q, k, v = rng.standard_normal((3, 4, 2, 256, 8), np.float32)
-    segment_ids = np.repeat(np.arange(4, dtype=np.int32), 64)[None].repeat(4, axis=0)
+    q, k, v = rng.standard_normal((3, 4, 2, 512, 8), np.float32)
+    segment_ids = np.repeat(np.arange(4, dtype=np.int32), 128)[None].repeat(4, axis=0)
 
     def inside(q, k, v, segment_ids):
-        return splash_attention(q, k, v, segment_ids, window=None, interpret=True)
+        q, k, v = (dealing.deal(a, 2) for a in (q, k, v))
+        out = splash_attention(q, k, v, dealing.deal(segment_ids, 1), window=None, interpret=True)
+        return dealing.undeal(out, 2)
 
     rows = PartitionSpec("data")
     with jax.set_mesh(mesh_of(*shape)):
         cut = jax.shard_map(inside, in_specs=rows, out_specs=rows, axis_names={"data"}, check_vma=False)
         got = jax.jit(cut)(q, k, v, segment_ids)
-    # float32 softmax over at most 64 keys, in blocks.
+    # float32 softmax over at most 128 keys, in blocks.
     np.testing.assert_allclose(got, dense_attention(q, k, v, segment_ids, window=None), atol=2e-6)
