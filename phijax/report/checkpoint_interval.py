@@ -24,6 +24,8 @@ def expected_goodput(interval: float, *, save_seconds: float, failure_seconds: f
     Args:
       restart_seconds: R, from a life's beginning to its first step.
     """
+    if interval <= 0:
+        return 0.0
     cycle = interval + save_seconds
     kept = failure_seconds - restart_seconds - cycle / 2
     return max(0.0, kept) / failure_seconds * interval / cycle
