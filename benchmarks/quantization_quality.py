@@ -135,8 +135,8 @@ class Bench:
 
         assigned, output = policy.assign(self.opened.model, policy.parse(scheme)), self.work / "ours"
         shutil.rmtree(output, ignore_errors=True)
-        source, factor = quantization_methods.prepare(self.opened, assigned, method, self.tokens)
-        quantized_export.write(source, epath.Path(output), assigned, method=method, factor=factor)
+        source, rounding = quantization_methods.prepare(self.opened, assigned, method, self.tokens)
+        quantized_export.write(source, epath.Path(output), assigned, method=method, rounding=rounding)
         size = sum(quantized_export.nbytes(self.opened, assigned).values())
         return open_checkpoint(output), 8 * size / self.weights()
 
@@ -167,7 +167,7 @@ def table(found: dict[str, dict]) -> list[str]:
             f"| {case} | {result['bits']:.3f} | {with_error(result['by_row'])} "
             f"| {difference(result, plain) if plain and plain is not result else ''} "
             f"| {result['kl_99th_percentile']:.2f} | {result['perplexity_quantized']:.2f} "
-            f"| {result['top1_agreement']:.1%} | {result['answer'].strip()} |"
+            f"| {result['top1_agreement']:.1%} | {' '.join(result['answer'].split())} |"
         )
     first = next(iter(found.values()))
     return [f"{first['tokens']:,} tokens; perplexity of the float model {first['perplexity_float']:.2f}", *lines]

@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
     rows = _rows(opened, FLAGS.held_out, FLAGS.rows)  # before hours are spent
     calibration = _rows(opened, FLAGS.calibration, FLAGS.calibration_rows)
     inputs = _inputs(calibration) if calibration else None
-    source, factor = quantization_methods.prepare(
+    source, rounding = quantization_methods.prepare(
         opened, assigned, FLAGS.method, inputs, on_layer=_progress("layers scaled")
     )
     errors = quantized_export.write(
@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
         output,
         assigned,
         method=_described(inputs),
-        factor=factor,
+        rounding=rounding,
         say=print,
         on_piece=_progress("matrices"),
     )

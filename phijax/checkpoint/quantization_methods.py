@@ -1,4 +1,4 @@
-"""The methods of quantising a checkpoint: what each makes of its weights before they are rounded."""
+"""The methods of quantising a checkpoint: what each makes of its weights before they are rounded, and how it rounds."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -7,10 +7,10 @@ import numpy as np
 
 from phijax.checkpoint.folded_source import FoldedSource
 from phijax.checkpoint.opened import Opened
-from phijax.quantization import awq
+from phijax.quantization import awq, gptq
 from phijax.quantization.calibrate import Hessians
-from phijax.quantization.gptq import Factor, Factors
 from phijax.quantization.policy import Scheme
+from phijax.quantization.rounding import Quantize
 
 
 def prepare(
@@ -19,8 +19,8 @@ def prepare(
     method: str,
     tokens: np.ndarray | None = None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Opened, Factor]:
-    """What `quantized_export.write` takes: the checkpoint with its weights scaled, and GPTQ's factors.
+) -> tuple[Opened, Callable[[str, int], Quantize | None]]:
+    """What `quantized_export.write` takes: the checkpoint, by AWQ with its weights scaled, and `rounding`.
 
     Args:
       method: rtn, awq or gptq.
@@ -28,8 +28,8 @@ def prepare(
       on_layer: told how many layers AWQ has scaled, and of how many.
     """
     if method == "awq":
-        folds = awq.choose_folds(opened.model, opened.weights.read, assigned, tokens, on_layer)
-        opened = dataclasses.replace(opened, weights=FoldedSource(opened.weights, folds))
+        choice = awq.choose(opened.model, opened.weights.read, assigned, tokens, on_layer)
+        return dataclasses.replace(opened, weights=FoldedSource(opened.weights, choice.folds)), choice.rounding
     if method == "gptq":
-        return opened, Factors(Hessians(opened.model, opened.weights.read, tokens))
+        return opened, gptq.Roundings(Hessians(opened.model, opened.weights.read, tokens))
     return opened, lambda path, layer: None

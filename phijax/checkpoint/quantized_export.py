@@ -20,15 +20,14 @@ from phijax.checkpoint.ours_export import LARGEST_CHUNK
 from phijax.checkpoint.weight_source import Index, blocks, check_finite
 from phijax.errors import UserError
 from phijax.model import params
-from phijax.quantization import gptq, packing, policy
-from phijax.quantization.gptq import Factor
+from phijax.quantization import packing, policy
 from phijax.quantization.policy import Scheme
-from phijax.quantization.rounding import Rounded, round_to_nearest
+from phijax.quantization.rounding import Quantize, round_to_nearest
 
 PROGRESS_FILE = "progress.jsonl"  # a line a piece that lies on disk; gone when all do
 VOCABULARY_BYTES = 64 << 20  # bytes of float32 of an embedding or a head that are quantised at once
 
-Quantize = Callable[[np.ndarray, Scheme, int], Rounded]  # a matrix, its scheme, the axis of its groups
+Rounding = Callable[[str, int], Quantize | None]  # of a leaf's path and layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +73,7 @@ def write(
     quantize: Quantize = round_to_nearest,
     *,
     method: str,
-    factor: Factor = lambda path, layer: None,
+    rounding: Rounding = lambda path, layer: None,
     say: Callable[[str], None] = lambda line: None,
     on_piece: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[float]]:
@@ -82,9 +81,9 @@ def write(
 
     Args:
       assigned: leaf path -> scheme; other leaves are copied bit for bit.
-      quantize: the matrices that have no factor.
+      quantize: the matrices of which `rounding` says None.
       method: its name, and what else decides the integers, for the manifest.
-      factor: GPTQ's, asked for layer by layer.
+      rounding: how a matrix is rounded; asked for layer by layer.
       on_piece: called with how many pieces are done, and of how many.
     Returns: leaf path -> relative error |w - q| / |w| of each layer.
     Raises: UserError for an output that is there, a full disk, weights that are NaN, or quantised already.
@@ -103,7 +102,7 @@ def write(
             try:
                 done = _taken_up(folder, identity, say)
                 arrays = _Arrays(folder, opened, assigned)
-                squared = _write_pieces(arrays, folder, pieces(opened, assigned), quantize, factor, done, on_piece)
+                squared = _write_pieces(arrays, folder, pieces(opened, assigned), quantize, rounding, done, on_piece)
             finally:
                 lock.release()
             tokenizer_files.write_ours(opened, folder / TOKENIZER_FOLDER, say)
@@ -146,7 +145,7 @@ class _Arrays:
                 self.leaves.append({"path": PARAMS + path, "shape": list(shape), "dtype": dtype})
         self._described = {leaf["path"]: leaf for leaf in self.leaves}
 
-    def write(self, piece: Piece, quantize: Quantize, factor: Factor) -> tuple[float, float] | None:
+    def write(self, piece: Piece, quantize: Quantize, rounding: Rounding) -> tuple[float, float] | None:
         """Reads, quantises and writes a piece. -> summed squares of error and weight; None if it is only copied."""
         weight = self._opened.weights.read(piece.path, piece.index)
         check_finite(weight, piece.path)
@@ -154,9 +153,8 @@ class _Arrays:
             self._array(piece.path)[piece.index].write(weight).result()
             return None
         scheme, axis = self._assigned[piece.path], policy.summed_axis(piece.path)
-        matrix, known = weight.reshape(weight.shape[-2:]), factor(piece.path, piece.layer)
-        rounded = quantize(matrix, scheme, axis) if known is None else gptq.quantize(matrix, known, scheme, axis)
-        rounded = jax.device_get(rounded)
+        quantize = rounding(piece.path, piece.layer) or quantize
+        rounded = jax.device_get(quantize(weight.reshape(weight.shape[-2:]), scheme, axis))
         values = packing.pack(rounded.values) if scheme.bits == 4 else rounded.values
         for name, array in ((VALUES, values), (SCALES, rounded.scales)):
             # Rows are cut in a vocabulary alone, whose groups run along the other axis.
@@ -201,12 +199,12 @@ def _stacked(array: np.ndarray, piece: Piece) -> tuple[int, ...]:
     return (1, array.shape[0]) if len(piece.index) == 3 else (array.shape[0],)
 
 
-def _write_pieces(arrays, folder, todo, quantize, factor, done, on_piece) -> dict[str, list[list[float]]]:
+def _write_pieces(arrays, folder, todo, quantize, rounding, done, on_piece) -> dict[str, list[list[float]]]:
     squared: dict[str, list[list[float]]] = {}
     with (folder / PROGRESS_FILE).open("a") as progress:
         for number, piece in enumerate(todo, start=1):
             if piece.key not in done:
-                done[piece.key] = arrays.write(piece, quantize, factor)
+                done[piece.key] = arrays.write(piece, quantize, rounding)
                 progress.write(json.dumps({"piece": piece.key, "squared": done[piece.key]}) + "\n")
                 progress.flush()
             if done[piece.key] is not None:

@@ -2,11 +2,15 @@
 
 Lin et al. 2023, arXiv:2306.00978: W -> W diag(s), s = mean|x|^a, and 1/s goes into whatever makes x: the norm before
 q, k, v, before gate and up, and before the head; for down, the rows of up. The model stays the same function, and its
-files stay ordinary. o has no such place: grouped heads share their v.
+files stay ordinary. o has no such place: grouped heads share their v. Nor has a head that is the embedding.
+
+Beyond the paper, scales are then searched with errors counted by the mean squares of the inputs, which reaches those
+two as well: 0.26 nats instead of 0.61 on SmolLM2-135M in int4_g64, whose embedding is its head.
 """
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +20,12 @@ from phijax.model.config import ModelConfig
 from phijax.model.quantized import Quantized
 from phijax.quantization import calibrate
 from phijax.quantization.policy import Scheme, summed_axis
-from phijax.quantization.rounding import round_to_nearest
+from phijax.quantization.rounding import Quantize, round_to_nearest
 
 EXPONENTS = tuple(float(a) for a in np.linspace(0.0, 1.0, 11))  # the first is rounding as it is
 QUICK_FACTORS = (1.08, 0.92, 0.8)  # of the many scales that are tried, see rounding.FACTORS
 SAMPLES = 256  # tokens whose outputs are compared
+DAMPING = 0.01  # of the mean importance, added to it: inputs that hardly occur would else be rounded anyhow
 OUTPUTS = 1024  # of a matrix that are compared: more choose no better, and mini's have up to 8192
 
 # Fold -> the leaves whose inputs it scales.
@@ -41,34 +46,58 @@ INVERSE: dict[str, tuple[str, int]] = {
 Folds = dict[str, np.ndarray]  # fold -> (L, inputs) float32, of the head (inputs,)
 
 
-def choose_folds(
+class Choice(NamedTuple):
+    """importance: leaf path -> mean squares of its inputs as they are behind the folds, as folds are stacked."""
+
+    folds: Folds
+    importance: dict[str, np.ndarray]
+
+    def rounding(self, path: str, layer: int) -> Quantize | None:
+        """How a matrix is rounded; None where nothing is known of its inputs: an embedding that is no head."""
+        if (found := self.importance.get(path)) is None:
+            return None
+        return functools.partial(round_to_nearest, importance=found[layer] if found.ndim == 2 else found)
+
+
+def choose(
     c: ModelConfig,
     read: calibrate.Read,
     assigned: Mapping[str, Scheme],
     tokens: np.ndarray,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
-) -> Folds:
+) -> Choice:
     """The scales of every layer, by the least squared error of its outputs on rows of tokens (B, T).
 
     Matrices that stay as stored need none, and take none along with those that do not: a fold is made where all that
     it scales is quantised.
     """
     wanted = [fold for fold, paths in SCALED.items() if all(path in assigned for path in paths)]
-    found: dict[str, list[np.ndarray]] = {}
+    folds: dict[str, list[np.ndarray]] = {fold: [] for fold in wanted if fold != "head"}
+    importance: dict[str, list[np.ndarray]] = {}
     last = None
     for number, weights, inputs, out in calibrate.layers(c, read, tokens):
-        for fold in wanted:
-            if fold != "head":
-                matrices = {path: _leaf(weights, path) for path in SCALED[fold]}
-                found.setdefault(fold, []).append(_choose(getattr(inputs, fold), matrices, assigned))
+        for what, x in inputs._asdict().items():
+            scales = np.ones(x.shape[-1], np.float32)
+            if what in folds:
+                scales = _choose(x, {path: _leaf(weights, path) for path in SCALED[what]}, assigned)
+                folds[what].append(scales)
+            for path in SCALED.get(what, ("blocks/attention/o",)):
+                importance.setdefault(path, []).append(_importance(x) / scales**2)
         last = out
         on_layer(number + 1, c.num_layers)
-    folds = {fold: np.stack(layers) for fold, layers in found.items()}
+    found = Choice(*({name: np.stack(layers) for name, layers in kind.items()} for kind in (folds, importance)))
+    into = calibrate.final_norm(c, read("final_norm/scale", (slice(0, c.model_dim),)), last)
+    found.importance["embedding" if c.tied_head else "head"] = _importance(into)
     if "head" in wanted:
-        into = calibrate.final_norm(c, read("final_norm/scale", (slice(0, c.model_dim),)), last)
         head = read("head", (slice(0, c.vocab_size), slice(0, c.model_dim)))
-        folds["head"] = _choose(into, {"head": head}, assigned)
-    return folds
+        found.folds["head"] = _choose(into, {"head": head}, assigned)
+        found.importance["head"] /= found.folds["head"] ** 2
+    return found
+
+
+def _importance(x: jax.Array) -> np.ndarray:
+    squares = np.asarray(jnp.mean(jnp.square(x.reshape(-1, x.shape[-1])), axis=0))
+    return squares + DAMPING * squares.mean()
 
 
 def fold(path: str, values: np.ndarray, index: tuple[slice, ...], folds: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -88,14 +117,14 @@ def is_folded(path: str, folds: Mapping[str, np.ndarray]) -> bool:
 
 def _choose(x: jax.Array, matrices: Mapping[str, np.ndarray], assigned: Mapping[str, Scheme]) -> np.ndarray:
     flat = x.reshape(-1, x.shape[-1])
-    size = np.asarray(jnp.mean(jnp.abs(flat), axis=0), np.float64)
+    size, importance = np.asarray(jnp.mean(jnp.abs(flat), axis=0), np.float64), _importance(flat)
     samples = flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES]
     best, chosen = np.inf, np.ones(flat.shape[-1], np.float32)
     for exponent in EXPONENTS:
         scales = np.maximum(size, 1e-4 * size.max() + 1e-30) ** exponent
         scales = (scales / np.sqrt(scales.max() * scales.min())).astype(np.float32)
         error = sum(
-            _output_error(samples, matrix, scales, assigned[path], summed_axis(path))
+            _output_error(samples, matrix, scales, importance, assigned[path], summed_axis(path))
             for path, matrix in matrices.items()
         )
         if error < best:
@@ -103,20 +132,24 @@ def _choose(x: jax.Array, matrices: Mapping[str, np.ndarray], assigned: Mapping[
     return chosen
 
 
-def _output_error(x: jax.Array, matrix: np.ndarray, scales: np.ndarray, scheme: Scheme, axis: int) -> float:
+def _output_error(
+    x: jax.Array, matrix: np.ndarray, scales: np.ndarray, importance: np.ndarray, scheme: Scheme, axis: int
+) -> float:
     """Summed square of what rounding changes in the outputs for x (S, inputs), the scales folded in and out again.
 
     From as many outputs, evenly spread, as are compared."""
     every = -(-matrix.shape[0 if axis == -1 else 1] // OUTPUTS)
     some = matrix[::every] if axis == -1 else matrix[:, ::every]
-    return every * float(_changed(x, some, scales, scheme, axis))
+    return every * float(_changed(x, some, scales, importance / scales**2, scheme, axis))
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _changed(x: jax.Array, matrix: jax.Array, scales: jax.Array, scheme: Scheme, axis: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _changed(
+    x: jax.Array, matrix: jax.Array, scales: jax.Array, importance: jax.Array, scheme: Scheme, axis: int
+) -> jax.Array:
     matrix = matrix.astype(jnp.float32)
     factor = scales if axis == -1 else scales[:, None]
-    rounded = round_to_nearest(matrix * factor, scheme, axis, QUICK_FACTORS)
+    rounded = round_to_nearest(matrix * factor, scheme, axis, QUICK_FACTORS, importance)
     change = Quantized(rounded.values, rounded.scales).dequantize() / factor - matrix
     return jnp.sum(jnp.square(x @ (change.T if axis == -1 else change)))
 

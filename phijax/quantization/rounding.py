@@ -1,6 +1,7 @@
 """Round to nearest, with the scale of each group searched for the least squared error."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,22 +23,37 @@ class Rounded(NamedTuple):
     squared: tuple[jax.Array, jax.Array]
 
 
-def round_to_nearest(weight: jax.Array, scheme: Scheme, axis: int, factors: tuple[float, ...] = FACTORS) -> Rounded:
+Quantize = Callable[[jax.Array, Scheme, int], Rounded]  # a matrix (rows, D), its scheme, the axis of its inputs
+
+
+def round_to_nearest(
+    weight: jax.Array,
+    scheme: Scheme,
+    axis: int,
+    factors: tuple[float, ...] = FACTORS,
+    importance: jax.Array | None = None,
+) -> Rounded:
     """One matrix (rows, D), any float, in groups along `axis` (-1 or -2).
 
     Errors are those of the scale as it is stored, in float16: what that rounding costs is part of the search. A scale
     may be negative: the integers reach from -8 to 7, and the group's largest weight takes the longer side.
+
+    Args: importance: (inputs,), what an input's squared errors count in the search; None: all alike. With mean squares
+      of the inputs, the search is for the least change of the outputs, as far as inputs do not go together.
     """
-    return _rounded(weight, scheme.bits, scheme.group or weight.shape[axis], axis % 2, tuple(factors))
+    if importance is None:
+        importance = np.ones(weight.shape[axis], np.float32)
+    return _rounded(weight, importance, scheme.bits, scheme.group or weight.shape[axis], axis % 2, tuple(factors))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _rounded(weight, bits: int, group: int, axis: int, factors: tuple[float, ...]) -> Rounded:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _rounded(weight, importance, bits: int, group: int, axis: int, factors: tuple[float, ...]) -> Rounded:
     weight = weight.astype(jnp.float32)
     rows, columns = weight.shape
     within = axis + 1  # the axis of a group's members
     shape = (rows, columns // group, group) if axis == 1 else (rows // group, group, columns)
     w = weight.reshape(shape)
+    counts = importance.astype(jnp.float32).reshape((1, -1, group) if axis == 1 else (-1, group, 1))
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     largest, smallest = jnp.max(w, within, keepdims=True), jnp.min(w, within, keepdims=True)
     whole = jnp.where(largest > -smallest, largest, smallest) / low
@@ -50,7 +66,7 @@ def _rounded(weight, bits: int, group: int, axis: int, factors: tuple[float, ...
         return scale.astype(jnp.float16).astype(jnp.float32)
 
     def error(scale: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.square(w - integers(scale) * scale), within, keepdims=True)
+        return jnp.sum(counts * jnp.square(w - integers(scale) * scale), within, keepdims=True)
 
     def better(best, scale):
         found = error(scale)
@@ -65,11 +81,13 @@ def _rounded(weight, bits: int, group: int, axis: int, factors: tuple[float, ...
     if len(factors) > 1:
         # The scale that fits these integers best, in closed form: sum(w q) / sum(q q).
         q = integers(best[1])
-        norm = jnp.sum(q * q, within, keepdims=True)
-        best = better(best, stored(jnp.where(norm > 0, jnp.sum(w * q, within, keepdims=True) / norm, 0.0)))
-    error_sum, scale = best
+        norm = jnp.sum(counts * q * q, within, keepdims=True)
+        fitting = jnp.sum(counts * w * q, within, keepdims=True) / jnp.where(norm > 0, norm, 1.0)
+        best = better(best, stored(jnp.where(norm > 0, fitting, 0.0)))
+    scale = best[1]
+    values = integers(scale)
     return Rounded(
-        integers(scale).astype(jnp.int8).reshape(rows, columns),
+        values.astype(jnp.int8).reshape(rows, columns),
         jnp.squeeze(scale, within).astype(jnp.float16),
-        (jnp.sum(error_sum), jnp.sum(jnp.square(w))),
+        (jnp.sum(jnp.square(w - values * scale)), jnp.sum(jnp.square(w))),
     )

@@ -75,8 +75,13 @@ def test_layer_by_layer_it_is_the_decoder(c):
 
 
 @pytest.fixture(scope="module")
-def folds():
-    return awq.choose_folds(MODEL, Source(uneven_params(MODEL)).read, ASSIGNED, tokens())
+def choice():
+    return awq.choose(MODEL, Source(uneven_params(MODEL)).read, ASSIGNED, tokens())
+
+
+@pytest.fixture(scope="module")
+def folds(choice):
+    return choice.folds
 
 
 def whole(source) -> dict:
@@ -91,9 +96,9 @@ def test_folding_changes_weights_but_not_the_model(folds):
     got = decoder(MODEL, folded, tokens(), "logits")
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
     changed = {path for path, value in flat.items() if not np.array_equal(folded[path], value)}
-    names = {"attention/q", "attention/k", "attention/v", "attention_norm/scale", "mlp_norm/scale"}
-    names |= {"mlp/gate", "mlp/up", "mlp/down"}
-    assert changed == {f"blocks/{name}" for name in names} | {"head", "final_norm/scale"}
+    scaled = [name for name, scales in folds.items() if np.any(scales != 1)]  # by the exponent 0 nothing is
+    assert set(folds) == set(awq.SCALED) and {"qkv", "gate_up", "head"} <= set(scaled)
+    assert changed == {path for name in scaled for path in (*awq.SCALED[name], awq.INVERSE[name][0])}
 
 
 def test_parts_are_parts_of_the_whole(folds):
@@ -117,6 +122,20 @@ def test_large_channels_are_made_larger(folds):
     np.testing.assert_allclose(folds["qkv"].max(1) * folds["qkv"].min(1), 1, rtol=1e-5)
 
 
+def test_importance_is_that_of_the_folded_models_inputs(choice):
+    """As the layer by layer run over the folded weights sees them."""
+    folded = FoldedSource(Source(uneven_params(MODEL)), choice.folds)
+    *_, (_, _, inputs, _) = calibrate.layers(MODEL, folded.read, tokens())
+    given = {"attention/k": (inputs.qkv, "qkv"), "attention/o": (inputs.o, None), "mlp/down": (inputs.down, "down")}
+    for path, (x, fold) in given.items():
+        undone = np.ones(x.shape[-1]) if fold is None else choice.folds[fold][1].astype(np.float64) ** 2
+        squares = np.mean(np.square(np.asarray(x, np.float64)), axis=(0, 1)) * undone  # of the model that is not folded
+        found = choice.importance[f"blocks/{path}"][1]
+        np.testing.assert_allclose(found * undone, squares + awq.DAMPING * squares.mean(), rtol=2e-3)
+        np.testing.assert_array_equal(choice.rounding(f"blocks/{path}", 1).keywords["importance"], found)
+    assert choice.rounding("embedding", 0) is None and choice.rounding("head", 0) is not None
+
+
 def test_the_model_moves_less_than_by_rounding_alone(folds):
     """KL on other rows than those the scales were chosen on."""
     from quantized_case import quantized_params
@@ -133,9 +152,23 @@ def test_the_model_moves_less_than_by_rounding_alone(folds):
     assert divergence(whole(FoldedSource(Source(flat), folds))) < 0.8 * divergence(flat)
 
 
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_a_part_of_the_outputs_tells_as_much(monkeypatch, axis):
+    """Outputs are as many samples: a quarter of 240 gives their sum within a few times 1 / sqrt(60)."""
+    random = np.random.default_rng(3)
+    x, matrix = random.standard_normal((64, 96)).astype(np.float32), random.standard_normal((240, 96))
+    matrix = matrix.astype(np.float32) if axis == -1 else np.ascontiguousarray(matrix.T, np.float32)
+    scales = np.exp(random.standard_normal(96)).astype(np.float32)
+    even = np.ones(96, np.float32)
+    every = awq._output_error(x, matrix, scales, even, policy.SCHEMES["int4_g32"], axis)
+    monkeypatch.setattr(awq, "OUTPUTS", 60)
+    some = awq._output_error(x, matrix, scales, even, policy.SCHEMES["int4_g32"], axis)
+    assert some != every and some == pytest.approx(every, rel=0.3)
+
+
 def test_a_fold_is_made_where_all_that_it_scales_is_quantized():
     some = policy.assign(MODEL, policy.parse("int4,qkv=as_stored,head=as_stored"))
-    folds = awq.choose_folds(MODEL, Source(uneven_params(MODEL)).read, some, tokens(8))
+    folds = awq.choose(MODEL, Source(uneven_params(MODEL)).read, some, tokens(8)).folds
     assert set(folds) == {"gate_up", "down"}
 
 

@@ -156,8 +156,8 @@ assigned = policy.assign(opened.model, policy.parse(scheme))
 def on_piece(done, total):
     if done == 12:
         os.kill(os.getpid(), signal.SIGKILL)
-source, factor = quantization_methods.prepare(opened, assigned, method, np.load(tokens))
-quantized_export.write(source, epath.Path(output), assigned, method=method, factor=factor, on_piece=on_piece)
+source, rounding = quantization_methods.prepare(opened, assigned, method, np.load(tokens))
+quantized_export.write(source, epath.Path(output), assigned, method=method, rounding=rounding, on_piece=on_piece)
 """
 
 
@@ -176,7 +176,7 @@ def test_killed_it_goes_on_where_it_was(workdir, tmp_path, method):
         file.write('{"piece": "blocks/ml')  # a line that a kill cut off
     said, quantized_again, asked = [], [], []
     opened = open_checkpoint(workdir)
-    source, factor = quantization_methods.prepare(opened, ASSIGNED, method, TOKENS)
+    source, rounding = quantization_methods.prepare(opened, ASSIGNED, method, TOKENS)
 
     def counting(*arguments):
         quantized_again.append(1)
@@ -184,15 +184,15 @@ def test_killed_it_goes_on_where_it_was(workdir, tmp_path, method):
 
     def noted(path, layer):
         asked.append((path, layer))
-        return factor(path, layer)
+        return rounding(path, layer)
 
-    kept = {"say": said.append, "quantize": counting, "factor": noted}
+    kept = {"say": said.append, "quantize": counting, "rounding": noted}
     quantized_export.write(source, epath.Path(place / "out"), ASSIGNED, method=method, **kept)
     assert any("goes on" in line and "12 pieces" in line for line in said)
     assert 0 < len(asked) < 16 and min(layer for path, layer in asked if path.startswith("blocks")) == 1
-    assert len(quantized_again) == (1 if method == "gptq" else len(asked))  # the embedding, which has no Hessian
-    whole, factor = quantization_methods.prepare(opened, ASSIGNED, method, TOKENS)
-    quantized_export.write(whole, epath.Path(tmp_path / "whole"), ASSIGNED, method=method, factor=factor)
+    assert len(quantized_again) == (len(asked) if method == "rtn" else 1)  # the embedding, which is no head
+    whole, rounding = quantization_methods.prepare(opened, ASSIGNED, method, TOKENS)
+    quantized_export.write(whole, epath.Path(tmp_path / "whole"), ASSIGNED, method=method, rounding=rounding)
     assert_same_files(place / "out", tmp_path / "whole")
 
 

@@ -43,8 +43,8 @@ def reference(opened, rows):
 
 def quantized(opened, method: str, scheme: str, output, calibration=None):
     assigned = policy.assign(opened.model, policy.parse(scheme))
-    source, factor = quantization_methods.prepare(opened, assigned, method, calibration)
-    quantized_export.write(source, epath.Path(output), assigned, method=method, factor=factor)
+    source, rounding = quantization_methods.prepare(opened, assigned, method, calibration)
+    quantized_export.write(source, epath.Path(output), assigned, method=method, rounding=rounding)
     return phijax.library.load(output, max_length=LENGTH + 2)
 
 

@@ -82,3 +82,18 @@ def test_edges():
     np.testing.assert_allclose(got[2], -0.37, rtol=1e-3)
     np.testing.assert_array_equal(got[3], w[3])
     assert np.all(np.isfinite(np.asarray(rounded.scales)))
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_what_counts_more_is_rounded_better(axis):
+    """The search is for the least of the counted errors, and an input that counts nothing has no say."""
+    w = matrix(2)
+    importance = np.exp(2 * np.random.default_rng(0).standard_normal(w.shape[axis])).astype(np.float32)
+    counts = importance if axis == -1 else importance[:, None]
+    plain, counted = (round_to_nearest(w, SCHEMES["int4_g32"], axis, importance=i) for i in (None, importance))
+    before, after = (float(np.sum(counts * (dequantized(r) - w) ** 2)) for r in (plain, counted))
+    assert after < 0.93 * before
+    assert float(counted.squared[0]) > float(plain.squared[0])  # of the weights alone it is the worse
+    np.testing.assert_allclose(float(counted.squared[0]), np.sum((dequantized(counted) - w) ** 2), rtol=1e-3)
+    nothing = round_to_nearest(w, SCHEMES["int4_g32"], axis, importance=np.zeros_like(importance))
+    assert np.all(np.isfinite(np.asarray(nothing.scales, np.float32)))
