@@ -9,6 +9,7 @@ import pytest
 
 from phijax.model.kernels import decode_tpu, int8_lines
 from phijax.model.kernels.decode_tpu import BLOCK, StackedCache
+from phijax.model.kernels.stacked import stacked_attention
 from phijax.parallel import hlo
 from phijax.planning.topology import tpu_devices
 
@@ -74,6 +75,37 @@ def test_it_is_the_float64_attention(dtype, window, heads, kv_heads, head_dim):
             assert (error <= (0 if dtype != jnp.int8 else np.abs(new[row]).max(axis=-1) / 250)).all()
             now[LAYER, row, :, place] = old[LAYER, row, :, place]
         np.testing.assert_array_equal(now, old)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+@pytest.mark.parametrize(
+    ("window", "starts"),
+    [(None, [0, 5, BLOCK - 8, BLOCK, 2 * BLOCK - 16]), (7, [BLOCK + 3] * 5), (300, [BLOCK - 8] * 5)],
+)
+def test_a_chunk_of_a_prompt(dtype, window, starts):
+    """Sixteen tokens of each row at once, over a block's border and behind it, with two query heads a key head."""
+    heads, kv_heads, head_dim, count = 6, 3, 32, 16
+    starts = np.array(starts)
+    rng = np.random.default_rng(4)
+    q = rng.standard_normal((len(starts), heads, count, head_dim), np.float32)
+    k, v = (rng.standard_normal((len(starts), kv_heads, count, head_dim), np.float32) for _ in range(2))
+    positions = starts[:, None] + np.arange(count)
+    before = random_cache(kv_heads, head_dim, dtype)
+    out, cache = jax.jit(stacked_attention, static_argnames="window")(
+        q, k, v, before, jnp.int32(LAYER), jnp.asarray(positions, jnp.int32), window=window
+    )
+    keys, values = (by_head(a, s, kv_heads) for a, s in ((cache.k, cache.k_scales), (cache.v, cache.v_scales)))
+    for number in range(count):
+        expected = attention(q[:, :, number], keys[LAYER], values[LAYER], positions[:, number], window)
+        np.testing.assert_allclose(out[:, :, number], expected, rtol=0, atol=2e-5)
+    error = 0 if dtype != jnp.int8 else np.abs(k).max() / 250
+    for row, start in enumerate(starts):
+        written = keys[LAYER, row, :, start : start + count]
+        np.testing.assert_allclose(written, k[row], rtol=0, atol=error)
+        keys[LAYER, row, :, start : start + count] = by_head(before.k, before.k_scales, kv_heads)[
+            LAYER, row, :, start : start + count
+        ]
+    np.testing.assert_array_equal(keys, by_head(before.k, before.k_scales, kv_heads))
 
 
 def test_eight_bits_hold_a_line_to_half_a_scale():
