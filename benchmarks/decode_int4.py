@@ -92,7 +92,8 @@ def compare(name: str, sides: list[Side], vocab_size: int, arguments) -> None:
         }
         line = (
             f"  {side.name:18s} decode {rates['decode']:7.2f} tokens/s, {side.bytes_per_token / 1e9:.3f} GB a token, "
-            f"{rates['decode'] * side.bytes_per_token / read:.0%} of the memory; prefill {rates['prefill']:7.1f} tokens/s"
+            f"{rates['decode'] * side.bytes_per_token / read:.0%} of the memory; "
+            f"prefill {rates['prefill']:7.1f} tokens/s"
         )
         if theirs and side.name != theirs:
             ratios = {what: ratio(times[theirs, what], times[side.name, what]) for what in ("decode", "prefill")}
@@ -129,18 +130,15 @@ def random_generator(c: ModelConfig, scheme: str) -> Generator:
     """Weights of random bytes, in the kernel's layout from the start."""
     path = cpu_int4_library.path()
     assigned = policy.assign(c, policy.parse(scheme))
-    source = np.random.default_rng(0)
-    pool = source.integers(0, 256, 1 << 26, np.uint8)
+    pool = np.random.default_rng(0).integers(0, 256, (1 << 26) - 1, np.uint8)
 
     def matrix(shape: tuple[int, int], over_rows: bool, scheme: policy.Scheme) -> cpu_int4.Tiled:
         inputs, outputs = shape if over_rows else shape[::-1]
         tiles = -(-outputs // cpu_int4.TILE)
-        size = tiles * cpu_int4.TILE * inputs * scheme.bits // 8
-        start = int(source.integers(len(pool) - 1 - size % len(pool))) if size < len(pool) else 0
-        values = np.resize(pool[start : start + size], (tiles, inputs * scheme.bits // 32, cpu_int4.TILE, 4))
-        scales = np.full((tiles, inputs // scheme.group, cpu_int4.TILE), inputs**-0.5 / 4.6, np.float16)
-        arrays = jnp.array(values), jnp.array(scales)
-        return cpu_int4.Tiled(*arrays, shape, over_rows, scheme.bits, scheme.group, path)
+        scales = np.full(inputs // scheme.group * cpu_int4.TILE, inputs**-0.5 / 4.6, np.float16).view(np.uint8)
+        values = np.resize(pool, (tiles, cpu_int4.TILE * inputs * scheme.bits // 8))
+        data = np.concatenate([np.broadcast_to(scales, (tiles, len(scales))), values], axis=1)
+        return cpu_int4.Tiled(jnp.array(data), shape, over_rows, scheme.bits, scheme.group, False, path)
 
     flat = {}
     for leaf, shape in params.shapes(c).items():

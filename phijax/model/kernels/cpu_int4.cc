@@ -87,27 +87,19 @@ ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(std::str
 
 const float* data_or_null(const F32& array) { return array.element_count() ? array.typed_data() : nullptr; }
 
-// Matrix `number` of the rest of the arguments: values, scales. False where the shapes are not those of p.
+// Matrix `number` of the rest of the arguments, (tiles, bytes). False where its shape is not one of p's.
 bool add_matrix(Product& p, ffi::RemainingArgs rest, int number, int64_t outputs, float* out, const float* residual) {
-  auto values = rest.get<ffi::Buffer<ffi::U8>>(2 * number);
-  auto scales = rest.get<ffi::Buffer<ffi::F16>>(2 * number + 1);
-  if (!values || !scales || values->dimensions().size() != 4 || scales->dimensions().size() != 3) return false;
+  auto data = rest.get<ffi::Buffer<ffi::U8>>(number);
+  if (!data || data->dimensions().size() != 2) return false;
   Weights w;
-  w.values = values->typed_data();
-  w.scales = reinterpret_cast<const uint16_t*>(scales->untyped_data());
-  w.out = out, w.residual = residual, w.outputs = outputs;
-  w.tiles = values->dimensions()[0];
-  const int64_t groups = scales->dimensions()[1];
-  p.by_channel = groups == 1;
+  w.data = data->typed_data(), w.out = out, w.residual = residual, w.outputs = outputs;
+  w.tiles = data->dimensions()[0];
   p.weights.push_back(w);
-  const int64_t chunks = static_cast<int64_t>(p.groups) * p.chunks();
-  return w.tiles == (outputs + kTile - 1) / kTile && (groups == 1 || groups == p.groups) &&
-         static_cast<int64_t>(values->element_count()) == w.tiles * chunks * kChunk &&
-         static_cast<int64_t>(scales->element_count()) == w.tiles * groups * kTile;
+  return w.tiles == (outputs + kTile - 1) / kTile && data->dimensions()[1] == p.tile_bytes();
 }
 
-bool begin(Product& p, int64_t rows, int64_t inputs, int32_t bits, int32_t group, int32_t path) {
-  p.rows = rows, p.inputs = inputs, p.bits = bits, p.group = group, p.path = path;
+bool begin(Product& p, int64_t rows, int64_t inputs, int32_t bits, int32_t group, bool by_channel, int32_t path) {
+  p.rows = rows, p.inputs = inputs, p.bits = bits, p.group = group, p.by_channel = by_channel, p.path = path;
   if (group <= 0 || group > kLargestGroup || group % 8 || (bits != 4 && bits != 8)) return false;
   p.groups = (inputs + group - 1) / group;
   return true;
@@ -118,15 +110,17 @@ int64_t counted(const ffi::Buffer<ffi::S32>& count, int64_t rows) {
   return count.element_count() ? std::clamp<int64_t>(count.typed_data()[0], 0, rows) : rows;
 }
 
-// x (rows, inputs), norm (inputs) or (0), residual (rows, outputs) or (0), count (1) or (0); values and scales of each
-// matrix -> (rows, outputs) for each. A residual is for one matrix.
+// x (rows, inputs), norm (inputs) or (0), residual (rows, outputs) or (0), count (1) or (0), then matrices ->
+// (rows, outputs) for each. A residual is for one matrix.
 ffi::Error product(ffi::ThreadPool pool, F32 x, F32 norm, F32 residual, ffi::Buffer<ffi::S32> count,
-                   ffi::RemainingArgs matrices, ffi::RemainingRets outs, int32_t bits, int32_t group, int32_t path,
-                   float epsilon) {
-  if (x.dimensions().size() != 2 || matrices.size() != 2 * outs.size()) return wrong("arguments");
+                   ffi::RemainingArgs matrices, ffi::RemainingRets outs, int32_t bits, int32_t group, int32_t by_channel,
+                   int32_t path, float epsilon) {
+  if (x.dimensions().size() != 2 || matrices.size() != outs.size()) return wrong("arguments");
   Product p;
   const int64_t all = x.dimensions()[0];
-  if (!begin(p, counted(count, all), x.dimensions()[1], bits, group, path)) return wrong("bits or group");
+  if (!begin(p, counted(count, all), x.dimensions()[1], bits, group, by_channel, path)) {
+    return wrong("bits or group");
+  }
   p.source.x = x.typed_data(), p.source.norm = data_or_null(norm), p.source.epsilon = epsilon;
   for (size_t i = 0; i < outs.size(); ++i) {
     auto out = outs.get<F32>(i);
@@ -145,14 +139,15 @@ ffi::Error product(ffi::ThreadPool pool, F32 x, F32 norm, F32 residual, ffi::Buf
 
 // x (rows, D) as above, then gate, up (D -> F) and down (F -> D): residual + down(silu(gate(x)) * up(x)).
 ffi::Error gated(ffi::ThreadPool pool, F32 x, F32 norm, F32 residual, ffi::Buffer<ffi::S32> count,
-                 ffi::RemainingArgs matrices, ffi::Result<F32> out, int32_t bits, int32_t group, int32_t down_bits,
-                 int32_t down_group, int32_t hidden, int32_t path, float epsilon) {
-  if (x.dimensions().size() != 2 || matrices.size() != 6) return wrong("arguments");
+                 ffi::RemainingArgs matrices, ffi::Result<F32> out, int32_t bits, int32_t group, int32_t by_channel,
+                 int32_t down_bits, int32_t down_group, int32_t down_by_channel, int32_t hidden, int32_t path,
+                 float epsilon) {
+  if (x.dimensions().size() != 2 || matrices.size() != 3) return wrong("arguments");
   const int64_t all = x.dimensions()[0], outputs = out->dimensions()[1];
   Product first, second;
   const int64_t rows = counted(count, all);
-  if (!begin(first, rows, x.dimensions()[1], bits, group, path) ||
-      !begin(second, rows, hidden, down_bits, down_group, path)) {
+  if (!begin(first, rows, x.dimensions()[1], bits, group, by_channel, path) ||
+      !begin(second, rows, hidden, down_bits, down_group, down_by_channel, path)) {
     return wrong("bits or group");
   }
   thread_local std::vector<float> between;
@@ -229,6 +224,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(phijax_cpu_int4_product, product,
                                   .RemainingRets()
                                   .Attr<int32_t>("bits")
                                   .Attr<int32_t>("group")
+                                  .Attr<int32_t>("by_channel")
                                   .Attr<int32_t>("path")
                                   .Attr<float>("epsilon"));
 
@@ -243,8 +239,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(phijax_cpu_int4_gated, gated,
                                   .Ret<F32>()
                                   .Attr<int32_t>("bits")
                                   .Attr<int32_t>("group")
+                                  .Attr<int32_t>("by_channel")
                                   .Attr<int32_t>("down_bits")
                                   .Attr<int32_t>("down_group")
+                                  .Attr<int32_t>("down_by_channel")
                                   .Attr<int32_t>("hidden")
                                   .Attr<int32_t>("path")
                                   .Attr<float>("epsilon"));

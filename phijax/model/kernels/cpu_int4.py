@@ -26,20 +26,21 @@ CHANNEL_GROUP = 64  # of activations, where a weight's scale is for a whole chan
 class Tiled:
     """One matrix in tiles of 32 outputs, outputs and inputs padded with zeros to whole tiles and groups.
 
-    values: (O / 32, I / 8, 32, 4) uint8 for four bits: of output n, byte j is input 8 c + j, plus 8, in its low half
-      and input 8 c + 4 + j in its high half. (O / 32, I / 4, 32, 4) for eight: input 4 c + j, plus 128.
-    scales: (O / 32, I / G, 32) float16, or (O / 32, 1, 32) by channel.
+    data: (O / 32, bytes) uint8. Of each tile first the scales, float16 (I / G, 32), or (1, 32) by channel; then the
+      values, (I / 8, 32, 4) for four bits: of output n, byte j of chunk c is input 8 c + j, plus 8, in its low half and
+      input 8 c + 4 + j in its high half; (I / 4, 32, 4) for eight: input 4 c + j, plus 128. One array: a step has
+      hundreds of arguments, and half a microsecond goes with each.
     shape: (rows, D) of the matrix; `over_rows`: it is used by `project_back`, so its rows are the inputs.
     group: inputs whose activations share a scale, G where weights have groups.
     path: one of cpu_int4_library.PATHS.
     """
 
-    values: jax.Array
-    scales: jax.Array
+    data: jax.Array
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     over_rows: bool = dataclasses.field(metadata={"static": True})
     bits: int = dataclasses.field(metadata={"static": True})
     group: int = dataclasses.field(metadata={"static": True})
+    by_channel: bool = dataclasses.field(metadata={"static": True})
     path: str = dataclasses.field(metadata={"static": True})
 
     @property
@@ -63,14 +64,26 @@ class Tiled:
     def lookup(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Rows of an embedding: (...) int32 -> (..., D)."""
         assert not self.over_rows
-        values = self._integers(self.values[tokens // TILE, :, tokens % TILE])  # (..., I)
-        return self._scaled(values, self.scales[tokens // TILE, :, tokens % TILE]).astype(dtype)
+        tile, lane = (tokens // TILE)[..., None], (tokens % TILE)[..., None]
+        # Bytes one by one: a slice of the array that rows are then taken from would be a copy of the embedding.
+        scales = 2 * (np.arange(self.scale_bytes // (2 * TILE)) * TILE + lane)
+        scales = jnp.stack([self.data[tile, scales], self.data[tile, scales + 1]], axis=-1)
+        chunk = np.arange((self.data.shape[1] - self.scale_bytes) // (4 * TILE))[:, None] * TILE
+        values = self.scale_bytes + 4 * (chunk + lane[..., None]) + np.arange(4)  # (..., chunks, 4)
+        return self._scaled(self._integers(self.data[tile[..., None], values]), _halves(scales)).astype(dtype)
 
     def dequantize(self, dtype: jnp.dtype = jnp.float32) -> jax.Array:
         """(rows, D), exactly what it was made from."""
-        values = self._integers(self.values.swapaxes(1, 2))  # (O / 32, 32, I)
-        out = self._scaled(values, self.scales.swapaxes(1, 2)).reshape(-1, self.inputs)[: self.outputs]
+        tiles = self.data.shape[0]
+        scales = _halves(self.data[:, : self.scale_bytes].reshape(tiles, -1, TILE, 2)).swapaxes(1, 2)
+        values = self._integers(self.data[:, self.scale_bytes :].reshape(tiles, -1, TILE, 4).swapaxes(1, 2))
+        out = self._scaled(values, scales).reshape(-1, values.shape[-1])[: self.outputs, : self.inputs]
         return (out.T if self.over_rows else out).astype(dtype)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of a tile."""
+        return 2 * TILE * (1 if self.by_channel else -(-self.inputs // self.group))
 
     def _integers(self, chunks: jax.Array) -> jax.Array:
         """(..., chunks, 4) uint8 -> (..., I) float32."""
@@ -82,6 +95,11 @@ class Tiled:
     def _scaled(self, values: jax.Array, scales: jax.Array) -> jax.Array:
         groups = values.reshape(*values.shape[:-1], scales.shape[-1], -1) * scales.astype(jnp.float32)[..., None]
         return groups.reshape(values.shape)[..., : self.inputs]
+
+
+def _halves(pairs: jax.Array) -> jax.Array:
+    """(..., 2) uint8 -> (...) float16."""
+    return jax.lax.bitcast_convert_type(pairs, jnp.float16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +132,7 @@ def products(
     rows = before[0].shape[0]
     results = [jax.ShapeDtypeStruct((rows, w.outputs), jnp.float32) for w in weights]
     outs = jax.ffi.ffi_call(cpu_int4_library.PRODUCT, results)(
-        *before, *_arrays(weights), **_attributes(norm, bits=first.bits, group=first.group, path=_number(first.path))
+        *before, *(w.data for w in weights), **_attributes(norm, **_of(first), path=_number(first.path))
     )
     return [out.reshape(*x.shape[:-1], -1).astype(dtype or x.dtype) for out in outs]
 
@@ -133,10 +151,10 @@ def gated(
     assert alike(gate, up) and down.path == gate.path and down.over_rows
     before = _before(x, norm, residual, count)
     result = jax.ShapeDtypeStruct((before[0].shape[0], down.outputs), jnp.float32)
-    numbers = {"bits": gate.bits, "group": gate.group, "down_bits": down.bits, "down_group": down.group}
+    numbers = _of(gate) | {f"down_{name}": number for name, number in _of(down).items()}
     out = jax.ffi.ffi_call(cpu_int4_library.GATED, result)(
         *before,
-        *_arrays([gate, up, down]),
+        *(w.data for w in (gate, up, down)),
         **_attributes(norm, **numbers, hidden=gate.outputs, path=_number(gate.path)),
     )
     return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
@@ -187,8 +205,8 @@ def _before(x, norm, residual, count) -> list[jax.Array]:
     ]
 
 
-def _arrays(weights: Sequence[Tiled]) -> list[jax.Array]:
-    return [array for w in weights for array in (w.values, w.scales)]
+def _of(w: Tiled) -> dict[str, int]:
+    return {"bits": w.bits, "group": w.group, "by_channel": int(w.by_channel)}
 
 
 def _attributes(norm: Norm | None, **numbers: int) -> dict[str, np.generic]:
@@ -202,14 +220,8 @@ def _number(path: str) -> int:
 
 def alike(a: Any, b: Any) -> bool:
     """Whether two weights can share the rounding of what they are multiplied with."""
-    same = ("inputs", "over_rows", "bits", "group", "path")
-    by_channel = [isinstance(w, Tiled) and w.scales.shape[1] == 1 for w in (a, b)]
-    return (
-        isinstance(a, Tiled)
-        and isinstance(b, Tiled)
-        and by_channel[0] == by_channel[1]
-        and all(getattr(a, name) == getattr(b, name) for name in same)
-    )
+    same = ("inputs", "over_rows", "bits", "group", "by_channel", "path")
+    return isinstance(a, Tiled) and isinstance(b, Tiled) and all(getattr(a, name) == getattr(b, name) for name in same)
 
 
 def fits(w: Quantized) -> bool:
@@ -231,20 +243,15 @@ def tiled(w: Quantized, path: str) -> Tiled:
     if any(after for _, after in rest):
         values, scales = np.pad(values, rest), np.pad(scales, (rest[0], (0, 0)))
     tiles = values.shape[0] // TILE
-    scales = scales.reshape(tiles, TILE, -1).swapaxes(1, 2)
-    return Tiled(
-        jnp.asarray(_chunks(values.reshape(tiles, TILE, -1), bits)),
-        jnp.asarray(np.ascontiguousarray(scales)),
-        w.shape,
-        axis == 0,
-        bits,
-        group,
-        path,
-    )
+    parts = [
+        np.ascontiguousarray(scales.reshape(tiles, TILE, -1).swapaxes(1, 2)).view(np.uint8).reshape(tiles, -1),
+        _chunks(values.reshape(tiles, TILE, -1), bits).reshape(tiles, -1),
+    ]
+    return Tiled(jnp.asarray(np.concatenate(parts, axis=1)), w.shape, axis == 0, bits, group, by is None, path)
 
 
 def _chunks(values: np.ndarray, bits: int) -> np.ndarray:
-    """(tiles, 32, I) int8 -> Tiled.values."""
+    """(tiles, 32, I) int8 -> (tiles, chunks, 32, 4) uint8, as Tiled has them."""
     tiles, _, inputs = values.shape
     if bits == 8:
         parts = values.view(np.uint8).reshape(tiles, TILE, inputs // 4, 4) ^ np.uint8(128)

@@ -36,10 +36,9 @@ struct Block {
 };
 
 struct Weights {
-  const uint8_t* values;
-  const uint16_t* scales;  // float16 [tiles][groups, or 1][32]
-  float* out;              // [rows][outputs]
-  const float* residual;   // as out, is added to it; or null
+  const uint8_t* data;    // [tiles]: float16 scales [groups, or 1][32], then the chunks
+  float* out;             // [rows][outputs]
+  const float* residual;  // as out, is added to it; or null
   int outputs, tiles;
 };
 
@@ -57,6 +56,8 @@ struct Product {
   std::vector<Block> blocks;
 
   int chunks() const { return group / (bits == 4 ? 8 : 4); }  // of a group
+  int64_t scale_bytes() const { return (by_channel ? 1 : groups) * kTile * int64_t{2}; }
+  int64_t tile_bytes() const { return scale_bytes() + static_cast<int64_t>(groups) * chunks() * kChunk; }
 };
 
 // --- Activations. All of it is elementwise, or summed in one order, so a row has the same bits wherever it stands.
@@ -153,7 +154,8 @@ INLINE void round_group(const float* x, int count, int group, int8_t* out, float
   *total = sum;
 }
 
-INLINE void round_block(const Product& p, const Block& b) {
+template <typename RoundGroup>
+INLINE void round_block(const Product& p, const Block& b, RoundGroup round) {
   thread_local std::vector<float> scratch;
   if (p.source.norm || p.source.up) scratch.resize(p.inputs);
   const bool is_signed = p.path == kGeneric || (p.path == kAvx2 && p.bits == 8);
@@ -164,7 +166,7 @@ INLINE void round_block(const Product& p, const Block& b) {
     for (int g = 0; g < p.groups; ++g) {
       const int count = std::min(p.group, p.inputs - g * p.group);
       int32_t total;
-      round_group(x + g * p.group, count, p.group, rounded, &b.scales[g * b.rows + r], &total);
+      round(x + g * p.group, count, p.group, rounded, &b.scales[g * b.rows + r], &total);
       b.offsets[g * b.rows + r] = -added * total;
       for (int k = 0; k < p.group / 4; ++k) {
         std::memcpy(&b.values[(g * p.group / 4 + k) * b.rows + r], rounded + 4 * k, 4);
@@ -193,8 +195,8 @@ float half(uint16_t h) {
 template <int R, int BITS>
 void tile_generic(const Product& p, const Weights& w, int tile, const Block& b) {
   const int chunks = p.chunks();
-  const uint8_t* values = w.values + static_cast<int64_t>(tile) * p.groups * chunks * kChunk;
-  const uint16_t* scales = w.scales + static_cast<int64_t>(tile) * (p.by_channel ? 1 : p.groups) * kTile;
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(w.data + tile * p.tile_bytes());
+  const uint8_t* values = w.data + tile * p.tile_bytes() + p.scale_bytes();
   float sums[R][kTile] = {};
   for (int g = 0; g < p.groups; ++g) {
     int32_t dots[R][kTile] = {};
@@ -242,8 +244,8 @@ void tile_generic(const Product& p, const Weights& w, int tile, const Block& b) 
 template <int R, int BITS>
 TARGET_AVX512 void tile_avx512(const Product& p, const Weights& w, int tile, const Block& b) {
   const int chunks = p.chunks();
-  const uint8_t* values = w.values + static_cast<int64_t>(tile) * p.groups * chunks * kChunk;
-  const uint16_t* scales = w.scales + static_cast<int64_t>(tile) * (p.by_channel ? 1 : p.groups) * kTile;
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(w.data + tile * p.tile_bytes());
+  const uint8_t* values = w.data + tile * p.tile_bytes() + p.scale_bytes();
   const int32_t* x = b.values;
   const __m512i low = _mm512_set1_epi8(15);
   __m512 sums[R][2];
@@ -329,8 +331,8 @@ TARGET_AVXVNNI INLINE __m256i dot_avxvnni(__m256i sum, __m256i w, __m256i x) {
   template <int R, int BITS>                                                                                           \
   TARGET void NAME(const Product& p, const Weights& w, int tile, const Block& b) {                                     \
     const int chunks = p.chunks();                                                                                     \
-    const uint8_t* values = w.values + static_cast<int64_t>(tile) * p.groups * chunks * kChunk;                        \
-    const uint16_t* scales = w.scales + static_cast<int64_t>(tile) * (p.by_channel ? 1 : p.groups) * kTile;            \
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(w.data + tile * p.tile_bytes());                        \
+    const uint8_t* values = w.data + tile * p.tile_bytes() + p.scale_bytes();                                          \
     const int32_t* x = b.values;                                                     \
     const __m256i low = _mm256_set1_epi8(15);                                                                          \
     __m256 sums[R][4];                                                                                                 \
@@ -383,12 +385,37 @@ TARGET_AVX2 INLINE __m256 halves_avx2(const uint16_t* scales) {
 TILE_256(tile_avx2, TARGET_AVX2, dot_avx2)
 TILE_256(tile_avxvnni, TARGET_AVXVNNI, dot_avxvnni)
 
-TARGET_AVX512 void round_avx512(const Product& p, const Block& b) { round_block(p, b); }
-TARGET_AVX2 void round_avx2(const Product& p, const Block& b) { round_block(p, b); }
+// round_group of a whole group of a multiple of 32 inputs.
+TARGET_AVX512 INLINE void round_group_avx512(const float* x, int count, int group, int8_t* out, float* scale,
+                                             int32_t* total) {
+  if (count != group || group % 32) return round_group(x, count, group, out, scale, total);
+  __m512 first = _mm512_setzero_ps(), second = _mm512_setzero_ps();
+  __mmask16 odd = 0;
+  for (int k = 0; k < group; k += 32) {
+    const __m512 a = _mm512_loadu_ps(x + k), b = _mm512_loadu_ps(x + k + 16), zero = _mm512_setzero_ps();
+    odd |= _mm512_cmp_ps_mask(_mm512_mul_ps(a, zero), zero, _CMP_NEQ_UQ);
+    odd |= _mm512_cmp_ps_mask(_mm512_mul_ps(b, zero), zero, _CMP_NEQ_UQ);
+    first = _mm512_max_ps(first, _mm512_abs_ps(a)), second = _mm512_max_ps(second, _mm512_abs_ps(b));
+  }
+  const float highest = _mm512_reduce_max_ps(_mm512_max_ps(first, second));
+  const bool zero = !(highest > 1e-30f);
+  const __m512 factor = _mm512_set1_ps(zero ? 0.0f : 127.0f / highest);
+  __m512i sum = _mm512_setzero_si512();
+  for (int k = 0; k < group; k += 16) {
+    const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k), factor));
+    sum = _mm512_add_epi32(sum, v);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + k), _mm512_cvtepi32_epi8(v));
+  }
+  *scale = odd ? __builtin_nanf("") : zero ? 0.0f : highest / 127.0f;
+  *total = _mm512_reduce_add_epi32(sum);
+}
+
+TARGET_AVX512 void round_avx512(const Product& p, const Block& b) { round_block(p, b, round_group_avx512); }
+TARGET_AVX2 void round_avx2(const Product& p, const Block& b) { round_block(p, b, round_group); }
 
 #endif  // __x86_64__
 
-void round_generic(const Product& p, const Block& b) { round_block(p, b); }
+void round_generic(const Product& p, const Block& b) { round_block(p, b, round_group); }
 
 // --- Which functions a path is made of.
 
