@@ -6,6 +6,7 @@ PHIJAX_CPU_KERNEL: "auto" (the best path that this CPU has), the name of a path,
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -14,7 +15,6 @@ import tempfile
 import warnings
 
 import jax
-import jaxlib
 
 from phijax.errors import UserError, nearest_name
 
@@ -95,7 +95,7 @@ def _open(cache: pathlib.Path) -> ctypes.CDLL:
 def _key(compiler: str) -> str:
     """Of the source, the headers' release, the compiler and its flags: whatever changes the library."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    release = jaxlib.__version__.encode()
+    release = importlib.metadata.version("jaxlib").encode()
     parts = (*(file.read_bytes() for file in SOURCES), release, compiler.encode(), version, " ".join(FLAGS).encode())
     return "cpu_int4-" + hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
