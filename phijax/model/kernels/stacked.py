@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, PartitionSpec
 
 from phijax.model.kernels.decode import finished, joined, nothing
@@ -68,8 +69,10 @@ def _many(q, k, v, cache: StackedCache, layer, positions, window):
     grouped = (q * width**-0.5).reshape(rows, kv_heads, -1, width)
     places = jnp.tile(positions, heads // kv_heads)
 
+    k_lines, v_lines = (_of_layer(a, layer, q.dtype) for a in (cache.k, cache.v))
+
     def lines(array: jax.Array, start: jax.Array) -> jax.Array:
-        block = jax.lax.dynamic_slice(array, (layer, 0, start, 0), (1, rows, BLOCK, array.shape[-1]))
+        block = _as_it_lies(jax.lax.dynamic_slice_in_dim(array, start, BLOCK, axis=1))
         return block.reshape(rows, BLOCK, kv_heads, width).swapaxes(1, 2)
 
     def scales(array: jax.Array, start: jax.Array) -> jax.Array:
@@ -77,7 +80,7 @@ def _many(q, k, v, cache: StackedCache, layer, positions, window):
 
     def visit(number, part):
         start = number * BLOCK
-        piece = lines(cache.k, start), lines(cache.v, start)
+        piece = lines(k_lines, start), lines(v_lines, start)
         if cache.k_scales is not None:
             piece += scales(cache.k_scales, start), scales(cache.v_scales, start)
         return joined(part, grouped, piece, places - start, window)
@@ -87,12 +90,24 @@ def _many(q, k, v, cache: StackedCache, layer, positions, window):
     return finished(part, q), cache
 
 
+def _of_layer(array: jax.Array, layer: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """(R, S, K H) in dtype, integers too: a copy of one layer. Of eight bits read by blocks the compiler would make a
+    copy of the whole cache, in other tiles."""
+    return _as_it_lies(jax.lax.dynamic_index_in_dim(_as_it_lies(array), layer, keepdims=False).astype(dtype))
+
+
+def _as_it_lies(array: jax.Array) -> jax.Array:
+    """Its last axis innermost, as the kernel reads the cache: left to itself the compiler turns all of the cache over
+    for products that read one block of it."""
+    return with_layout_constraint(array, Layout(major_to_minor=tuple(range(array.ndim))))
+
+
 def _with_chunk(cache: StackedCache, k: jax.Array, v: jax.Array, layer, row: int, start) -> StackedCache:
     """k, v (K, T, H) at places start and on of one row."""
 
     def put(lines: jax.Array, new: jax.Array) -> jax.Array:
         new = new.swapaxes(0, 1).reshape(1, 1, new.shape[1], -1).astype(lines.dtype)
-        return jax.lax.dynamic_update_slice(lines, new, (layer, row, start, 0))
+        return _as_it_lies(jax.lax.dynamic_update_slice(lines, _as_it_lies(new), (layer, row, start, 0)))
 
     if cache.k_scales is None:
         return StackedCache(put(cache.k, k), put(cache.v, v))
