@@ -64,15 +64,15 @@ def test_eight_bits_change_little_and_no_answer(opened, rows, reference, tmp_pat
 
 
 def test_calibrated_methods_move_the_model_less_than_rounding_alone(opened, rows, reference, tmp_path):
-    """At the same bits. Measured, in nats: rtn 0.395, awq 0.268, gptq 0.189; perplexity 17.4 -> 24.3, 22.7, 21.6."""
+    """At the same bits. Measured on 8,192 tokens, in nats: rtn 0.384, awq 0.142, gptq 0.085 (docs/quantization.md)."""
     calibration = np.stack([row[:-1] for row in rows[0]])
     models = {
         method: quantized(opened, method, "int4_g64_head8", tmp_path / method, calibration)
         for method in ("rtn", "awq", "gptq")
     }
     found = {method: quality(model, rows, reference) for method, model in models.items()}
-    assert found["awq"].kl_mean < 0.8 * found["rtn"].kl_mean
-    assert found["gptq"].kl_mean < 0.6 * found["rtn"].kl_mean
+    assert found["awq"].kl_mean < 0.55 * found["rtn"].kl_mean
+    assert found["gptq"].kl_mean < 0.4 * found["rtn"].kl_mean
     perplexities = [found[method].perplexity_quantized for method in ("gptq", "awq", "rtn")]
     assert perplexities == sorted(perplexities)
     answer = models["gptq"].generate("The capital of France is", max_tokens=2, temperature=0).text
@@ -80,8 +80,8 @@ def test_calibrated_methods_move_the_model_less_than_rounding_alone(opened, rows
 
 
 def test_gptq_rounds_a_tied_embedding_as_the_head_that_it_is(opened, rows, reference, tmp_path):
-    """Everything in groups of 64. Measured: 0.250 nats; 0.517 with the embedding rounded alone, 0.752 without GPTQ."""
+    """Everything in groups of 64. Measured on 8,192 tokens: 0.115 nats; 0.758 by plain rounding."""
     calibration = np.stack([row[:-1] for row in rows[0]])
     model = quantized(opened, "gptq", "int4_g64", tmp_path / "gptq", calibration)
-    assert quality(model, rows, reference).kl_mean < 0.32
+    assert quality(model, rows, reference).kl_mean < 0.2
     assert model.generate("The capital of France is", max_tokens=2, temperature=0).text.startswith(" Paris")

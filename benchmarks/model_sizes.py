@@ -1,0 +1,82 @@
+"""What the published models weigh in few bits, by file: python benchmarks/model_sizes.py
+
+The writers' own plans of the files, asked without any weights: the tables of docs/small_devices.md, which
+tests/quantization/test_model_sizes.py compares with this. Ours is before compression, some 8 % more than on disk.
+"""
+
+import functools
+import math
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from phijax.checkpoint import compressed_tensors_export, gguf_names, gguf_small, mlx_export, quantized_export
+from phijax.checkpoint.gguf_file import gguf_library
+from phijax.checkpoint.opened import Opened
+from phijax.checkpoint.ours import OursSource
+from phijax.checkpoint.weight_source import model_shapes
+from phijax.model.config import ModelConfig
+from phijax.model.presets import PRESETS
+from phijax.quantization import policy
+
+MODELS = ("phi3_mini", "phi3_medium")
+SCHEMES = ("int8", "int4", "int4_g128", "int4_g128_head8", "int4_g64", "int4_g32", "int4_g32_head8")
+ANY_NUMBER_OF_BYTES = 1 << 62
+
+
+class Planned(OursSource):
+    """A quantised checkpoint of ours as the writers see it, without weights."""
+
+    def __init__(self, c: ModelConfig, schemes: dict[str, policy.Scheme]):
+        self.shapes, self.schemes = functools.partial(model_shapes, c), schemes
+
+    def dtype(self, path: str) -> np.dtype:
+        return np.dtype(np.float32 if path in self.schemes else jnp.bfloat16)
+
+
+def sizes(c: ModelConfig, scheme: str) -> dict[str, int]:
+    """Format -> bytes of its tensors."""
+    assigned = policy.assign(c, policy.parse(scheme))
+    opened = Opened(epath.Path("/none"), "phijax", c, Planned(c, assigned), lambda: None)
+
+    def of_folder(export) -> int:
+        files = export.plan(opened, "phi3", None, ANY_NUMBER_OF_BYTES)
+        return sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
+
+    return {
+        "ours": sum(quantized_export.nbytes(opened, assigned).values()),
+        "GGUF": sum(of_gguf(tensor, assigned) for tensor in gguf_names.tensors(gguf_names.PHI3, c)),
+        "MLX": of_folder(mlx_export),
+        "compressed-tensors": of_folder(compressed_tensors_export),
+    }
+
+
+def of_gguf(tensor: gguf_names.Tensor, assigned: dict[str, policy.Scheme]) -> int:
+    library, kind = gguf_library(), gguf_small.kind_of(assigned, tensor) or "F32"  # norms
+    per_block, block = library.GGML_QUANT_SIZES[library.GGMLQuantizationType[kind]]
+    return math.prod(tensor.shape) // per_block * block
+
+
+def table(c: ModelConfig) -> list[str]:
+    count = sum(math.prod(shape) for shape in model_shapes(c).values())
+    found = {scheme: sizes(c, scheme) for scheme in SCHEMES}
+    formats = list(next(iter(found.values())))
+    lines = [f"| scheme | bits a weight | {' | '.join(formats)} |", "|---" * (2 + len(formats)) + "|"]
+    dense = f"{2 * count / 1e9:.2f} GB ({2 * count / 2**30:.2f} GiB)"
+    lines.append(f"| bfloat16 | 16 | {' | '.join([dense] * len(formats))} |")
+    for scheme, by_format in found.items():
+        cells = " | ".join(f"{size / 1e9:.2f} GB ({size / 2**30:.2f} GiB)" for size in by_format.values())
+        lines.append(f"| {scheme} | {8 * by_format['ours'] / count:.2f} | {cells} |")
+    return lines
+
+
+def main() -> int:
+    for name in MODELS:
+        print("\n".join([name, *table(PRESETS[name]), ""]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
