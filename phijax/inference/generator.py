@@ -175,26 +175,9 @@ class Generator:
         logits = jnp.concatenate(behind)
         logprobs, rows = programs.first(plan, settings, logits, rows, one_by_one)
         frequencies = np.stack([self._frequencies(len(i)) for i in ids] + [self._frequencies(1)] * (batch - count))
-        while True:
-            tokens = np.asarray(rows.tokens)
-            values = np.asarray(logprobs)
-            for row, text in enumerate(texts):
-                if text.finish is None:
-                    new = text.add(int(tokens[row]), float(values[row]))
-                    seen = np.asarray(logits[row, : self.model.vocab_size]) if with_logits else None
-                    result = text.result() if text.finish else None
-                    yield Piece(row, int(tokens[row]), float(values[row]), new, result, seen)
-            advance = np.array([text.finish is None for text in texts] + [False] * (batch - count), np.int32)
-            if not advance.any():
-                return
-            for row, text in enumerate(texts):
-                if text.finish is None and self._switches_at(len(ids[row]) + text.count - 1):
-                    # The long list takes over: what the cache holds was rotated by the short one.
-                    history = [*ids[row], *text.tokens[:-1]]
-                    frequencies[row] = self._frequencies(len(history) + 1)
-                    *_, (_, _, prompt_cache) = self._prefill(history, frequencies[row])
-                    cache = programs.insert(self._path, cache, prompt_cache, np.int32(row))
-            logits, logprobs, rows, cache = programs.step(
+
+        def step(advance: np.ndarray):
+            return programs.step(
                 self.model,
                 self._path,
                 self._attention_factor,
@@ -207,6 +190,35 @@ class Generator:
                 advance,
                 one_by_one,
             )
+
+        while True:
+            ahead = None
+            going = [text.finish is None and text.count + 1 < n for text, n in zip(texts, room, strict=True)]
+            switch = any(g and self._switches_at(len(i) + t.count) for g, i, t in zip(going, ids, texts, strict=True))
+            if any(going) and not switch:
+                # Begun before the host reads the last one's tokens: a row that these end has gone a place too far.
+                ahead = step(np.array(going + [False] * (batch - count), np.int32))
+            tokens = np.asarray(rows.tokens)
+            values = np.asarray(logprobs)
+            for row, text in enumerate(texts):
+                if text.finish is None:
+                    new = text.add(int(tokens[row]), float(values[row]))
+                    seen = np.asarray(logits[row, : self.model.vocab_size]) if with_logits else None
+                    result = text.result() if text.finish else None
+                    yield Piece(row, int(tokens[row]), float(values[row]), new, result, seen)
+            advance = np.array([text.finish is None for text in texts] + [False] * (batch - count), np.int32)
+            if not advance.any():
+                return
+            if ahead is None:
+                for row, text in enumerate(texts):
+                    if text.finish is None and self._switches_at(len(ids[row]) + text.count - 1):
+                        # The long list takes over: what the cache holds was rotated by the short one.
+                        history = [*ids[row], *text.tokens[:-1]]
+                        frequencies[row] = self._frequencies(len(history) + 1)
+                        *_, (_, _, prompt_cache) = self._prefill(history, frequencies[row])
+                        cache = programs.insert(self._path, cache, prompt_cache, np.int32(row))
+                ahead = step(advance)
+            logits, logprobs, rows, cache = ahead
 
     def _prefill(self, ids: Sequence[int], frequencies: np.ndarray, *, every: bool = False):
         """Yields, a chunk at a time: logits, how many of them count, and the prompt's cache so far."""

@@ -96,7 +96,7 @@ def insert(path: cached.Path, cache: cached.Cache, prompt: cached.Cache, row: ja
     return tuple(map(put, cache, prompt)) if path.unrolled else put(cache, prompt)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 7))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,))
 def step(
     c: ModelConfig,
     path: cached.Path,

@@ -200,9 +200,13 @@ ffi::Error attend(ffi::ThreadPool pool, F32 q, F32 k, F32 v, F32 cosines, F32 si
   }
   std::fill(a.out + rows * width, a.out + all * width, 0.0f);
   if (rows == 0) return ffi::Error::Success();
-  const AttendFunction function = attend_function(path);
-  Threads::all(pool.num_threads()).run({static_cast<int>(rows * a.kv_heads)}, [&](int, int i) {
-    function(a, i / a.kv_heads, i % a.kv_heads);
+  const AttendFunctions functions = attend_functions(path);
+  const int heads_of_row = a.kv_heads * a.group;
+  const int writes = rows * a.kv_heads, reads = rows * heads_of_row;
+  // A write is little: one item for all.
+  Threads::all(pool.num_threads()).run({1, reads}, [&](int phase, int i) {
+    if (phase == 1) return functions.attend(a, i / heads_of_row, i % heads_of_row);
+    for (int w = 0; w < writes; ++w) functions.write(a, w / a.kv_heads, w % a.kv_heads);
   });
   return ffi::Error::Success();
 }

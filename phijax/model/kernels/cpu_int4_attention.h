@@ -42,89 +42,92 @@ INLINE float dot(const float* a, const float* b, int count) {
     for (int j = 0; j < 16; ++j) parts[j] += a[k + j] * b[k + j];
   }
   for (int j = 0; k + j < count; ++j) parts[j] += a[k + j] * b[k + j];
-  for (int width = 8; width; width /= 2) {
-    for (int j = 0; j < width; ++j) parts[j] += parts[j + width];
-  }
-  return parts[0];
+  return sum_of(parts);
 }
 
-// One row, one kv head and its queries. Keys are visited in order of position, whatever else is in the cache.
+// A row's new key and value of one kv head.
+INLINE void write_body(const Attention& a, int row, int kv_head) {
+  const int h = a.head_dim;
+  const int64_t kv = (static_cast<int64_t>(row) * a.kv_heads + kv_head) * h, table = static_cast<int64_t>(row) * a.rotary;
+  int64_t place = a.positions[row];
+  for (const Piece& piece : a.pieces) {
+    if (place < piece.length) {
+      const int64_t at = kv * piece.length + place * h;
+      rotate(a.k + kv, a.cosines + table, a.sines + table, a.rotary, h, 1.0f, piece.k + at);
+      std::memcpy(piece.v + at, a.v + kv, h * sizeof(float));
+      return;
+    }
+    place -= piece.length;
+  }
+}
+
+// One query. Keys are visited in order of position, whatever else is in the cache.
 INLINE void attend_body(const Attention& a, int row, int head) {
   thread_local std::vector<float> memory;
   const int h = a.head_dim;
-  const int64_t position = a.positions[row];
+  const int64_t position = a.positions[row], table = static_cast<int64_t>(row) * a.rotary;
   const int64_t lowest = a.window ? std::max<int64_t>(position - a.window + 1, 0) : 0;
   const int64_t seen = position + 1 - lowest;
-  memory.resize(a.group * (h + seen));
-  float *queries = memory.data(), *scores = queries + a.group * h;
-  const float *c = a.cosines + static_cast<int64_t>(row) * a.rotary, *s = a.sines + static_cast<int64_t>(row) * a.rotary;
-  const int64_t kv = (static_cast<int64_t>(row) * a.kv_heads + head) * h, first = kv * a.group;
-  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(h));
-  for (int g = 0; g < a.group; ++g) rotate(a.q + first + g * h, c, s, a.rotary, h, scale, queries + g * h);
+  memory.resize(h + seen);
+  float *query = memory.data(), *scores = query + h;
+  const int64_t kv = (static_cast<int64_t>(row) * a.kv_heads + head / a.group) * h;
+  const int64_t first = (static_cast<int64_t>(row) * a.kv_heads * a.group + head) * h;
+  rotate(a.q + first, a.cosines + table, a.sines + table, a.rotary, h, 1.0f / __builtin_sqrtf(h), query);
 
   int64_t begin = 0;
   for (const Piece& piece : a.pieces) {
-    float *k = piece.k + kv * piece.length, *v = piece.v + kv * piece.length;
-    if (position >= begin && position < begin + piece.length) {
-      rotate(a.k + kv, c, s, a.rotary, h, 1.0f, k + (position - begin) * h);
-      std::memcpy(v + (position - begin) * h, a.v + kv, h * sizeof(float));
-    }
+    const float* k = piece.k + kv * piece.length;
     const int64_t end = std::min(position + 1, begin + piece.length);
-    for (int64_t p = std::max(lowest, begin); p < end; ++p) {
-      for (int g = 0; g < a.group; ++g) {
-        scores[g * seen + p - lowest] = dot(queries + g * h, k + (p - begin) * h, h);
-      }
-    }
+    for (int64_t p = std::max(lowest, begin); p < end; ++p) scores[p - lowest] = dot(query, k + (p - begin) * h, h);
     begin += piece.length;
   }
 
-  for (int g = 0; g < a.group; ++g) {
-    float* row_scores = scores + g * seen;
-    float highest = row_scores[0], parts[16] = {};
-    for (int64_t p = 1; p < seen; ++p) highest = row_scores[p] > highest ? row_scores[p] : highest;
-    int64_t p = 0;
-    for (; p + 16 <= seen; p += 16) {
-      for (int j = 0; j < 16; ++j) parts[j] += row_scores[p + j] = exponential(row_scores[p + j] - highest);
-    }
-    for (int j = 0; p + j < seen; ++j) parts[j] += row_scores[p + j] = exponential(row_scores[p + j] - highest);
-    for (int width = 8; width; width /= 2) {
-      for (int j = 0; j < width; ++j) parts[j] += parts[j + width];
-    }
-    const float inverse = 1.0f / parts[0];
-    for (int64_t i = 0; i < seen; ++i) row_scores[i] *= inverse;
+  float highest = scores[0], parts[16] = {};
+  for (int64_t p = 1; p < seen; ++p) highest = scores[p] > highest ? scores[p] : highest;
+  int64_t p = 0;
+  for (; p + 16 <= seen; p += 16) {
+    for (int j = 0; j < 16; ++j) parts[j] += scores[p + j] = exponential(scores[p + j] - highest);
   }
+  for (int j = 0; p + j < seen; ++j) parts[j] += scores[p + j] = exponential(scores[p + j] - highest);
+  const float total = sum_of(parts);
 
   float* out = a.out + first;
-  for (int i = 0; i < a.group * h; ++i) out[i] = 0.0f;
+  for (int i = 0; i < h; ++i) out[i] = 0.0f;
   begin = 0;
   for (const Piece& piece : a.pieces) {
     const float* v = piece.v + kv * piece.length;
     const int64_t end = std::min(position + 1, begin + piece.length);
     for (int64_t p = std::max(lowest, begin); p < end; ++p) {
-      for (int g = 0; g < a.group; ++g) {
-        const float weight = scores[g * seen + p - lowest];
-        for (int i = 0; i < h; ++i) out[g * h + i] += weight * v[(p - begin) * h + i];
-      }
+      const float weight = scores[p - lowest];
+      for (int i = 0; i < h; ++i) out[i] += weight * v[(p - begin) * h + i];
     }
     begin += piece.length;
   }
+  for (int i = 0; i < h; ++i) out[i] /= total;
 }
 
-using AttendFunction = void (*)(const Attention&, int row, int head);
+// `write` a row's kv head, then, when all are, `attend` its queries.
+struct AttendFunctions {
+  void (*write)(const Attention&, int row, int kv_head);
+  void (*attend)(const Attention&, int row, int head);
+};
 
+void write_generic(const Attention& a, int row, int head) { write_body(a, row, head); }
 void attend_generic(const Attention& a, int row, int head) { attend_body(a, row, head); }
 
 #if defined(__x86_64__)
+TARGET_AVX512 void write_avx512(const Attention& a, int row, int head) { write_body(a, row, head); }
 TARGET_AVX512 void attend_avx512(const Attention& a, int row, int head) { attend_body(a, row, head); }
+TARGET_AVX2 void write_avx2(const Attention& a, int row, int head) { write_body(a, row, head); }
 TARGET_AVX2 void attend_avx2(const Attention& a, int row, int head) { attend_body(a, row, head); }
 #endif
 
-AttendFunction attend_function(int path) {
+AttendFunctions attend_functions(int path) {
 #if defined(__x86_64__)
-  if (path == kAvx512Vnni) return attend_avx512;
-  if (path != kGeneric) return attend_avx2;
+  if (path == kAvx512Vnni) return {write_avx512, attend_avx512};
+  if (path != kGeneric) return {write_avx2, attend_avx2};
 #endif
-  return attend_generic;
+  return {write_generic, attend_generic};
 }
 
 }  // namespace

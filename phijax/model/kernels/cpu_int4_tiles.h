@@ -90,6 +90,13 @@ INLINE float exponential(float x) {
   return p * scale;
 }
 
+// Halves added to each other. Written out: of a loop over the halvings no compiler makes vectors.
+INLINE float sum_of(float (&parts)[16]) {
+  for (int j = 0; j < 8; ++j) parts[j] += parts[j + 8];
+  for (int j = 0; j < 4; ++j) parts[j] += parts[j + 4];
+  return (parts[0] + parts[2]) + (parts[1] + parts[3]);
+}
+
 INLINE float sum_of_squares(const float* x, int count) {
   float parts[16] = {};
   int k = 0;
@@ -97,10 +104,7 @@ INLINE float sum_of_squares(const float* x, int count) {
     for (int j = 0; j < 16; ++j) parts[j] += x[k + j] * x[k + j];
   }
   for (int j = 0; k + j < count; ++j) parts[j] += x[k + j] * x[k + j];
-  for (int width = 8; width; width /= 2) {
-    for (int j = 0; j < width; ++j) parts[j] += parts[j + width];
-  }
-  return parts[0];
+  return sum_of(parts);
 }
 
 // A row as it is to be rounded: where it lies, or made in `scratch`.
