@@ -107,7 +107,14 @@ def _with_chunk(cache: StackedCache, k: jax.Array, v: jax.Array, layer, row: int
 
     def put(lines: jax.Array, new: jax.Array) -> jax.Array:
         new = new.swapaxes(0, 1).reshape(1, 1, new.shape[1], -1).astype(lines.dtype)
-        return _as_it_lies(jax.lax.dynamic_update_slice(lines, _as_it_lies(new), (layer, row, start, 0)))
+        place = start
+        if lines.dtype == jnp.int8:
+            # Into places that are no multiple of 32, a tile of eight bits, the compiler writes in a copy of the cache. So
+            # the row's whole layer is written; without the barrier the two updates become one again.
+            of_row = jax.lax.dynamic_slice(lines, (layer, row, 0, 0), (1, 1, *lines.shape[2:]))
+            new = jax.lax.optimization_barrier(jax.lax.dynamic_update_slice(of_row, new, (0, 0, start, 0)))
+            place = 0
+        return _as_it_lies(jax.lax.dynamic_update_slice(lines, _as_it_lies(new), (layer, row, place, 0)))
 
     if cache.k_scales is None:
         return StackedCache(put(cache.k, k), put(cache.v, v))
