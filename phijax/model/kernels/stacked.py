@@ -109,8 +109,8 @@ def _with_chunk(cache: StackedCache, k: jax.Array, v: jax.Array, layer, row: int
         new = new.swapaxes(0, 1).reshape(1, 1, new.shape[1], -1).astype(lines.dtype)
         place = start
         if lines.dtype == jnp.int8:
-            # Into places that are no multiple of 32, a tile of eight bits, the compiler writes in a copy of the cache. So
-            # the row's whole layer is written; without the barrier the two updates become one again.
+            # Into places that are no multiple of 32, a tile of eight bits, the compiler writes in a copy of the cache.
+            # So the row's whole layer is written; without the barrier the two updates become one again.
             of_row = jax.lax.dynamic_slice(lines, (layer, row, 0, 0), (1, 1, *lines.shape[2:]))
             new = jax.lax.optimization_barrier(jax.lax.dynamic_update_slice(of_row, new, (0, 0, start, 0)))
             place = 0
