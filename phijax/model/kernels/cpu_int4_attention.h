@@ -35,14 +35,41 @@ INLINE void rotate(const float* x, const float* c, const float* s, int rotary, i
   for (int i = rotary; i < head_dim; ++i) to[i] = x[i] * factor;
 }
 
+// Vectors as wide as the path's: wider ones, which compilers should cut down, go through memory.
+typedef float Four __attribute__((vector_size(16)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Sixteen __attribute__((vector_size(64)));
+
+template <typename Vector>
 INLINE float dot(const float* a, const float* b, int count) {
-  float parts[16] = {};
+  constexpr int kWidth = sizeof(Vector) / 4;
+  Vector sums = {}, x, y;
   int k = 0;
-  for (; k + 16 <= count; k += 16) {
-    for (int j = 0; j < 16; ++j) parts[j] += a[k + j] * b[k + j];
+  for (; k + kWidth <= count; k += kWidth) {
+    std::memcpy(&x, a + k, sizeof(x)), std::memcpy(&y, b + k, sizeof(y));
+    sums += x * y;
   }
-  for (int j = 0; k + j < count; ++j) parts[j] += a[k + j] * b[k + j];
-  return sum_of(parts);
+  Four parts[kWidth / 4];
+  std::memcpy(parts, &sums, sizeof(sums));
+  for (int i = 1; i < kWidth / 4; ++i) parts[0] += parts[i];
+  float total = (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
+  for (; k < count; ++k) total += a[k] * b[k];
+  return total;
+}
+
+// out += the sum over keys of weight * value, for a few vectors of columns.
+template <typename Vector, int VECTORS>
+INLINE void add_weighted(const float* weights, const float* values, int64_t keys, int stride, float* out) {
+  constexpr int kWidth = sizeof(Vector) / 4;
+  Vector sums[VECTORS], v;
+  std::memcpy(sums, out, sizeof(sums));
+  for (int64_t p = 0; p < keys; ++p) {
+    for (int j = 0; j < VECTORS; ++j) {
+      std::memcpy(&v, values + p * stride + kWidth * j, sizeof(v));
+      sums[j] += weights[p] * v;
+    }
+  }
+  std::memcpy(out, sums, sizeof(sums));
 }
 
 // A row's new key and value of one kv head.
@@ -62,6 +89,7 @@ INLINE void write_body(const Attention& a, int row, int kv_head) {
 }
 
 // One query. Keys are visited in order of position, whatever else is in the cache.
+template <typename Vector>
 INLINE void attend_body(const Attention& a, int row, int head) {
   thread_local std::vector<float> memory;
   const int h = a.head_dim;
@@ -78,7 +106,9 @@ INLINE void attend_body(const Attention& a, int row, int head) {
   for (const Piece& piece : a.pieces) {
     const float* k = piece.k + kv * piece.length;
     const int64_t end = std::min(position + 1, begin + piece.length);
-    for (int64_t p = std::max(lowest, begin); p < end; ++p) scores[p - lowest] = dot(query, k + (p - begin) * h, h);
+    for (int64_t p = std::max(lowest, begin); p < end; ++p) {
+      scores[p - lowest] = dot<Vector>(query, k + (p - begin) * h, h);
+    }
     begin += piece.length;
   }
 
@@ -97,9 +127,18 @@ INLINE void attend_body(const Attention& a, int row, int head) {
   for (const Piece& piece : a.pieces) {
     const float* v = piece.v + kv * piece.length;
     const int64_t end = std::min(position + 1, begin + piece.length);
-    for (int64_t p = std::max(lowest, begin); p < end; ++p) {
-      const float weight = scores[p - lowest];
-      for (int i = 0; i < h; ++i) out[i] += weight * v[(p - begin) * h + i];
+    const int64_t from = std::max(lowest, begin);
+    const float *weights = scores + (from - lowest), *values = v + (from - begin) * h;
+    constexpr int kWidth = sizeof(Vector) / 4;
+    int i = 0;
+    for (; from < end && i + 4 * kWidth <= h; i += 4 * kWidth) {
+      add_weighted<Vector, 4>(weights, values + i, end - from, h, out + i);
+    }
+    for (; from < end && i + kWidth <= h; i += kWidth) {
+      add_weighted<Vector, 1>(weights, values + i, end - from, h, out + i);
+    }
+    for (int64_t p = 0; p < end - from; ++p) {
+      for (int j = i; j < h; ++j) out[j] += weights[p] * values[p * h + j];
     }
     begin += piece.length;
   }
@@ -113,13 +152,13 @@ struct AttendFunctions {
 };
 
 void write_generic(const Attention& a, int row, int head) { write_body(a, row, head); }
-void attend_generic(const Attention& a, int row, int head) { attend_body(a, row, head); }
+void attend_generic(const Attention& a, int row, int head) { attend_body<Four>(a, row, head); }
 
 #if defined(__x86_64__)
 TARGET_AVX512 void write_avx512(const Attention& a, int row, int head) { write_body(a, row, head); }
-TARGET_AVX512 void attend_avx512(const Attention& a, int row, int head) { attend_body(a, row, head); }
+TARGET_AVX512 void attend_avx512(const Attention& a, int row, int head) { attend_body<Sixteen>(a, row, head); }
 TARGET_AVX2 void write_avx2(const Attention& a, int row, int head) { write_body(a, row, head); }
-TARGET_AVX2 void attend_avx2(const Attention& a, int row, int head) { attend_body(a, row, head); }
+TARGET_AVX2 void attend_avx2(const Attention& a, int row, int head) { attend_body<Eight>(a, row, head); }
 #endif
 
 AttendFunctions attend_functions(int path) {
