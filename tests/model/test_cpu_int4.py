@@ -87,7 +87,7 @@ def test_inputs_that_no_group_divides_and_the_smallest_matrices(path):
         w = stored(name, -1, outputs, inputs)
         x = random_rows(3, inputs)
         got = np.asarray(tiled(w, path).project(jnp.asarray(x)), np.float64)
-        np.testing.assert_allclose(got, rounded(x, 64) @ matrix_of(w), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(got, rounded(x, cpu_int4.CHANNEL_GROUP) @ matrix_of(w), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -113,8 +113,8 @@ int64_t counted(const ffi::Buffer<ffi::S32>& count, int64_t rows) {
 // x (rows, inputs), norm (inputs) or (0), residual (rows, outputs) or (0), count (1) or (0), then matrices ->
 // (rows, outputs) for each. A residual is for one matrix.
 ffi::Error product(ffi::ThreadPool pool, F32 x, F32 norm, F32 residual, ffi::Buffer<ffi::S32> count,
-                   ffi::RemainingArgs matrices, ffi::RemainingRets outs, int32_t bits, int32_t group, int32_t by_channel,
-                   int32_t path, float epsilon) {
+                   ffi::RemainingArgs matrices, ffi::RemainingRets outs, int32_t bits, int32_t group,
+                   int32_t by_channel, int32_t path, float epsilon) {
   if (x.dimensions().size() != 2 || matrices.size() != outs.size()) return wrong("arguments");
   Product p;
   const int64_t all = x.dimensions()[0];

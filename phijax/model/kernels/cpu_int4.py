@@ -18,7 +18,7 @@ from phijax.model.quantized import Quantized
 
 TILE = 32  # outputs
 LARGEST_GROUP = 128
-CHANNEL_GROUP = 64  # of activations, where a weight's scale is for a whole channel
+CHANNEL_GROUP = 32  # of activations, where a weight has one scale for a whole channel
 
 
 @jax.tree_util.register_dataclass

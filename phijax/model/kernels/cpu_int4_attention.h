@@ -75,7 +75,8 @@ INLINE void add_weighted(const float* weights, const float* values, int64_t keys
 // A row's new key and value of one kv head.
 INLINE void write_body(const Attention& a, int row, int kv_head) {
   const int h = a.head_dim;
-  const int64_t kv = (static_cast<int64_t>(row) * a.kv_heads + kv_head) * h, table = static_cast<int64_t>(row) * a.rotary;
+  const int64_t kv = (static_cast<int64_t>(row) * a.kv_heads + kv_head) * h;
+  const int64_t table = static_cast<int64_t>(row) * a.rotary;
   int64_t place = a.positions[row];
   for (const Piece& piece : a.pieces) {
     if (place < piece.length) {
