@@ -185,6 +185,9 @@ def requirement_lines() -> list[str]:
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
+NOT_CALLED_AS_IMPORTED = {"llama_cpp": "llama-cpp-python"}  # where the package is not there to be asked
+
+
 def distribution(requirement: str) -> str:
     return re.match(r"[A-Za-z0-9._-]+", requirement)[0].lower().replace("_", "-")
 
@@ -222,7 +225,7 @@ def test_every_library_that_is_imported_is_required(project):
             top = module.split(".")[0]
             if top == "phijax" or top in sys.stdlib_module_names:
                 continue
-            names = {distribution(name) for name in providers.get(top, [top])}
+            names = {distribution(name) for name in providers.get(top, [NOT_CALLED_AS_IMPORTED.get(top, top)])}
             allowed = required if line in at_import else required | optional
             assert names & allowed, f"{file}:{line} imports {top} of {names}"
 

@@ -118,8 +118,7 @@ def _attention(recipe: Recipe, where: Slice, local: "_Local", shape: BatchShape)
     """The blocks that the kernels compute, as `kernels.seconds` counts them."""
     c, chip, keys = recipe.model, where.chip, shape[2]
     forward, backward = (
-        seen_share(keys, min(block, keys), window=c.sliding_window)
-        for block in (BLOCK, BACKWARD_BLOCK)
+        seen_share(keys, min(block, keys), window=c.sliding_window) for block in (BLOCK, BACKWARD_BLOCK)
     )
     products = (2 + 2 * local.attention_again) * forward + BACKWARD_PRODUCTS * backward
     width = -(-c.head_dim // chip.matrix_side) * chip.matrix_side

@@ -169,7 +169,7 @@ def test_a_config_that_is_no_json(single, text):
 
 def test_what_is_no_checkpoint_says_what_was_looked_for(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    refused(tmp_path, r"(?s)it has notes.txt.*manifest.json.*config.json and .*\.gguf")
+    refused(tmp_path, r"(?s)it has notes.txt.*manifest.json.*config.json and .*GGUF")
     refused(tmp_path / "notes.txt", "no checkpoint")
     refused(tmp_path / "nowhere", r"does not exist\.$")
     refused("microsoft/Phi-3-mini-4k-instruct", "does not exist. phijax downloads nothing")

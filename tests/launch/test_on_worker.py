@@ -25,6 +25,13 @@ for i in range(600):
     time.sleep(0.1)
 """
 
+# A run of the tests under nohup ignores hangups, and so would everything that it starts.
+HEARS_HANGUPS = """
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.execvp("bash", ["bash", *sys.argv[1:]])
+"""
+
 
 class Worker:
     def __init__(self, home):
@@ -37,7 +44,7 @@ class Worker:
 
     def begin(self, *arguments):
         child = subprocess.Popen(
-            ["bash", LAUNCH / "on_worker.sh", *arguments],
+            [sys.executable, "-c", HEARS_HANGUPS, LAUNCH / "on_worker.sh", *arguments],
             cwd=self.home,
             env=self.environment,
             text=True,
