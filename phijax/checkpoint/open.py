@@ -45,6 +45,9 @@ def open_checkpoint(path: epath.PathLike) -> Opened:
         return open_ours(path)
     if is_huggingface(path):
         return open_huggingface(path)
+    files = [file for file in path.iterdir() if file.suffix == ".gguf"]
+    if len(files) == 1:  # what `phijax export --format=gguf` writes
+        return open_checkpoint(files[0])
     raise UserError(f"{path} is no checkpoint: it has {_listing(path)}.\n{LOOKED_FOR}")
 
 
@@ -55,7 +58,7 @@ def _begins_as_gguf(path: epath.Path) -> bool:
 
 LOOKED_FOR = (
     "A checkpoint is: the workdir of a run (checkpoints/), the folder of one of its steps (manifest.json and state/), "
-    "a Hugging Face folder (config.json and *.safetensors), or a GGUF file."
+    "a Hugging Face folder (config.json and *.safetensors), or a GGUF file, or a folder with one."
 )
 
 

@@ -302,3 +302,11 @@ def test_a_file_is_recognised_by_its_first_bytes(tmp_path):
     path = write(tmp_path / "m.gguf", LLAMA, "llama", random_arrays(LLAMA)).rename(tmp_path / "sha256-1234")
     found = open_checkpoint(path)
     assert found.kind == "gguf" and found.model == LLAMA
+
+
+def test_a_folder_with_one_file_is_that_file_and_with_two_is_refused(tmp_path):
+    path = write(tmp_path / "a.gguf", LLAMA, "llama", random_arrays(LLAMA))
+    assert open_checkpoint(tmp_path).path.name == "a.gguf"
+    (tmp_path / "b.gguf").write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match=r"it has a.gguf, b.gguf"):
+        open_checkpoint(tmp_path)
