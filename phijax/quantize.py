@@ -6,8 +6,9 @@
   ..._down8, ..._head8               the same, with down, or embedding and head, in int8
   int4_g64,down=int8,head=as_stored  any of them, kinds changed singly: qkv, o, gate_up, down, embedding, head
 The result is a checkpoint of ours: phijax generate and phijax.load take it as any other, phijax export writes its
-integers (gguf, mlx, compressed_tensors) or what they stand for. With --held_out it is compared with the float model: KL,
-perplexity, top-1; quality.json and error_by_layer.png lie beside the weights. Killed, the same command goes on where it was.
+integers (gguf, mlx, compressed_tensors) or what they stand for. With --held_out it is compared with the float model:
+KL, perplexity, top-1; quality.json and error_by_layer.png lie beside the weights. Killed, the same command goes on
+where it was.
 """
 
 import dataclasses
