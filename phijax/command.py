@@ -1,5 +1,6 @@
 """What every command does around its work: parse flags, turn a UserError into one message, choose the exit code."""
 
+import functools
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ from typing import NoReturn
 from absl import flags
 
 from phijax import errors
+from phijax.parallel import hardware
 
 _HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
 
@@ -34,6 +36,26 @@ def run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues =
         # In a job of many processes the interpreter's own exit waits at a barrier for peers that may never come.
         os._exit(code)
     sys.exit(code)
+
+
+def run_with_overrides(
+    main: Callable[[list[str], list[tuple[str, str]]], int | None], flag_values: flags.FlagValues
+) -> NoReturn:
+    """`run` for a command of an experiment: `main` also takes the (KEY, VALUE) pairs of `--config.KEY=VALUE`."""
+    hardware.prepare_cpu()
+    overrides: list[tuple[str, str]] = []
+
+    @functools.wraps(main)  # --help is its module's
+    def with_overrides(arguments: list[str]) -> int | None:
+        return main(arguments, overrides)
+
+    try:
+        rest, overrides = split_overrides(sys.argv[1:])
+    except errors.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(errors.EXIT_USER_ERROR)
+    sys.argv = [sys.argv[0], *rest]
+    run(with_overrides, flag_values)
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -97,17 +97,7 @@ def dry_run(config) -> int:
 
 def entry() -> None:
     """Where the command starts, under either name."""
-    from phijax.parallel import hardware
-
-    hardware.prepare_cpu()
-    overrides: list[tuple[str, str]] = []
-    try:
-        rest, overrides = command.split_overrides(sys.argv[1:])
-        sys.argv = [sys.argv[0], *rest]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    command.run(lambda arguments: main(arguments, overrides), FLAGS)
+    command.run_with_overrides(main, FLAGS)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 from absl import flags
 
 from phijax import command
-from phijax.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
+from phijax.errors import EXIT_DONE, UserError
 
 EXIT_DOES_NOT_FIT = 3  # planned, and the answer is no
 
@@ -70,16 +70,7 @@ def tell(answer) -> None:
 
 def entry() -> None:
     """Where the command starts, under either name."""
-    from phijax.parallel import hardware
-
-    hardware.prepare_cpu()
-    try:
-        rest, overrides = command.split_overrides(sys.argv[1:])
-        sys.argv = [sys.argv[0], *rest]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    command.run(lambda arguments: main(arguments, overrides), FLAGS)
+    command.run_with_overrides(main, FLAGS)
 
 
 if __name__ == "__main__":

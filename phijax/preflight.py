@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import sys
 import time
 
 from absl import flags
@@ -128,16 +127,7 @@ def needs_of(config):
 
 def entry() -> None:
     """Where the command starts, under either name."""
-    from phijax.parallel import hardware
-
-    hardware.prepare_cpu()
-    try:
-        rest, overrides = command.split_overrides(sys.argv[1:])
-        sys.argv = [sys.argv[0], *rest]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    command.run(lambda arguments: main(arguments, overrides), FLAGS)
+    command.run_with_overrides(main, FLAGS)
 
 
 if __name__ == "__main__":

@@ -90,16 +90,24 @@ def main(arguments: list[str]) -> int:
         "bits_per_weight": 8 * sum(nbytes.values()) / sum(math.prod(shape) for shape in shapes.values()),
         "relative_error": errors,
     }
-    report.plot_errors(errors, output / PLOT_FILE)
     print(f"wrote {output}: {size / 1e9:.3f} GB ({size / 2**30:.3f} GiB) of weights on disk")
-    print(f"  relative error of the weights, by layer: {output / PLOT_FILE}")
     if rows:
         quality = _measure(opened.path, output, rows)
         facts["quality"] = dataclasses.asdict(quality) | {"held_out": FLAGS.held_out}
         print("\n".join(quality.lines()))
     else:
         print("NOT MEASURED: what this cost in quality. Give --held_out=SHARDS or a text file.")
-    durable.write_json(output / QUALITY_FILE, facts)
+    try:
+        report.plot_errors(errors, output / PLOT_FILE)
+        durable.write_json(output / QUALITY_FILE, facts)
+    except OSError as error:
+        for name in (PLOT_FILE, QUALITY_FILE):
+            (output / name).unlink(missing_ok=True)
+        raise UserError(
+            f"{PLOT_FILE} and {QUALITY_FILE} could not be written into {output}: {error}.\n"
+            "The checkpoint itself is whole and can be used."
+        ) from error
+    print(f"  relative error of the weights, by layer: {output / PLOT_FILE}")
     return EXIT_DONE
 
 

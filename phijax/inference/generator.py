@@ -165,16 +165,14 @@ class Generator:
         one_by_one = np.int32(count) if self._alone else None
         plan, settings = sampling.plan, Settings.of(sampling)
         cache = self._empty_cache(held, max(len(i) + n for i, n in zip(ids, room, strict=True)))
+        frequencies = np.stack([self._frequencies(len(i)) for i in ids] + [self._frequencies(1)] * (batch - count))
         behind = []
         for row, prompt in enumerate(ids):
-            *_, (values, _, prompt_cache) = self._prefill(prompt, self._frequencies(len(prompt)))
-            cache = programs.insert(self._path, cache, prompt_cache, np.int32(row))
+            values, cache = self._filled(cache, row, prompt, frequencies[row])
             behind.append(values)
-        behind += [behind[0]] * (batch - count)
+        logits = jnp.concatenate(behind + [behind[0]] * (batch - count))
         rows = self._rows(ids, names, batch, plan.penalises)
-        logits = jnp.concatenate(behind)
         logprobs, rows = programs.first(plan, settings, logits, rows, one_by_one)
-        frequencies = np.stack([self._frequencies(len(i)) for i in ids] + [self._frequencies(1)] * (batch - count))
 
         def step(advance: np.ndarray):
             return programs.step(
@@ -215,10 +213,14 @@ class Generator:
                         # The long list takes over: what the cache holds was rotated by the short one.
                         history = [*ids[row], *text.tokens[:-1]]
                         frequencies[row] = self._frequencies(len(history) + 1)
-                        *_, (_, _, prompt_cache) = self._prefill(history, frequencies[row])
-                        cache = programs.insert(self._path, cache, prompt_cache, np.int32(row))
+                        _, cache = self._filled(cache, row, history, frequencies[row])
                 ahead = step(advance)
             logits, logprobs, rows, cache = ahead
+
+    def _filled(self, cache, row: int, ids: Sequence[int], frequencies: np.ndarray):
+        """-> logits behind these ids, and the cache with them in its row `row`."""
+        *_, (values, _, prompt_cache) = self._prefill(ids, frequencies)
+        return values, programs.insert(self._path, cache, prompt_cache, np.int32(row))
 
     def _prefill(self, ids: Sequence[int], frequencies: np.ndarray, *, every: bool = False):
         """Yields, a chunk at a time: logits, how many of them count, and the prompt's cache so far."""

@@ -6,6 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl.testing import flagsaver
 from quick_compilation import QUICK
 
 from phijax.checkpoint.config import CheckpointConfig
@@ -29,6 +30,15 @@ MODEL = ModelConfig(
     ffn_dim=96,
     max_position=256,
 )
+
+
+def run(command, *arguments: str) -> int:
+    """A command of phijax, in this process."""
+    saved = flagsaver.save_flag_values(command.FLAGS)
+    try:
+        return command.main(command.FLAGS(["command", *arguments])[1:])
+    finally:
+        flagsaver.restore_flag_values(saved, command.FLAGS)
 
 
 def random_params(c: ModelConfig, seed: int = 0) -> params.Params:

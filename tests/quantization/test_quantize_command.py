@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import flagsaver
-from quantized_case import MODEL, SCHEME, random_params, save_run
+from quantized_case import MODEL, SCHEME, random_params, run, save_run
 from quick_compilation import QUICK
 
 import phijax.library
@@ -21,15 +20,6 @@ from phijax.inference import programs, resident
 from phijax.model import params
 from phijax.model.backend import CHOICES, Backend
 from phijax.parallel.mesh import MeshConfig, make_mesh
-
-
-def run(command, *arguments: str) -> int:
-    """In this process."""
-    saved = flagsaver.save_flag_values(command.FLAGS)
-    try:
-        return command.main(command.FLAGS(["command", *arguments])[1:])
-    finally:
-        flagsaver.restore_flag_values(saved, command.FLAGS)
 
 
 @pytest.fixture(scope="module")

@@ -9,24 +9,15 @@ import sys
 import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
-from quantized_case import MODEL, SCHEME, random_params, save_run
+from quantized_case import MODEL, SCHEME, random_params, run, save_run
 
 from phijax import prepare, quantize
-from phijax.checkpoint import manifest, quantized_export, tokenizer_files
+from phijax.checkpoint import durable, manifest, quantized_export, tokenizer_files
+from phijax.checkpoint.open import open_checkpoint
 from phijax.errors import UserError
 from phijax.model import params
 
 METHODS = ("rtn", "awq", "gptq")
-
-
-def run(command, *arguments: str) -> int:
-    """In this process."""
-    saved = flagsaver.save_flag_values(command.FLAGS)
-    try:
-        return command.main(command.FLAGS(["command", *arguments])[1:])
-    finally:
-        flagsaver.restore_flag_values(saved, command.FLAGS)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +118,17 @@ def test_a_disk_that_is_full_at_the_end(workdir, text, tmp_path, monkeypatch, mo
     with pytest.raises(UserError, match=r"could not be written: .*No space left"):
         run(quantize, *flags(workdir, tmp_path / "out", "rtn", text))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_when_the_checkpoint_is_whole(workdir, text, tmp_path, monkeypatch):
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(durable, "write_json", full)
+    with pytest.raises(UserError, match=r"quality.json could not be written .*No space left.*\n.*is whole"):
+        run(quantize, *flags(workdir, tmp_path / "out", "rtn", text))
+    assert not (tmp_path / "out" / quantize.PLOT_FILE).exists()
+    assert open_checkpoint(tmp_path / "out").model == MODEL
 
 
 def test_a_place_that_may_not_be_written(workdir, text, tmp_path, monkeypatch):
