@@ -48,8 +48,8 @@ def plus_mlp(x: jax.Array, norm: RMSNorm, mlp: Mlp, row_sum: RowSum, count: jax.
 
 
 def attends_in_one_call(w: nnx.Param, x: jax.Array, cache: Pieces) -> bool:
-    """Whether one new token a row, before weights of a format that has it, over a cache that it can read."""
-    if not isinstance(w.get_value(), cpu_int4.Tiled) or x.shape[1] > 1:
+    """Whether the weights' format brings its own attention, over a cache that it can read."""
+    if not isinstance(w.get_value(), cpu_int4.Tiled):
         return False
     return x.dtype == "float32" and all(array.dtype == "float32" for piece in cache for array in piece)
 
@@ -63,12 +63,10 @@ def attend(
     window: int | None,
     w: nnx.Param,
 ) -> tuple[jax.Array, Pieces]:
-    """q, k, v (B, 1, rows), not rotated, rope (B, 1, 1, R), positions (B, 1) -> (B, 1, N H) and the cache anew."""
-    tokens = [array[:, 0] for array in qkv]
-    table = tuple(part[:, 0, 0] for part in rope)
+    """q, k, v (B, T, rows), not rotated, rope (B, 1, T, R), positions (B, T) -> (B, T, N H) and the cache anew."""
+    table = tuple(part[:, 0] for part in rope)
     path = w.get_value().path
-    out, cache = cpu_int4.attend(*tokens, table, cache, positions[:, 0], count, window=window, path=path)
-    return out[:, None], cache
+    return cpu_int4.attend(*qkv, table, cache, positions[:, 0], count, window=window, path=path)
 
 
 def flat(verb: Callable, x: jax.Array, w: nnx.Param) -> jax.Array:

@@ -142,42 +142,79 @@ def test_gated_against_float64(path, down_name):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("rotary", [24, 20])
-def test_attention_is_that_of_the_xla_path(path, window, rotary):
-    """Grouped heads, part of a head not rotated, a cache in pieces, a row that does not count; and its cache."""
+@pytest.mark.parametrize("tokens", [1, 45])
+def test_attention_is_that_of_the_xla_path(path, window, rotary, tokens):
+    """Grouped heads, part of a head not rotated, a cache in pieces, a row that does not count; and its cache.
+
+    45 tokens: of a block of queries some are there, and keys end in the middle of a block of theirs.
+    """
     random = np.random.default_rng(8)
     heads, kv_heads, h, lengths = 6, 2, 24, (64, 64, 128)
     c = type("Config", (), {"rotary_dim": rotary, "head_dim": h})
     cache = tuple(
         tuple(jnp.asarray(random.standard_normal((4, kv_heads, n, h)), jnp.float32) for _ in range(2)) for n in lengths
     )
-    q, k, v = (jnp.asarray(random.standard_normal((5, n * h)), jnp.float32) for n in (heads, kv_heads, kv_heads))
-    positions = jnp.asarray([0, 63, 64, 200, 5], jnp.int32)  # the fifth row has no place in the cache
-    angles = jnp.asarray(random.uniform(0, 6, (5, rotary // 2)), jnp.float32)
+    qkv = [jnp.asarray(random.standard_normal((5, tokens, n * h)), jnp.float32) for n in (heads, kv_heads, kv_heads)]
+    # The fifth row has no place in the cache; new places lie within a piece.
+    starts = jnp.asarray([0, 63 if tokens == 1 else 19, 64, 200, 5], jnp.int32)
+    angles = jnp.asarray(random.uniform(0, 6, (5, tokens, rotary // 2)), jnp.float32)
     rope = tuple(jnp.concatenate([f(angles)] * 2, -1) for f in (jnp.cos, jnp.sin))
 
     def split(x: jax.Array) -> jax.Array:
-        return x.reshape(5, -1, 1, h)
+        return x.reshape(5, tokens, -1, h).swapaxes(1, 2)
 
-    table = tuple(part[:, None, None] for part in rope)
-    rotated = [apply_rope(split(x), table, c, by_matmul=False) for x in (q, k)]
-    new = write(cache, rotated[1], split(v), positions, cut_by_time=False)
-    expected = cached_attention(rotated[0], new, positions[:, None], window=window).reshape(5, -1)
-    out, got = cpu_int4.attend(q, k, v, rope, cache, positions, jnp.int32(5), window=window, path=path)
+    q, k, v = map(split, qkv)
+    q, k = (apply_rope(x, [part[:, None] for part in rope], c, by_matmul=False) for x in (q, k))
+    new = write(cache, k, v, starts, cut_by_time=False)
+    expected = cached_attention(q, new, starts[:, None] + jnp.arange(tokens), window=window)
+    expected = expected.swapaxes(1, 2).reshape(5, tokens, -1)
+    attend = functools.partial(cpu_int4.attend, window=window, path=path)
+    out, got = attend(*qkv, rope, cache, starts, jnp.int32(5))
     np.testing.assert_allclose(out, expected, rtol=0, atol=3e-6)
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(new), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
-    alone, _ = cpu_int4.attend(
-        q[3:4], k[3:4], v[3:4], [r[3:4] for r in rope], jax.tree.map(lambda a: a[3:], cache), positions[3:4], None,
-        window=window, path=path,
-    )  # fmt: skip
-    np.testing.assert_array_equal(alone[0], out[3])
+    row = jax.tree.map(lambda a: a[3:4], (*qkv, rope, cache, starts))
+    np.testing.assert_array_equal(attend(*row, None)[0][0], out[3])
 
 
-def test_a_position_outside_of_the_cache_is_refused():
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_prompt_against_float64_and_cut_in_two_it_has_the_same_bits(path, window):
+    """Past several blocks of keys; scores of some tens, so that the softmax's highest rises on the way."""
+    random = np.random.default_rng(9)
+    heads, kv_heads, h, tokens = 4, 2, 40, 301
+    q, k, v = (jnp.asarray(random.standard_normal((1, tokens, n * h)), jnp.float32) for n in (heads, kv_heads, kv_heads))
+    q = 8 * q
+    rope = (jnp.ones((1, tokens, h)), jnp.zeros((1, tokens, h)))  # turns nothing
+    cache = tuple((jnp.full((1, kv_heads, n, h), 1e9), jnp.full((1, kv_heads, n, h), 1e9)) for n in (256, 256))
+
+    def attend(cache, start, end):
+        part = [x[:, start:end] for x in (q, k, v)]
+        table = [x[:, start:end] for x in rope]
+        start = jnp.array([start], jnp.int32)
+        return cpu_int4.attend(*part, table, cache, start, None, window=window, path=path)
+
+    out, _ = attend(cache, 0, tokens)
+    wide = [np.asarray(x, np.float64).reshape(tokens, -1, h) for x in (q, k, v)]
+    k64, v64 = (np.repeat(x, heads // kv_heads, 1) for x in wide[1:])
+    scores = np.einsum("tnh,snh->nts", wide[0], k64) / np.sqrt(h)
+    distance = np.arange(tokens)[:, None] - np.arange(tokens)
+    scores[:, (distance < 0) | (distance >= (window or tokens))] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = np.einsum("nts,snh->tnh", weights / weights.sum(-1, keepdims=True), v64).reshape(tokens, -1)
+    np.testing.assert_allclose(out[0], expected, rtol=0, atol=2e-5)
+    for cut in (23, 128, 290):
+        first, new = attend(cache, 0, cut)
+        second, _ = attend(new, cut, tokens)
+        np.testing.assert_array_equal(jnp.concatenate([first, second], 1), out)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_position_outside_of_the_cache_is_refused(tokens):
     cache = ((jnp.zeros((1, 1, 8, 8)),) * 2,)
-    arrays = [jnp.zeros((1, 8))] * 3
+    arrays, start = [jnp.zeros((1, tokens, 8))] * 3, jnp.array([9 - tokens])
     with pytest.raises(Exception, match="outside of the cache"):
-        cpu_int4.attend(*arrays, [jnp.zeros((1, 8))] * 2, cache, jnp.array([8]), None, window=None, path=PATHS[0])
+        cpu_int4.attend(*arrays, arrays[:2], cache, start, None, window=None, path=PATHS[0])
 
 
 @pytest.mark.parametrize("name, axis", CASES)

@@ -12,7 +12,7 @@
 
 #include <string>
 
-#include "cpu_int4_attention.h"
+#include "cpu_int4_prompt.h"
 #include "cpu_int4_threads.h"
 #include "cpu_int4_tiles.h"
 #include "xla/ffi/api/ffi.h"
@@ -169,23 +169,42 @@ ffi::Error gated(ffi::ThreadPool pool, F32 x, F32 norm, F32 residual, ffi::Buffe
   return ffi::Error::Success();
 }
 
-// q (rows, N H), k and v (rows, K H), cosines and sines (rows, rotary), positions (rows), count as above, then k and v
-// of each piece of the cache -> (rows, N H) and the pieces, which are the same memory.
+// Writes all, then attends. Little work is one item: a thread that is waited for costs more.
+void run(const Attention& a, const AttendFunctions& functions, int rows, ffi::ThreadPool pool) {
+  const bool one = a.tokens == 1;
+  const int blocks = one ? 1 : (a.tokens + functions.lanes - 1) / functions.lanes;
+  Threads::all(pool.num_threads()).run({one ? 1 : rows * blocks, rows * a.heads() * blocks}, [&](int phase, int i) {
+    if (phase == 1) {
+      // The last block sees most keys, so it comes first.
+      const int block = blocks - 1 - i / (rows * a.heads()), row = i / a.heads() % rows, head = i % a.heads();
+      return one ? functions.attend(a, row, head) : functions.attend_block(a, row, head, block);
+    }
+    const int first = one ? 0 : i / blocks, end = one ? rows : first + 1, from = i % blocks * functions.lanes;
+    for (int row = first; row < end; ++row) {
+      for (int token = from; token < std::min(a.tokens, from + functions.lanes); ++token) {
+        for (int head = 0; head < a.kv_heads; ++head) functions.write(a, row, token, head);
+      }
+    }
+  });
+}
+
+// q (rows, T, N H), k and v (rows, T, K H), cosines and sines (rows, T, rotary), positions (rows) of the first tokens,
+// count as above, then k and v of each piece of the cache -> (rows, T, N H) and the pieces, which are the same memory.
 ffi::Error attend(ffi::ThreadPool pool, F32 q, F32 k, F32 v, F32 cosines, F32 sines, ffi::Buffer<ffi::S32> positions,
                   ffi::Buffer<ffi::S32> count, ffi::RemainingArgs cache, ffi::RemainingRets outs, int32_t window,
                   int32_t path) {
   if (outs.size() != cache.size() + 1 || cache.size() < 2) return wrong("arguments");
   auto out = outs.get<F32>(0);
   auto shape = cache.get<F32>(0);
-  if (!out || !shape || shape->dimensions().size() != 4) return wrong("arguments");
+  if (!out || !shape || shape->dimensions().size() != 4 || q.dimensions().size() != 3) return wrong("arguments");
   const auto heads = shape->dimensions();  // (R, K, S, H)
   Attention a;
   a.q = q.typed_data(), a.k = k.typed_data(), a.v = v.typed_data(), a.out = (*out)->typed_data();
   a.cosines = cosines.typed_data(), a.sines = sines.typed_data(), a.positions = positions.typed_data();
-  a.kv_heads = heads[1], a.head_dim = heads[3], a.rotary = cosines.dimensions()[1], a.window = window;
-  const int64_t width = q.dimensions()[1];
-  a.group = width / (a.kv_heads * a.head_dim);
-  if (k.dimensions()[1] != heads[1] * heads[3] || width != a.group * heads[1] * heads[3]) return wrong("heads");
+  a.kv_heads = heads[1], a.head_dim = heads[3], a.rotary = cosines.dimensions().back(), a.window = window;
+  const int64_t all = q.dimensions()[0], width = q.dimensions()[2];
+  a.tokens = q.dimensions()[1], a.group = width / (a.kv_heads * a.head_dim);
+  if (k.dimensions().back() != heads[1] * heads[3] || width != a.heads() * heads[3]) return wrong("heads");
   int64_t places = 0;
   for (size_t i = 0; i < cache.size(); i += 2) {
     auto keys = cache.get<F32>(i);
@@ -194,20 +213,12 @@ ffi::Error attend(ffi::ThreadPool pool, F32 q, F32 k, F32 v, F32 cosines, F32 si
     a.pieces.push_back({(*new_keys)->typed_data(), (*new_values)->typed_data(), keys->dimensions()[2]});
     places += keys->dimensions()[2];
   }
-  const int64_t all = q.dimensions()[0], rows = std::min<int64_t>(counted(count, all), heads[0]);
+  const int64_t rows = std::min<int64_t>(counted(count, all), heads[0]);
   for (int64_t r = 0; r < rows; ++r) {
-    if (a.positions[r] < 0 || a.positions[r] >= places) return wrong("position outside of the cache");
+    if (a.positions[r] < 0 || a.positions[r] + a.tokens > places) return wrong("position outside of the cache");
   }
-  std::fill(a.out + rows * width, a.out + all * width, 0.0f);
-  if (rows == 0) return ffi::Error::Success();
-  const AttendFunctions functions = attend_functions(path);
-  const int heads_of_row = a.kv_heads * a.group;
-  const int writes = rows * a.kv_heads, reads = rows * heads_of_row;
-  // A write is little: one item for all.
-  Threads::all(pool.num_threads()).run({1, reads}, [&](int phase, int i) {
-    if (phase == 1) return functions.attend(a, i / heads_of_row, i % heads_of_row);
-    for (int w = 0; w < writes; ++w) functions.write(a, w / a.kv_heads, w % a.kv_heads);
-  });
+  std::fill(a.out + rows * a.tokens * width, a.out + all * a.tokens * width, 0.0f);
+  if (rows > 0 && a.tokens > 0) run(a, attend_functions(path), rows, pool);
   return ffi::Error::Success();
 }
 

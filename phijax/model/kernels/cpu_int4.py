@@ -172,13 +172,13 @@ def attend(
     window: int | None,
     path: str,
 ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], ...]]:
-    """One new token a row: rotates q and k, writes k and v into the cache, and attends.
+    """New tokens of rows: rotates q and k, writes k and v into the cache, and attends.
 
     Args:
-      q: (B, N H); k, v: (B, K H); rope: cos and sin (B, R); cache: as in `kernels/decode.py`, float32.
-      positions: (B,) int32, the places of the new tokens.
-      count: as in `products`.
-    Returns: (B, N H), zeros for rows beyond `count` or the cache's; the cache, in place where it is donated.
+      q: (B, T, N H); k, v: (B, T, K H); rope: cos and sin (B, T, R); cache: as in `kernels/decode.py`, float32.
+      positions: (B,) int32, the places of the first of the new tokens; the others follow.
+      count: () int32, how many rows of the batch count; None: all.
+    Returns: (B, T, N H), zeros for rows beyond `count` or the cache's; the cache, in place where it is donated.
     """
     pieces = [array for piece in cache for array in piece]
     counted = jnp.zeros(0, jnp.int32) if count is None else jnp.asarray(count, jnp.int32).reshape(1)

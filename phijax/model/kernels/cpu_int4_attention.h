@@ -1,5 +1,6 @@
 // Attention of one new token a row over a cache in pieces, for cpu_int4.cc: rotation, the write into the cache, and
 // softmax(q k^T / sqrt(H)) v. In XLA this is thirty small programs a layer, longer than the products beside them.
+// Several tokens a row: cpu_int4_prompt.h.
 
 #pragma once
 
@@ -17,12 +18,22 @@ struct Piece {
 };
 
 struct Attention {
-  const float *q, *k, *v;         // (rows, N H), (rows, K H), (rows, K H): not rotated
-  const float *cosines, *sines;   // (rows, rotary)
-  const int32_t* positions;       // (rows)
-  float* out;                     // (rows, N H)
-  int kv_heads, group, head_dim, rotary, window;  // group: queries of a kv head; window 0: none
+  const float *q, *k, *v;         // (rows, tokens, N H), (rows, tokens, K H), (rows, tokens, K H): not rotated
+  const float *cosines, *sines;   // (rows, tokens, rotary)
+  const int32_t* positions;       // (rows), of the first token
+  float* out;                     // (rows, tokens, N H)
+  int tokens, kv_heads, group, head_dim, rotary, window;  // group: queries of a kv head; window 0: none
   std::vector<Piece> pieces;
+
+  int heads() const { return kv_heads * group; }
+  // Where a token's part of `heads` heads begins, and where a row's kv head lies in a piece, in keys.
+  int64_t at(int row, int token, int heads, int head) const {
+    return ((static_cast<int64_t>(row) * tokens + token) * heads + head) * head_dim;
+  }
+  int64_t table(int row, int token) const { return (static_cast<int64_t>(row) * tokens + token) * rotary; }
+  int64_t line(const Piece& piece, int row, int kv_head) const {
+    return (static_cast<int64_t>(row) * kv_heads + kv_head) * piece.length;
+  }
 };
 
 // Pairs (i, i + rotary / 2), as model/rope.py rotates them.
@@ -72,17 +83,16 @@ INLINE void add_weighted(const float* weights, const float* values, int64_t keys
   std::memcpy(out, sums, sizeof(sums));
 }
 
-// A row's new key and value of one kv head.
-INLINE void write_body(const Attention& a, int row, int kv_head) {
+// A token's key and value of one kv head.
+INLINE void write_body(const Attention& a, int row, int token, int kv_head) {
   const int h = a.head_dim;
-  const int64_t kv = (static_cast<int64_t>(row) * a.kv_heads + kv_head) * h;
-  const int64_t table = static_cast<int64_t>(row) * a.rotary;
-  int64_t place = a.positions[row];
+  const int64_t from = a.at(row, token, a.kv_heads, kv_head), table = a.table(row, token);
+  int64_t place = a.positions[row] + token;
   for (const Piece& piece : a.pieces) {
     if (place < piece.length) {
-      const int64_t at = kv * piece.length + place * h;
-      rotate(a.k + kv, a.cosines + table, a.sines + table, a.rotary, h, 1.0f, piece.k + at);
-      std::memcpy(piece.v + at, a.v + kv, h * sizeof(float));
+      const int64_t to = (a.line(piece, row, kv_head) + place) * h;
+      rotate(a.k + from, a.cosines + table, a.sines + table, a.rotary, h, 1.0f, piece.k + to);
+      std::memcpy(piece.v + to, a.v + from, h * sizeof(float));
       return;
     }
     place -= piece.length;
@@ -94,18 +104,16 @@ template <typename Vector>
 INLINE void attend_body(const Attention& a, int row, int head) {
   thread_local std::vector<float> memory;
   const int h = a.head_dim;
-  const int64_t position = a.positions[row], table = static_cast<int64_t>(row) * a.rotary;
+  const int64_t position = a.positions[row], table = a.table(row, 0), first = a.at(row, 0, a.heads(), head);
   const int64_t lowest = a.window ? std::max<int64_t>(position - a.window + 1, 0) : 0;
   const int64_t seen = position + 1 - lowest;
   memory.resize(h + seen);
   float *query = memory.data(), *scores = query + h;
-  const int64_t kv = (static_cast<int64_t>(row) * a.kv_heads + head / a.group) * h;
-  const int64_t first = (static_cast<int64_t>(row) * a.kv_heads * a.group + head) * h;
   rotate(a.q + first, a.cosines + table, a.sines + table, a.rotary, h, 1.0f / __builtin_sqrtf(h), query);
 
   int64_t begin = 0;
   for (const Piece& piece : a.pieces) {
-    const float* k = piece.k + kv * piece.length;
+    const float* k = piece.k + a.line(piece, row, head / a.group) * h;
     const int64_t end = std::min(position + 1, begin + piece.length);
     for (int64_t p = std::max(lowest, begin); p < end; ++p) {
       scores[p - lowest] = dot<Vector>(query, k + (p - begin) * h, h);
@@ -126,7 +134,7 @@ INLINE void attend_body(const Attention& a, int row, int head) {
   for (int i = 0; i < h; ++i) out[i] = 0.0f;
   begin = 0;
   for (const Piece& piece : a.pieces) {
-    const float* v = piece.v + kv * piece.length;
+    const float* v = piece.v + a.line(piece, row, head / a.group) * h;
     const int64_t end = std::min(position + 1, begin + piece.length);
     const int64_t from = std::max(lowest, begin);
     const float *weights = scores + (from - lowest), *values = v + (from - begin) * h;
@@ -144,30 +152,6 @@ INLINE void attend_body(const Attention& a, int row, int head) {
     begin += piece.length;
   }
   for (int i = 0; i < h; ++i) out[i] /= total;
-}
-
-// `write` a row's kv head, then, when all are, `attend` its queries.
-struct AttendFunctions {
-  void (*write)(const Attention&, int row, int kv_head);
-  void (*attend)(const Attention&, int row, int head);
-};
-
-void write_generic(const Attention& a, int row, int head) { write_body(a, row, head); }
-void attend_generic(const Attention& a, int row, int head) { attend_body<Four>(a, row, head); }
-
-#if defined(__x86_64__)
-TARGET_AVX512 void write_avx512(const Attention& a, int row, int head) { write_body(a, row, head); }
-TARGET_AVX512 void attend_avx512(const Attention& a, int row, int head) { attend_body<Sixteen>(a, row, head); }
-TARGET_AVX2 void write_avx2(const Attention& a, int row, int head) { write_body(a, row, head); }
-TARGET_AVX2 void attend_avx2(const Attention& a, int row, int head) { attend_body<Eight>(a, row, head); }
-#endif
-
-AttendFunctions attend_functions(int path) {
-#if defined(__x86_64__)
-  if (path == kAvx512Vnni) return {write_avx512, attend_avx512};
-  if (path != kGeneric) return {write_avx2, attend_avx2};
-#endif
-  return {write_generic, attend_generic};
 }
 
 }  // namespace
