@@ -56,6 +56,7 @@ class Row:
     mesh: MeshConfig
     remat: str
     plan: StepPlan
+    shapes: StepPlan  # the same setting from shapes alone
 
     def cost(self, prices: dict[str, float]) -> float:
         """Of 10^9 tokens."""
@@ -73,8 +74,11 @@ def rows(model: str, chip: str) -> Iterator[Row]:
                 yield Row(model, place, slices, kind, mesh, *found)
 
 
-def best(model: str, place: str, mesh: MeshConfig, sequences: int) -> tuple[str, StepPlan] | None:
-    """The quickest of what fits by shapes: what is saved, and how many sequences a chip takes at once."""
+def best(model: str, place: str, mesh: MeshConfig, sequences: int) -> tuple[str, StepPlan, StepPlan] | None:
+    """The quickest of what fits by shapes: what is saved, and how many sequences a chip takes at once.
+
+    Where the compiler is asked and finds that it does not fit, the next one.
+    """
     where, found = analytic.make_slice(place, mesh), []
     chips = math.prod(where.sizes.values())
     for remat in search.POLICIES:
@@ -93,23 +97,32 @@ def best(model: str, place: str, mesh: MeshConfig, sequences: int) -> tuple[str,
             plan = plan_step(remat, 1, recipe, where, (micro, sequences // micro, LENGTH), None)
             if plan.hbm_peak < CROWDED_FROM * plan.chip.hbm_bytes:
                 found.append((plan.estimate.step, remat, recipe, plan))
-    if not found:
-        return None
-    _, remat, recipe, plan = min(found, key=lambda one: one[0])
-    if chips <= FLAGS.compile_up_to:
-        laid = make_mesh(mesh, tpu_devices(place, mesh.slices))
-        plan = plan_step(remat, 1, recipe, where, plan.shape, compile_step(recipe, laid, place, plan.shape))
-    return remat, plan
+    found.sort(key=lambda one: one[0])
+    if chips > FLAGS.compile_up_to:
+        return next(((remat, plan, plan) for _, remat, _, plan in found), None)
+    laid = make_mesh(mesh, tpu_devices(place, mesh.slices))
+    for _, remat, recipe, shapes in found:
+        plan = plan_step(remat, 1, recipe, where, shapes.shape, compile_step(recipe, laid, place, shapes.shape))
+        if plan.fits:
+            return remat, plan, shapes
+    return None
 
 
 def line(row: Row, prices: dict[str, float]) -> str:
     plan, name = row.plan, f"{row.slices} x {row.place}" if row.slices > 1 else row.place
     a, b, _ = plan.shape
+    by_shapes = ""
+    if plan.method == "compiled":
+        step, peak = row.shapes.estimate.step, row.shapes.hbm_peak
+        by_shapes = (
+            f"; by shapes {step:.3f} s ({step / plan.estimate.step - 1:+.1%}), {peak / GIB:.2f} GiB "
+            f"({peak / plan.hbm_peak - 1:+.1%})"
+        )
     return (
         f"{row.model.removeprefix('phi3_'):<7}{name:<15}{plan.chips:>5} {row.kind:<7}{row.mesh.data:>4} x "
         f"{row.mesh.fsdp:<4}{a:>4} x {b:<6}{row.remat:<24}{plan.estimate.step:>9.3f}"
         f"{plan.tokens_per_second / 1e3:>10,.0f}{plan.tokens_per_second / plan.chips:>9,.0f}{plan.mfu:>7.1%}"
-        f"{plan.hbm_peak / GIB:>8.2f}{row.cost(prices):>9.2f}  {plan.method}"
+        f"{plan.hbm_peak / GIB:>8.2f}{row.cost(prices):>9.2f}  {plan.method}{by_shapes}"
     )
 
 
@@ -130,7 +143,7 @@ def main(_) -> None:
 
 
 def plot(found: list[Row], output: str) -> None:
-    """MFU and tokens a second over chips; one slice is a line, several are open marks."""
+    """MFU and tokens a second over chips: a line of one slice, circles of several, crosses where it was compiled."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -143,16 +156,21 @@ def plot(found: list[Row], output: str) -> None:
             mine = [r for r in found if (r.model, r.place.split(":")[0], r.kind) == (model, chip, kind)]
             one, several = ([r for r in mine if (r.slices > 1) == many] for many in (False, True))
             label = f"{model.removeprefix('phi3_')}, {chip}, {kind}"
-            for axes, value in ((share, lambda r: r.plan.mfu), (speed, lambda r: r.plan.tokens_per_second)):
+            for axes, value in ((share, lambda p: p.mfu), (speed, lambda p: p.tokens_per_second)):
                 axes.plot(
-                    [r.plan.chips for r in one], [value(r) for r in one], style, marker=".", color=colour, label=label
+                    *([r.plan.chips for r in one], [value(r.shapes) for r in one], style),
+                    **dict(marker=".", color=colour, label=label),
                 )
-                axes.plot([r.plan.chips for r in several], [value(r) for r in several], "o", mfc="none", color=colour)
+                axes.plot(
+                    [r.plan.chips for r in several], [value(r.shapes) for r in several], "o", mfc="none", color=colour
+                )
+                compiled = [r for r in mine if r.plan.method == "compiled"]
+                axes.plot([r.plan.chips for r in compiled], [value(r.plan) for r in compiled], "x", color=colour)
     share.set_ylim(0, 1)
     speed.set_yscale("log")
     for axes, name in ((share, "estimated MFU"), (speed, "estimated tokens a second")):
         axes.set_xscale("log", base=2)
-        axes.set_xlabel("chips (circles: several slices over DCN)")
+        axes.set_xlabel("chips (circles: several slices over DCN; crosses: compiled)")
         axes.set_ylabel(name)
         axes.spines[["top", "right"]].set_visible(False)
     share.legend(frameon=False, fontsize=8, ncols=2)
