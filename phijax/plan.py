@@ -2,17 +2,21 @@
 
 Compiles the very train step for that slice on this machine (pip install 'phijax[tpu]' brings the compiler; a minute or
 two, 3 to 6 GB) and says whether it fits, how long it takes and what it costs. Without the compiler, or with
---analytic, the figures are from shapes alone and say so. Exit codes: 0 it fits, 3 it does not, 2 the user's error.
+--analytic, the figures are from shapes alone and say so. Exit codes: 0 it fits, 3 it does not, 2 the user's error, 75 a
+search was interrupted (its table so far is printed).
 """
 
+import contextlib
 import functools
 import json
+import signal
 import sys
+from collections.abc import Iterator
 
 from absl import flags
 
 from phijax import command
-from phijax.errors import EXIT_DONE, UserError
+from phijax.errors import EXIT_DONE, EXIT_RESTART, UserError
 
 EXIT_DOES_NOT_FIT = 3  # planned, and the answer is no
 
@@ -43,9 +47,10 @@ def main(arguments: list[str], overrides: list[tuple[str, str]]) -> int:
     say = functools.partial(print, file=sys.stderr, flush=True)
     how = planner.How(not FLAGS.analytic, compiler_options(FLAGS.compiler_option), say)
     if FLAGS.search:
-        found = planner.find(config, FLAGS.topology, how, top=FLAGS.compile_top)
+        with terminated_as_interrupted():
+            found = planner.find(config, FLAGS.topology, how, top=FLAGS.compile_top)
         tell(found)
-        return EXIT_DONE if found.winner else EXIT_DOES_NOT_FIT
+        return EXIT_RESTART if found.interrupted else EXIT_DONE if found.winner else EXIT_DOES_NOT_FIT
     plan, recipe = planner.make_plan(config, FLAGS.topology, how, price=FLAGS.price_per_chip_hour)
     if FLAGS.plot:
         from phijax.planning.plot import plot_plan
@@ -53,6 +58,16 @@ def main(arguments: list[str], overrides: list[tuple[str, str]]) -> int:
         plot_plan(plan, recipe, FLAGS.plot)
     tell(plan)
     return EXIT_DONE if plan.fits else EXIT_DOES_NOT_FIT
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Whoever limits a search by `timeout` is to be shown what was found by then, as at the keyboard."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def compiler_options(given: list[str]) -> dict[str, str]:

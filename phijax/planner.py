@@ -1,9 +1,9 @@
 """One plan, assembled out of the rooms, as `run.py` assembles a training run; and the search for a better one."""
 
+import concurrent.futures
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from phijax import config as configs
 from phijax import run
@@ -15,11 +15,13 @@ from phijax.model.presets import PRESETS
 from phijax.parallel.hardware import COMPILER_PROFILES, NO_PROFILE, CompilerConfig
 from phijax.parallel.mesh import make_mesh
 from phijax.planning import analytic, compiled, search, topology
-from phijax.planning.assumptions import ANALYTIC_ERROR, COMPILED_ERROR, chip_of
+from phijax.planning.assumptions import chip_of
+from phijax.planning.compiled import Compiled, DoesNotFit
+from phijax.planning.found import Found
 from phijax.planning.run_plan import HostMemory, RunPlan
 from phijax.planning.search import Candidate, Ranked, Work
 from phijax.planning.step_plan import plan_step
-from phijax.training.program import Recipe, abstract_state
+from phijax.training.program import BatchShape, Recipe, abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,59 +83,6 @@ def host_memory(recipe: Recipe, where: analytic.Slice, mesh) -> HostMemory:
     return HostMemory(*held, chip.host_bytes)
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """best: compiled, quickest first, then those refused on the way; rest: ranked from shapes alone.
-
-    winner: None where nothing fits. paste: what the winner changes in the config, as flags. options: the compiler's
-    that it was compiled with. fitting: by shapes.
-    """
-
-    best: list[Ranked]
-    rest: list[Ranked]
-    winner: Ranked | None
-    paste: list[str]
-    options: Mapping[str, str]
-    looked_at: int
-    fitting: int
-
-    def to_dict(self) -> dict[str, Any]:
-        rows = [
-            {
-                **one.candidate.overrides(),
-                "run_seconds": one.seconds,
-                "hbm_peak_bytes": one.peak,
-                "method": "compiled" if one.answers else "analytic",
-                "refused": one.refused,
-                "profile": one.profile,
-            }
-            for one in [*self.best, *self.rest]
-        ]
-        return {
-            "winner": self.paste,
-            "compiler_options": dict(self.options),
-            "looked_at": self.looked_at,
-            "fitting": self.fitting,
-            "candidates": rows,
-        }
-
-    def lines(self) -> list[str]:
-        out = []
-        if self.best:
-            out += ["compiled, quickest first:", *search.table(self.best), f"  error: {COMPILED_ERROR}", ""]
-        out += ["from shapes alone, the best:", *search.table(self.rest[:12]), f"  error: {ANALYTIC_ERROR}", ""]
-        compiled_ones = len({one.candidate for one in self.best})
-        out.append(
-            f"{self.looked_at:,} candidates (meshes x remat policies x micro-batches) were ranked from shapes, "
-            f"{self.fitting:,} of them fit; {compiled_ones} were compiled, the other "
-            f"{self.looked_at - compiled_ones:,} were not. Compiler options were tried on the quickest alone, "
-            "offload to the host not at all."
-        )
-        if self.winner is None:
-            return [*out, "Nothing fits: take more chips, or a shorter sequence."]
-        return [*out, f"winner: {' '.join(self.paste) or 'the config as it is'}"]
-
-
 def find(config: Config, slice_name: str, how: How, *, top: int) -> Found:
     """Meshes, remat policies and micro-batches for the config's batch and phases, which stay as they are."""
     phases, slices = config.data.phases, config.mesh.slices
@@ -144,29 +93,46 @@ def find(config: Config, slice_name: str, how: How, *, top: int) -> Found:
         recipe = run.make_recipe(changed, dict(where.sizes), "tpu", where.chip.name)
         return Work(recipe, tuple((phase.steps, shape) for phase, shape in zip(phases, shapes, strict=True)))
 
-    def compile_one(one: Ranked, shape):
-        how.say(f"compiling {one.candidate.overrides()} {one.profile} {shape}: a minute or two ...")
-        mesh = make_mesh(one.candidate.mesh, topology.tpu_devices(slice_name, slices))
+    chips = math.prod(topology.lengths_of(slice_name)) * slices
+    longest = max(phase.sequence_length for phase in phases)
+    meshes = list(search.meshes(chips, slices, resolve_model(config.model, PRESETS), longest))
+    batch = math.gcd(*(phase.global_batch_size for phase in phases))
+    micro_batches = [n for n in range(1, batch + 1) if batch % n == 0]
+    ranked, looked_at = search.rank(slice_name, meshes, micro_batches, work_of)
+    compiling = top > 0 and how.can_compile()
+    done, interrupted = compile_some(slice_name, how, ranked, top) if compiling else ([], False)
+    seen = {one.candidate for one in done}
+    best = sorted(done, key=lambda one: (one.refused, one.seconds))
+    rest = [one for one in ranked if one.candidate not in seen]
+    winner = search.quickest(best if compiling else rest[:1])
+    options = COMPILER_PROFILES[chip_of(slice_name).name].get(winner.profile, {}) if winner else {}
+    return Found(best, rest, winner, changes(config, winner), options, looked_at, len(ranked), interrupted)
+
+
+def compile_some(slice_name: str, how: How, ranked: Sequence[Ranked], top: int) -> tuple[list[Ranked], bool]:
+    """-> (what was compiled, in that order; whether it was interrupted). Each is told as it is done."""
+    profiles = COMPILER_PROFILES[chip_of(slice_name).name]
+
+    def compile_one(one: Ranked, shape: BatchShape) -> Compiled | DoesNotFit:
+        how.say(f"compiling {' '.join(f'{k}={v}' for k, v in one.candidate.overrides().items())} {one.profile} {shape}")
+        mesh = make_mesh(one.candidate.mesh, topology.tpu_devices(slice_name, one.candidate.mesh.slices))
         options = {**how.options, **profiles.get(one.profile, {})}
         return compiled.compile_step(one.work.recipe, mesh, slice_name, shape, options=options)
 
-    chips = math.prod(topology.lengths_of(slice_name)) * slices
-    longest = max(phase.sequence_length for phase in phases)
-    options = list(search.meshes(chips, slices, resolve_model(config.model, PRESETS), longest))
-    batch = math.gcd(*(phase.global_batch_size for phase in phases))
-    micro_batches = [n for n in range(1, batch + 1) if batch % n == 0]
-    ranked, looked_at = search.rank(slice_name, options, micro_batches, work_of)
-    compiling = top > 0 and how.can_compile()
-    profiles = COMPILER_PROFILES[chip_of(slice_name).name]
-    best = search.compile_best(ranked, top, compile_one) if compiling else []
-    if best and not best[0].refused:  # the quickest once more, under each set of options
-        again = [search.compile_all(dataclasses.replace(best[0], profile=name), compile_one) for name in profiles]
-        best = sorted([*best, *again], key=lambda one: (one.refused, one.seconds))
-    seen = {one.candidate for one in best}
-    rest = [one for one in ranked if one.candidate not in seen]
-    winner = next((one for one in (best if compiling else rest) if not one.refused), None)
-    options = profiles.get(winner.profile, {}) if winner else {}
-    return Found(best, rest, winner, changes(config, winner), options, looked_at, len(ranked))
+    done: list[Ranked] = []
+    # In a thread, since the compiler does not look at signals: an interruption would wait for it to end.
+    beside = concurrent.futures.ThreadPoolExecutor(1)
+    try:
+        for one in search.compile_in_turn(
+            ranked, top, list(profiles), lambda *given: beside.submit(compile_one, *given).result()
+        ):
+            done.append(one)
+            how.say(f"  {search.row(one)}")
+    except KeyboardInterrupt:
+        return done, True
+    finally:
+        beside.shutdown(wait=False)
+    return done, False
 
 
 def apply(config: Config, candidate: Candidate) -> Config:

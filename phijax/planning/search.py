@@ -1,5 +1,10 @@
-"""Meshes, remat policies and micro-batches for a slice: all ranked from shapes, the best few compiled."""
+"""Meshes, remat policies and micro-batches for a slice: all ranked from shapes, the best few compiled.
 
+Compiling takes a minute or more each, so that the order matters: candidates that differ by less than the shapes can
+tell wait until it is known whose twins they are, and it ends when no other can win by what was seen so far.
+"""
+
+import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
@@ -17,6 +22,8 @@ from phijax.training.program import BatchShape, Recipe
 
 LARGEST_TENSOR = 8  # beyond it every layer's all-reduces cross more links than they save products
 MARGIN = 1.05  # analytic memory may be this much over before a candidate is dropped: the compiler has the last word
+TWINS = 0.01  # of the seconds: policies of one mesh and number of micro-batches that the shapes cannot tell apart
+SCATTER = 0.05  # of compiled over analytic seconds among the candidates of a search (benchmarks/plan_accuracy.py)
 POLICIES = tuple(name for name, saved in REMAT_POLICIES.items() if saved is not None)
 
 
@@ -47,7 +54,8 @@ class Work:
 class Ranked:
     """seconds: of the whole run; peak: bytes of the worst phase; answers: the compiler's, for each distinct shape.
 
-    profile: name of the compiler options (parallel/hardware.py) that it was compiled with, "" for none.
+    by_shapes: seconds as ranked; they stay when `seconds` are the compiled ones. profile: name of the compiler
+    options (parallel/hardware.py) that it was compiled with, "" for none.
     """
 
     candidate: Candidate
@@ -55,6 +63,7 @@ class Ranked:
     seconds: float
     peak: float
     ragged: bool
+    by_shapes: float
     answers: tuple[Compiled | DoesNotFit, ...] = ()
     profile: str = ""
 
@@ -110,22 +119,65 @@ def rank(
                 if peak > CROWDED_FROM * where.chip.hbm_bytes:
                     seconds *= CROWDED
                 ragged = bool(params.check_mesh(work.recipe.model, where.sizes))
-                found.append(Ranked(candidate, work, seconds, peak, ragged))
+                found.append(Ranked(candidate, work, seconds, peak, ragged, seconds))
     return sorted(found, key=lambda one: one.seconds), looked_at
 
 
 CompileOne = Callable[[Ranked, BatchShape], Compiled | DoesNotFit]
 
 
-def compile_best(ranked: Sequence[Ranked], top: int, compile_one: CompileOne) -> list[Ranked]:
-    """The best `top` that fit, compiled, quickest first, then those that the compiler refused on the way there."""
-    fitting, refused = [], []
-    for one in ranked:
-        if len(fitting) == top or len(refused) == 2 * top:
+def compile_in_turn(
+    ranked: Sequence[Ranked], top: int, profiles: Sequence[str], compile_one: CompileOne
+) -> Iterator[Ranked]:
+    """Each candidate with the compiler's answers as soon as they are there, refused ones too.
+
+    The best of `ranked` until `top` fit or no other can win; then the quickest's twins; then the quickest once more
+    under each profile of compiler options. No more than 2 x `top` refusals are taken.
+    """
+    done: list[Ranked] = []
+    waiting = collections.deque(one for i, one in enumerate(ranked) if not twins(one, ranked[:i]))
+    while waiting:
+        fitting = [one for one in done if not one.refused]
+        if len(fitting) >= top or len(done) - len(fitting) >= 2 * top or cannot_win(waiting[0], fitting):
             break
-        done = compile_all(one, compile_one)
-        (refused if done.refused else fitting).append(done)
-    return sorted(fitting, key=lambda one: one.seconds) + refused
+        done.append(compile_all(waiting.popleft(), compile_one))
+        yield done[-1]
+        if done[-1].refused:
+            smaller = [one for one in twins(done[-1], ranked) if one.peak < done[-1].peak]
+            waiting.extendleft(reversed(smaller))
+    if (best := quickest(done)) is None:
+        return
+    tried = {one.candidate for one in done}
+    for one in twins(best, ranked):
+        if one.candidate not in tried:
+            done.append(compile_all(one, compile_one))
+            yield done[-1]
+    best = quickest(done)
+    for name in profiles:
+        yield compile_all(dataclasses.replace(best, profile=name), compile_one)
+
+
+def cannot_win(one: Ranked, fitting: Sequence[Ranked]) -> bool:
+    """Whether it is slower than the quickest even where the compiler likes it better than all that it has seen."""
+    if len(fitting) < 2:  # one alone does not tell how far shapes are off here
+        return False
+    ratio = min(other.seconds / other.by_shapes for other in fitting) * (1 - SCATTER)
+    return one.by_shapes * ratio > quickest(fitting).seconds
+
+
+def quickest(done: Sequence[Ranked]) -> Ranked | None:
+    return min((one for one in done if not one.refused), key=lambda one: one.seconds, default=None)
+
+
+def twins(one: Ranked, among: Sequence[Ranked]) -> list[Ranked]:
+    """Others of its mesh and micro-batches that are as quick by shapes."""
+    pairs = [(other, other.candidate) for other in among if other.candidate != one.candidate]
+    return [
+        other
+        for other, c in pairs
+        if (c.mesh, c.micro_batches) == (one.candidate.mesh, one.candidate.micro_batches)
+        and abs(one.by_shapes - other.by_shapes) <= TWINS * one.by_shapes
+    ]
 
 
 def compile_all(one: Ranked, compile_one: CompileOne) -> Ranked:
@@ -143,19 +195,24 @@ def compile_all(one: Ranked, compile_one: CompileOne) -> Ranked:
 
 def table(rows: Sequence[Ranked]) -> list[str]:
     """Lines of a table."""
-    steps = [sum(n for n, _ in one.work.phases) for one in rows]
-    out = [f"  {'data x fsdp x context x tensor':<31}{'remat':<26}{'A':>4}{'GiB':>8}{'s a step':>10}  "]
-    for one, count in zip(rows, steps, strict=True):
-        mesh = " x ".join(str(getattr(one.candidate.mesh, name)) for name in MESH_AXES)
-        how = "refused by the compiler" if one.refused else "compiled" if one.answers else "analytic"
-        how += ", rows not a multiple of 8" if one.ragged else ""
-        how += f", options {one.profile}" if one.profile else ""
-        peak = one.peak
-        out.append(
-            f"  {mesh:<31}{one.candidate.remat:<26}{one.candidate.micro_batches:>4}{peak / GIB:>8.2f}"
-            f"{one.seconds / count:>10.3f}  {how}"
-        )
-    return out
+    header = f"{'data x fsdp x context x tensor':<31}{'remat':<26}{'A':>4}{'GiB':>8}{'s a step':>10}{'by shapes':>11}"
+    return [f"  {line}" for line in (header, *map(row, rows))]
+
+
+def row(one: Ranked) -> str:
+    """Mesh, policy, micro-batches, GiB, seconds of a step (the mean of the phases' steps), how they are known."""
+    steps = sum(n for n, _ in one.work.phases)
+    mesh = " x ".join(str(getattr(one.candidate.mesh, name)) for name in MESH_AXES)
+    how = "refused by the compiler" if one.refused else "compiled" if one.answers else "analytic"
+    if one.answers:
+        how += f" in {sum(answer.compile_seconds for answer in one.answers):.0f} s"
+    how += ", rows not a multiple of 8" if one.ragged else ""
+    how += f", options {one.profile}" if one.profile else ""
+    seconds = "-" if one.refused else f"{one.seconds / steps:.3f}"
+    return (
+        f"{mesh:<31}{one.candidate.remat:<26}{one.candidate.micro_batches:>4}{one.peak / GIB:>8.2f}"
+        f"{seconds:>10}{one.by_shapes / steps:>11.3f}  {how}"
+    )
 
 
 def _divisors(n: int) -> list[int]:

@@ -1,16 +1,24 @@
 """The search: which candidates there are, what drops them, what is compiled and what is said about the rest."""
 
+import dataclasses
 import json
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from plan_case import MINI, ask
 
-from phijax import plan
+from phijax import errors, plan
 from phijax.model.presets import PRESETS
 from phijax.planning import search
 from phijax.planning.compiled import Compiled, DoesNotFit
 from phijax.planning.estimator import Estimate
+from phijax.planning.topology import has_compiler, imaginary_devices
+
+MEDIUM = str(pathlib.Path(MINI).with_name("medium.py"))
 
 
 def test_meshes_use_every_chip_and_cut_at_heads():
@@ -50,64 +58,145 @@ def test_what_crowds_the_memory_is_not_trusted(capsys):
     assert crowded  # still offered, further down
 
 
-def test_winner_is_the_compilers_and_the_rest_is_named(capsys, monkeypatch):
+@pytest.fixture
+def compiler(monkeypatch):
+    """Puts `pretend(recipe, sizes, shape, options)` in the compiler's place."""
+
+    def put(pretend):
+        def compile_step(recipe, mesh, topology, shape, options):
+            return pretend(recipe, dict(mesh.shape), shape, options)
+
+        monkeypatch.setattr("phijax.planning.compiled.compile_step", compile_step)
+        monkeypatch.setattr("phijax.planning.topology.tpu_devices", imaginary_devices)
+        monkeypatch.setattr("phijax.planning.topology.has_compiler", lambda: True)
+
+    return put
+
+
+def takes(step: float) -> Compiled:
+    return Compiled(2**33, {"workspace": 2.0**33}, Estimate(step=step, matrix=step), 1.0)
+
+
+def test_winner_is_the_compilers_and_the_rest_is_named(capsys, compiler):
     """A compiler that refuses the first, and likes the third best."""
     asked = []
 
-    def pretend(recipe, mesh, topology, shape, options):
-        asked.append((dict(mesh.shape), recipe.backend.remat, shape))
-        if len(asked) == 1:
-            return DoesNotFit("no", 2**34, 1.0)
-        step = 3.0 if len(asked) == 3 else 4.0
-        return Compiled(2**33, {"workspace": 2.0**33}, Estimate(step=step, matrix=step), 1.0)
+    def pretend(recipe, sizes, shape, options):
+        asked.append((sizes, recipe.backend.remat, shape))
+        return DoesNotFit("no", 2**34, 1.0) if len(asked) == 1 else takes(3.0 if len(asked) == 3 else 4.0)
 
-    monkeypatch.setattr("phijax.planning.compiled.compile_step", pretend)
-    monkeypatch.setattr("phijax.planning.topology.tpu_devices", lambda name, slices=1: imaginary(name, slices))
-    monkeypatch.setattr("phijax.planning.topology.has_compiler", lambda: True)
+    compiler(pretend)
     code, out, err = ask(capsys, "--topology=v5e:16x16", "--search", "--compile_top=3", config=MINI)
-    assert code == 0 and len(asked) == 4 and err.count("compiling") == 4
+    assert code == 0 and len(asked) >= 4 and err.count("compiling") == len(asked) == len(set(map(str, asked)))
     sizes, remat, _ = asked[2]
     winner = out.splitlines()[-1]
     expected = [f"--config.mesh.{k}={v}" for k, v in sizes.items() if {"data": 2, "fsdp": 128}.get(k, 1) != v]
     assert winner == f"winner: {' '.join([*expected, f'--config.model.remat={remat}'])}"
-    assert "refused by the compiler" in out and "4 were compiled" in out and "were not" in out
+    assert "refused by the compiler" in out and f"{len(asked)} were compiled" in out and "were not" in out
+    told = [line for line in err.splitlines() if "compiled in" in line or "refused" in line]
+    assert len(told) == len(asked) and "4.000" in told[1] and "3.000" in told[2]  # as they come, not at the end
 
 
-def imaginary(name, slices):
-    from phijax.planning.topology import imaginary_devices
+def test_the_quickest_is_tried_with_the_chips_compiler_options(capsys, compiler):
+    def pretend(recipe, sizes, shape, options):
+        return takes(1.0 if "xla_tpu_use_tc_device_shape_on_sc" in options else 2.0)
 
-    return imaginary_devices(name, slices)
-
-
-def test_the_quickest_is_tried_with_the_chips_compiler_options(capsys, monkeypatch):
-    def pretend(recipe, mesh, topology, shape, options):
-        step = 1.0 if "xla_tpu_use_tc_device_shape_on_sc" in options else 2.0
-        return Compiled(2**33, {"workspace": 2.0**33}, Estimate(step=step, matrix=step), 1.0)
-
-    monkeypatch.setattr("phijax.planning.compiled.compile_step", pretend)
-    monkeypatch.setattr("phijax.planning.topology.tpu_devices", lambda name, slices=1: imaginary(name, slices))
-    monkeypatch.setattr("phijax.planning.topology.has_compiler", lambda: True)
-    config = str(pathlib.Path(MINI).with_name("medium.py"))
-    code, out, err = ask(capsys, "--topology=v5p:4x4x8", "--search", "--compile_top=2", config=config)
-    assert code == 0 and err.count("compiling") == 3 and "2 were compiled" in out
+    compiler(pretend)
+    code, out, err = ask(capsys, "--topology=v5p:4x4x8", "--search", "--compile_top=2", config=MEDIUM)
+    compiled = err.count("compiling")
+    assert code == 0 and f"; {compiled - 1} were compiled" in out  # one of them a second time
     assert out.splitlines()[-1].endswith("--config.compiler.profile=sparse_core") and "options sparse_core" in out
 
 
+def test_an_interrupted_search_shows_what_it_has(capsys, compiler):
+    asked = []
+
+    def pretend(recipe, sizes, shape, options):
+        asked.append(shape)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return takes(5.0 if len(asked) == 1 else 4.0)
+
+    compiler(pretend)
+    code, out, _ = ask(capsys, "--topology=v5e:16x16", "--search", config=MINI)
+    assert code == errors.EXIT_RESTART and "INTERRUPTED" in out and "2 were compiled" in out
+    assert out.splitlines()[-1].startswith("winner: ")
+    asked[:] = [None, None]
+    code, out, _ = ask(capsys, "--topology=v5e:16x16", "--search", "--json", config=MINI)
+    answer = json.loads(out)
+    assert answer["interrupted"] and answer["winner"] == []
+
+
+DEAF = """
+import ctypes
+from phijax import plan
+from phijax.planning import compiled
+compiled.compile_step = lambda *given, **options: ctypes.CDLL(None).system(b"exec sleep 30 > /dev/null 2>&1")
+plan.entry()
+"""
+
+
+@pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
+def test_a_terminated_search_ends_at_once_and_shows_what_it_has():
+    """By signal, while a compiler works that does not look up for it."""
+    command = [sys.executable, "-c", DEAF, f"--config={MINI}", "--topology=v5e:4x4", "--search"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "compiling" in process.stderr.readline()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == errors.EXIT_RESTART, err
+    assert "INTERRUPTED" in out and "save_mid_gate_up" in out
+
+
 def test_nothing_fits(capsys):
-    config = str(pathlib.Path(MINI).with_name("medium.py"))
-    code, out, _ = ask(capsys, "--topology=v5e:2x2", "--search", "--analytic", config=config)
+    code, out, _ = ask(capsys, "--topology=v5e:2x2", "--search", "--analytic", config=MEDIUM)
     assert code == plan.EXIT_DOES_NOT_FIT and "take more chips" in out and "winner" not in out
+
+
+def candidates(*by_shapes: float, micro=range(100)) -> list[search.Ranked]:
+    work = search.Work(None, ((1, (1, 1, 1)),))
+    rows = zip(by_shapes, micro, strict=False)
+    return [search.Ranked(search.Candidate(None, f"p{i}", a), work, s, 1, False, s) for i, (s, a) in enumerate(rows)]
+
+
+def in_turn(ranked, top, seconds, profiles=()) -> list[tuple[str, str]]:
+    """(remat, profile) in the order of compilation; the compiler says `seconds(candidate)`, or refuses: None."""
+
+    def compile_one(one, shape):
+        took = seconds(one)
+        return DoesNotFit("no", None, 0.0) if took is None else takes(took)
+
+    done = search.compile_in_turn(ranked, top, profiles, compile_one)
+    return [(one.candidate.remat, one.profile) for one in done]
 
 
 @pytest.mark.parametrize(("top", "refusals", "compiled"), [(2, 0, 2), (2, 3, 5), (2, 9, 4)])
 def test_refused_ones_are_passed_over_up_to_a_limit(top, refusals, compiled):
-    candidates = [
-        search.Ranked(search.Candidate(None, "full", i), search.Work(None, ((1, (1, 1, 1)),)), i, 1, False)
-        for i in range(12)
-    ]
-    no, yes = DoesNotFit("no", None, 0.0), Compiled(1, {}, Estimate(step=1.0), 0.0)
-    done = search.compile_best(
-        candidates, top, lambda one, shape: no if one.candidate.micro_batches < refusals else yes
-    )
-    assert len(done) == compiled
-    assert [one.refused for one in done] == sorted(one.refused for one in done)
+    ranked = candidates(*[1.0] * 12)
+    done = in_turn(ranked, top, lambda one: None if one.candidate.micro_batches < refusals else 1.0)
+    assert done == [(f"p{i}", "") for i in range(compiled)]
+
+
+def test_it_ends_where_no_other_can_win():
+    ranked = candidates(10.0, 10.1, 10.5, 10.9, 11.4)
+    # The compiler says 1.1 times the shapes, always: another at 0.95 of that ratio could win up to 10.53 by shapes.
+    assert in_turn(ranked, 5, lambda one: 1.1 * one.by_shapes) == [("p0", ""), ("p1", ""), ("p2", "")]
+    # Once it said no more than the shapes do, all up to 10.9 / 0.95 could.
+    assert len(in_turn(ranked, 5, lambda one: 11.0 if one.by_shapes < 10.9 else one.by_shapes)) == 5
+
+
+def test_twins_wait_for_the_winner():
+    """Policies that the shapes cannot tell apart: one of each pair first, then the quickest's other one."""
+    ranked = candidates(10.0, 10.05, 10.2, 10.25, 10.3, micro=(1, 1, 2, 2, 4))
+    took = {"p0": 12.0, "p1": 1.0, "p2": 11.0, "p3": 10.5, "p4": 12.0}
+    done = in_turn(ranked, 3, lambda one: took[one.candidate.remat] - (one.profile == "x"), profiles=("x",))
+    assert done == [("p0", ""), ("p2", ""), ("p4", ""), ("p3", ""), ("p3", "x")]
+
+
+def test_a_refused_ones_smaller_twin_comes_next():
+    large, small = candidates(10.0, 10.05, micro=(1, 1))
+    ranked = [dataclasses.replace(large, peak=2.0), small, *candidates(0, 10.1)[1:]]
+    done = in_turn(ranked, 2, lambda one: None if one is ranked[0] else 11.0)
+    assert done == [("p0", ""), ("p1", ""), ("p1", "")]
+    assert search.quickest([]) is None
