@@ -6,8 +6,8 @@
   mistral  Hugging Face, MistralForCausalLM: the same with a sliding window
   phijax   ours, weights alone: --config.init_from reads it
   gguf     for llama.cpp; --kind is of the weights that are not quantised already
-Of what phijax quantize wrote, gguf gets the integers (as Q4_0 and Q8_0); hf, llama, mistral and phijax get the float32
-that they stand for; and two formats are for such checkpoints alone:
+Of what phijax quantize wrote, phijax and gguf get the integers (gguf as Q4_0 and Q8_0; phijax with --dtype the values
+that they stand for); hf, llama and mistral get these values; and two formats are for such checkpoints alone:
   compressed_tensors  Hugging Face, pack-quantized: for transformers and vLLM
   mlx                 for mlx-lm and mlx-swift: Macs, iPhones
 Weights are copied bit for bit unless --dtype says otherwise; tokenizer, chat template and stop ids go with them.
@@ -75,14 +75,14 @@ def main(arguments: list[str]) -> int:
 def _write_weights(opened, output, max_shard_bytes: int) -> int:
     from phijax.checkpoint import compressed_tensors_export, huggingface_export, mlx_export, ours_export, small_matrices
 
-    dtype = huggingface_export.DTYPES[FLAGS.dtype] if FLAGS.dtype else None
+    dtype, small = huggingface_export.DTYPES[FLAGS.dtype] if FLAGS.dtype else None, small_matrices.schemes_of(opened)
     if FLAGS.format == "phijax":
-        for line in _changes(opened, dtype, ()):
+        for line in [*_changes(opened, dtype, ()), *_widened(small if dtype is not None else {}, dtype)]:
             print(line)
         size = ours_export.nbytes(opened, dtype)
         if not FLAGS.dry_run:
             ours_export.write(opened, output, dtype=dtype)
-        print(f"{_done()} {output}: weights of {size:,} bytes, before compression")
+        print(f"{_done()} {output}: weights of {_bytes(size)}, before compression")
         return EXIT_DONE
     writers = {compressed_tensors_export.FORMAT: compressed_tensors_export, mlx_export.FORMAT: mlx_export}
     writer, integers = writers.get(FLAGS.format, huggingface_export), ()
@@ -90,7 +90,8 @@ def _write_weights(opened, output, max_shard_bytes: int) -> int:
         integers = small_matrices.require_quantized(opened, FLAGS.format)
     layout = huggingface_export.choose_layout(opened, "hf" if FLAGS.format in writers else FLAGS.format)
     files = writer.plan(opened, layout, dtype, max_shard_bytes)
-    for line in [*_changes(opened, dtype, integers), *writer.notes(opened, dtype)]:
+    widened = _widened({} if FLAGS.format in writers else small, dtype)
+    for line in [*_changes(opened, dtype, integers), *widened, *writer.notes(opened, dtype)]:
         print(line)
     if not FLAGS.dry_run:
         writer.write(opened, output, layout=layout, dtype=dtype, max_shard_bytes=max_shard_bytes, say=_say_warnings)
@@ -124,8 +125,11 @@ def _write_gguf(opened, output) -> int:
 
 
 def _size(opened, nbytes: int) -> str:
-    sizes = f"{nbytes:,} bytes ({nbytes / 1e9:.3f} GB, {nbytes / 2**30:.3f} GiB)"
-    return f"{sizes}, {8 * nbytes / _count(opened):.3f} bits a weight"
+    return f"{_bytes(nbytes)}, {8 * nbytes / _count(opened):.3f} bits a weight"
+
+
+def _bytes(number: int) -> str:
+    return f"{number:,} bytes ({number / 1e9:.3f} GB, {number / 2**30:.3f} GiB)"
 
 
 def _describe(opened) -> None:
@@ -146,6 +150,17 @@ def _changes(opened, dtype, integers) -> list[str]:
         f"warning: {kind.name} -> {dtype.name} rounds the weights; without --dtype they are copied bit for bit"
         for kind in sorted(stored, key=str)
         if dtype is not None and jnp.promote_types(kind, dtype) != dtype
+    ]
+
+
+def _widened(small, dtype) -> list[str]:
+    """A line where weights that are stored in few bits are not written so."""
+    if not small:
+        return []
+    dense = "float32" if dtype is None else dtype.name
+    return [
+        f"what is stored in few bits is written as the {dense} that it stands for; the integers go into "
+        "--format=gguf, mlx, compressed_tensors, and phijax without --dtype"
     ]
 
 

@@ -42,8 +42,6 @@ flags.DEFINE_integer("rows", 16, "Held-out rows.", lower_bound=1, flag_values=FL
 flags.DEFINE_integer("row_length", 512, "Tokens of a row, of a text file.", lower_bound=2, flag_values=FLAGS)
 flags.DEFINE_boolean("dry_run", False, "Says what would be written, and writes nothing.", flag_values=FLAGS)
 
-QUALITY_FILE, PLOT_FILE = "quality.json", "error_by_layer.png"
-
 
 def main(arguments: list[str]) -> int:
     _check(arguments)
@@ -53,6 +51,7 @@ def main(arguments: list[str]) -> int:
 
     from phijax.checkpoint import durable, manifest, quantization_methods, quantized_export, staging
     from phijax.checkpoint.open import open_checkpoint
+    from phijax.checkpoint.ours import PLOT_FILE, QUALITY_FILE
     from phijax.quantization import policy, report
 
     opened = open_checkpoint(FLAGS.checkpoint)

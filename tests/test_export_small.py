@@ -74,6 +74,19 @@ def test_dry_run_writes_nothing(format, small, tmp_path, capsys):
     assert ("Q4_0 and Q8_0, others as BF16" in printed) == (format == "gguf")
 
 
+@pytest.mark.parametrize("arguments", [["phijax"], ["phijax", "--dtype=bfloat16"], ["hf"], ["hf", "--dtype=float16"]])
+def test_what_loses_its_few_bits_is_said(arguments, small, tmp_path, capsys):
+    """Only ours, without --dtype, keeps the integers."""
+    format, *more = arguments
+    assert run(f"--checkpoint={small}", f"--format={format}", f"--output={tmp_path / 'out'}", *more) == 0
+    printed, dtype = capsys.readouterr().out, more[0].removeprefix("--dtype=") if more else "float32"
+    if arguments == ["phijax"]:
+        assert "few bits" not in printed
+        assert open_checkpoint(tmp_path / "out").weights.schemes == open_checkpoint(small).weights.schemes
+    else:
+        assert f"what is stored in few bits is written as the {dtype} that it stands for" in printed
+
+
 @pytest.mark.parametrize("format", ["compressed_tensors", "mlx"])
 def test_a_checkpoint_that_is_not_quantised_is_refused(format, dense, tmp_path):
     with pytest.raises(UserError, match=rf"--format={format} is for small weights; .*\n  phijax quantize"):
@@ -111,7 +124,7 @@ def test_a_real_model_through_transformers(tmp_path):
     quantized_export.write(opened, epath.Path(tmp_path / "small"), assigned, round_to_nearest, method="rtn")
     arguments = [f"--checkpoint={tmp_path / 'small'}", "--format=compressed_tensors", f"--output={tmp_path / 'out'}"]
     assert run(*arguments) == 0
-    ours_export.write(open_checkpoint(tmp_path / "small"), epath.Path(tmp_path / "wide"), dtype=None)
+    ours_export.write(open_checkpoint(tmp_path / "small"), epath.Path(tmp_path / "wide"), dtype=np.dtype(np.float32))
     model = phijax.load(tmp_path / "wide", max_length=256)  # what the integers stand for, in float32
     tokens = opened.tokenizer().encode((pathlib.Path(__file__).parents[1] / "README.md").read_text())[:200]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()

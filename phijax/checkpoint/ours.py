@@ -25,6 +25,7 @@ TOKENIZER_FOLDER = "tokenizer"
 CHECKPOINTS_FOLDER = "checkpoints"
 PARAMS = "params/"
 QUANTIZATION = "quantization"  # in the manifest's extra: the schemes by leaf, the method, the errors
+QUALITY_FILE, PLOT_FILE = "quality.json", "error_by_layer.png"  # what it cost; beside the weights
 VALUES, SCALES = "values", "scales"  # of four bits: two to a byte, see quantization/packing.py
 
 # A chunk that several reads share is decoded once while it lies here. Chunks of one layer fit; those of checkpoints
@@ -72,19 +73,26 @@ class OursSource:
 
     def read(self, path: str, index: Index) -> np.ndarray:
         bounded = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, self._shapes[path], strict=True))
-        return self._dequantized(path, bounded) if path in self.schemes else self._stored(path, bounded)
+        return self._dequantized(path, bounded) if path in self.schemes else self.read_stored(path, bounded)
 
     def read_values(self, path: str, index: Index) -> np.ndarray:
         """Integers of a quantised leaf as int8; `index` may reach into the rows that pad the vocabulary."""
         if self.schemes[path].bits == 8:
-            return self._stored(f"{path}/{VALUES}", index)
+            return self.read_stored(f"{path}/{VALUES}", index)
         start, stop, _ = index[-1].indices(self._shapes[path][-1])
-        packed = self._stored(f"{path}/{VALUES}", (*index[:-1], slice(start // 2, -(-stop // 2))))
+        packed = self.read_stored(f"{path}/{VALUES}", (*index[:-1], slice(start // 2, -(-stop // 2))))
         return packing.unpack(packed)[..., start % 2 : start % 2 + stop - start]
 
     def read_scales(self, path: str, index: Index) -> np.ndarray:
         """Scales of a quantised leaf, float16; `index` counts groups."""
-        return self._stored(f"{path}/{SCALES}", index)
+        return self.read_stored(f"{path}/{SCALES}", index)
+
+    def read_stored(self, path: str, index: Index) -> np.ndarray:
+        """Of an array as it lies in the folder: of a quantised leaf path/values (packed) or path/scales."""
+        try:
+            return np.asarray(self._array(path)[index].read().result())
+        except ValueError as error:  # what TensorStore raises for files that are missing or cannot be decoded
+            raise UserError(f"{self._folder}: {path} cannot be read: {error}") from error
 
     def _dequantized(self, path: str, index: Index) -> np.ndarray:
         whole = self._shapes[path]
@@ -95,12 +103,6 @@ class OursSource:
         scales = np.repeat(self.read_scales(path, groups).astype(np.float32), group, axis)
         within = start - start // group * group
         return self.read_values(path, index) * np.take(scales, range(within, within + stop - start), axis)
-
-    def _stored(self, path: str, index: Index) -> np.ndarray:
-        try:
-            return np.asarray(self._array(path)[index].read().result())
-        except ValueError as error:  # what TensorStore raises for files that are missing or cannot be decoded
-            raise UserError(f"{self._folder}: {path} cannot be read: {error}") from error
 
     def _array(self, path: str) -> tensorstore.TensorStore:
         if path not in self._arrays:
@@ -150,6 +152,8 @@ def open_ours(path: epath.Path) -> Opened:
     tokenizer = _tokenizer_folder(folder)
     facts = {key: value for key, value in carried.items() if key not in ("chat_template", "stop_ids")}
     facts |= {"step": content["step"], "identity": content["identity"]}
+    if QUANTIZATION in extra:
+        facts[QUANTIZATION] = extra[QUANTIZATION]
     if tokenizer is not None:
         facts["tokenizer_folder"] = tokenizer
     return Opened(

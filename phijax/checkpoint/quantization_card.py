@@ -8,10 +8,9 @@ from etils import epath
 
 from phijax.checkpoint import huggingface_config
 from phijax.checkpoint.opened import Opened
+from phijax.checkpoint.ours import QUALITY_FILE
 from phijax.checkpoint.small_matrices import schemes_of
 from phijax.quantization import policy
-
-QUALITY_FILE = "quality.json"
 
 # Key of quality.json -> what the card calls it, and how its number is written.
 MEASURED = {

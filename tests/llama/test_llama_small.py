@@ -106,8 +106,8 @@ def test_a_real_model(tmp_path):
     quantized_export.write(float_model, epath.Path(tmp_path / "small"), assigned, round_to_nearest, method="rtn")
     opened = open_checkpoint(tmp_path / "small")
     path = write_gguf(opened, tmp_path / "m.gguf", kind="F32")
-    ours_export.write(opened, epath.Path(tmp_path / "wide"), dtype=None)  # what the integers stand for, in float32
-    model = phijax.load(tmp_path / "wide", max_length=512)
+    ours_export.write(opened, epath.Path(tmp_path / "wide"), dtype=np.dtype(np.float32))
+    model = phijax.load(tmp_path / "wide", max_length=512)  # what the integers stand for
     tokens = opened.tokenizer().encode((pathlib.Path(__file__).parents[2] / "README.md").read_text())[:200]
     ours = np.asarray(model.logits(tokens))
 

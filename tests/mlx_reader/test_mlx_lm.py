@@ -93,8 +93,8 @@ def test_a_real_model(tmp_path):
     finally:
         flagsaver.restore_flag_values(saved, export.FLAGS)
     small = open_checkpoint(tmp_path / "small")
-    ours_export.write(small, epath.Path(tmp_path / "wide"), dtype=None)  # what the integers stand for, in float32
-    model = phijax.load(tmp_path / "wide", max_length=128)
+    ours_export.write(small, epath.Path(tmp_path / "wide"), dtype=np.dtype(np.float32))
+    model = phijax.load(tmp_path / "wide", max_length=128)  # what the integers stand for
     tokens = small.tokenizer().encode((pathlib.Path(__file__).parents[2] / "README.md").read_text())[:96]
     ours, got = np.asarray(model.logits(tokens)), theirs(tmp_path / "mlx", tokens)
     assert report.summarise([report.compare(ours, got, np.roll(tokens, -1))]).kl_mean < 1e-6

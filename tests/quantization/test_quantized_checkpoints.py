@@ -16,7 +16,7 @@ import tensorstore
 from etils import epath
 from quantized_case import MODEL, SCHEME, one_device, quantized_params, random_params, save_run
 
-from phijax.checkpoint import manifest, quantization_methods, quantized_export
+from phijax.checkpoint import manifest, ours, ours_export, quantization_methods, quantized_export
 from phijax.checkpoint.open import load_params, open_checkpoint
 from phijax.errors import UserError
 from phijax.model import params
@@ -295,8 +295,6 @@ def test_a_flipped_byte_is_seen(small, tmp_path):
 
 def test_bfloat16_stays_where_it_is_not_quantized(workdir, tmp_path):
     """Copied bit for bit: norms, and kinds that the scheme leaves."""
-    from phijax.checkpoint import ours_export
-
     ours_export.write(open_checkpoint(workdir), epath.Path(tmp_path / "half"), dtype=np.dtype(jnp.bfloat16))
     assigned = policy.assign(MODEL, policy.parse("int4,head=as_stored"))
     write(tmp_path / "half", tmp_path / "out", assigned=assigned)
@@ -306,6 +304,39 @@ def test_bfloat16_stays_where_it_is_not_quantized(workdir, tmp_path):
     np.testing.assert_array_equal(after.weights.read("head", whole), before.weights.read("head", whole))
     scale = "blocks/mlp_norm/scale"
     np.testing.assert_array_equal(after.weights.read(scale, whole), before.weights.read(scale, whole))
+
+
+def test_an_export_of_ours_keeps_the_integers(small, tmp_path, expected):
+    """Every array bit for bit, what the manifest says of them, and what lies beside them."""
+    source = tmp_path / "small"
+    shutil.copytree(small, source)
+    for name in (ours.QUALITY_FILE, ours.PLOT_FILE):
+        (source / name).write_text(name)
+    before = open_checkpoint(source)
+    assert ours_export.nbytes(before, None) < ours_export.nbytes(before, np.dtype(np.float32)) / 4
+    ours_export.write(before, epath.Path(tmp_path / "out"), dtype=None)
+    after = open_checkpoint(tmp_path / "out")
+    assert after.weights.schemes == ASSIGNED and after.extra["quantization"] == before.extra["quantization"]
+    stored, copied = (manifest.read(epath.Path(path))["leaves"] for path in (source, tmp_path / "out"))
+    assert stored == copied
+    for leaf in stored:
+        path, whole = leaf["path"].removeprefix("params/"), tuple(slice(None) for _ in leaf["shape"])
+        a, b = (opened.weights.read_stored(path, whole) for opened in (before, after))
+        np.testing.assert_array_equal(a, b, err_msg=path)
+        assert a.dtype == b.dtype and a.shape == tuple(leaf["shape"])
+    assert_same(params.flat(load_params(after, one_device(), keep_quantized=True)), expected)
+    for name in (ours.QUALITY_FILE, ours.PLOT_FILE):
+        assert (tmp_path / "out" / name).read_text() == name
+    with pytest.raises(UserError, match="is quantised already"):
+        quantized_export.refuse_quantized(after)
+
+
+def test_an_export_in_a_dtype_is_what_they_stand_for(small, tmp_path, expected):
+    ours_export.write(open_checkpoint(small), epath.Path(tmp_path / "wide"), dtype=np.dtype(np.float32))
+    opened = open_checkpoint(tmp_path / "wide")
+    assert opened.weights.schemes == {} and "quantization" not in opened.extra
+    wide = {p: v.dequantize() if isinstance(v, Quantized) else v for p, v in expected.items()}
+    assert_same(params.flat(load_params(opened, one_device(), keep_quantized=True)), wide)
 
 
 def test_a_vocabulary_in_pieces_is_written_once(workdir, tmp_path, expected, monkeypatch):
