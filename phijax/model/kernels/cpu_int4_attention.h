@@ -37,7 +37,8 @@ struct Attention {
 };
 
 // Pairs (i, i + rotary / 2), as model/rope.py rotates them.
-INLINE void rotate(const float* x, const float* c, const float* s, int rotary, int head_dim, float factor, float* to) {
+INLINE void rotate(const float* x, const float* c, const float* s, int rotary, int head_dim, float factor,
+                   float* __restrict__ to) {
   const int half = rotary / 2;
   for (int i = 0; i < half; ++i) {
     to[i] = (x[i] * c[i] - x[i + half] * s[i]) * factor;
@@ -72,15 +73,16 @@ INLINE float dot(const float* a, const float* b, int count) {
 template <typename Vector, int VECTORS>
 INLINE void add_weighted(const float* weights, const float* values, int64_t keys, int stride, float* out) {
   constexpr int kWidth = sizeof(Vector) / 4;
+  // Loaded and stored one by one: an array of vectors that is known by its address would live in memory.
   Vector sums[VECTORS], v;
-  std::memcpy(sums, out, sizeof(sums));
+  for (int j = 0; j < VECTORS; ++j) std::memcpy(&sums[j], out + kWidth * j, sizeof(v));
   for (int64_t p = 0; p < keys; ++p) {
     for (int j = 0; j < VECTORS; ++j) {
       std::memcpy(&v, values + p * stride + kWidth * j, sizeof(v));
       sums[j] += weights[p] * v;
     }
   }
-  std::memcpy(out, sums, sizeof(sums));
+  for (int j = 0; j < VECTORS; ++j) std::memcpy(out + kWidth * j, &sums[j], sizeof(v));
 }
 
 // A token's key and value of one kv head.

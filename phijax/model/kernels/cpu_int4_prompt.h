@@ -26,28 +26,42 @@ struct Lanes {
   int64_t place;       // of the first lane's query
 };
 
+// A line of lanes: a pair of vectors.
+template <typename Vector>
+INLINE void load(Vector (&pair)[2], const float* from) {
+  std::memcpy(&pair[0], from, sizeof(Vector)), std::memcpy(&pair[1], from + kLanes<Vector> / 2, sizeof(Vector));
+}
+
+template <typename Vector>
+INLINE void store(const Vector (&pair)[2], float* to) {
+  std::memcpy(to, &pair[0], sizeof(Vector)), std::memcpy(to + kLanes<Vector> / 2, &pair[1], sizeof(Vector));
+}
+
 // Scores of KEYS keys: the sum over i of k[key][i] * query[i][lane].
 template <typename Vector, int KEYS>
 INLINE void add_scores(const float* query, const float* k, int h, float* scores) {
   Vector sums[KEYS][2] = {}, q[2];
   for (int i = 0; i < h; ++i) {
-    std::memcpy(q, query + i * kLanes<Vector>, sizeof(q));
+    load(q, query + i * kLanes<Vector>);
     for (int p = 0; p < KEYS; ++p) sums[p][0] += k[p * h + i] * q[0], sums[p][1] += k[p * h + i] * q[1];
   }
-  std::memcpy(scores, sums, sizeof(sums));
+  for (int p = 0; p < KEYS; ++p) store(sums[p], scores + p * kLanes<Vector>);
 }
 
 // out[i][lane] = out[i][lane] * scale[lane] + the sum over keys of weight[key][lane] * v[key][i], for COLUMNS of i.
 template <typename Vector, int COLUMNS>
 INLINE void add_values(const Lanes<Vector>& lanes, const float* v, int keys, int h, float* out) {
   Vector sums[COLUMNS][2], w[2];
-  std::memcpy(sums, out, sizeof(sums)), std::memcpy(w, lanes.scale, sizeof(w));
-  for (int i = 0; i < COLUMNS; ++i) sums[i][0] *= w[0], sums[i][1] *= w[1];
+  load(w, lanes.scale);
+  for (int i = 0; i < COLUMNS; ++i) {
+    load(sums[i], out + i * kLanes<Vector>);
+    sums[i][0] *= w[0], sums[i][1] *= w[1];
+  }
   for (int p = 0; p < keys; ++p) {
-    std::memcpy(w, lanes.scores + p * kLanes<Vector>, sizeof(w));
+    load(w, lanes.scores + p * kLanes<Vector>);
     for (int i = 0; i < COLUMNS; ++i) sums[i][0] += v[p * h + i] * w[0], sums[i][1] += v[p * h + i] * w[1];
   }
-  std::memcpy(out, sums, sizeof(sums));
+  for (int i = 0; i < COLUMNS; ++i) store(sums[i], out + i * kLanes<Vector>);
 }
 
 // Scores of keys at `place` and on -> weights; `highest`, `total` and `scale` with them.
@@ -126,9 +140,12 @@ INLINE void attend_block_body(const Attention& a, int row, int head, int block) 
     }
     begin += piece.length;
   }
+  for (int i = 0; i < h; ++i) {
+    for (int j = 0; j < kCount; ++j) lanes.out[i * kCount + j] /= lanes.total[j];
+  }
   for (int j = 0; j < count; ++j) {
     float* out = a.out + a.at(row, first + j, a.heads(), head);
-    for (int i = 0; i < h; ++i) out[i] = lanes.out[i * kCount + j] / lanes.total[j];
+    for (int i = 0; i < h; ++i) out[i] = lanes.out[i * kCount + j];
   }
 }
 
