@@ -38,6 +38,7 @@ install() {
     run git -C "$home/source" checkout --quiet --force --detach FETCH_HEAD
     source="$home/source[$extras]"
   elif [[ -n "$wheel" ]]; then
+    run rm -rf "$home/source"  # a run starts in it where it is there, and Python would take phijax from it
     source="$HOME/$(basename "$wheel")[$extras]"
   else
     refuse "what code? --ref=COMMIT --repository=URL, or --wheel=FILE"
@@ -56,6 +57,7 @@ data() {
     run gcloud storage rsync "$copy" "$to" --recursive
   elif [[ -n "$mount" ]]; then
     if mountpoint -q "$to"; then say "$to is mounted already"; return; fi
+    $dry_run || command -v gcsfuse > /dev/null || refuse "gcsfuse is not on this machine: install it, or copy (--data-copy)"
     # ArrayRecord reads at random: a cache of whole files on the local disk, filled as they are touched.
     run gcsfuse --implicit-dirs -o ro --cache-dir=/tmp/gcsfuse --file-cache-max-size-mb=-1 \
       --file-cache-cache-file-for-range-read "$mount" "$to"
@@ -66,6 +68,13 @@ data() {
 
 start() {
   [[ -n "$run" ]] || refuse "--run=NAME is missing"
+  local busy
+  if [[ "$verb" == preflight ]] && ! $dry_run; then
+    for busy in ~/phijax-runs/*/; do
+      # Its chips are taken, so a check would fail; a babysitter that is started again must not take that for a verdict.
+      if [[ "$busy" != */"$run"/ ]] && alive "$busy"; then say "$busy runs: nothing is checked beside it"; exit 0; fi
+    done
+  fi
   local folder=~/phijax-runs/$run python=${PHIJAX_PYTHON:-$home/.venv/bin/python} pid code
   local command=("$python" -m "phijax.$verb" "${rest[@]}")
   if $dry_run; then quoted "${command[@]}"; echo; return; fi

@@ -51,20 +51,43 @@ run() { if $dry_run; then quoted "$@"; echo; else "$@"; fi; }
 
 # --- TPU VMs: one name, one zone, as many slices as there are behind it
 
-# Prints the state of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, ...; ABSENT when there is none.
-queue_state() {
-  local answer
-  if answer=$(gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format='value(state.state)' 2>&1); then
-    printf '%s\n' "${answer##*$'\n'}"
-  elif [[ "$answer" == *NOT_FOUND* ]]; then
-    echo ABSENT
-  else
-    say "gcloud: $answer"
-    return 1
-  fi
+set_place() {
+  place=(--zone="$zone")
+  if [[ -n "$project" ]]; then place+=(--project="$project"); fi
+  describe_queue=(gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format='value(state.state)')
+  list_machines=(gcloud compute tpus tpu-vm list "${place[@]}"
+    --filter="queuedResource~/queuedResources/$name\$" --format='value(state)')
 }
 
-set_place() { place=(--zone="$zone"); if [[ -n "$project" ]]; then place+=(--project="$project"); fi; }
+# Sets `answer` to what a command says on stdout, `complaint` to the rest: gcloud announces its updates there.
+ask() {
+  local errors code=0
+  errors=$(mktemp)
+  answer=$("$@" 2> "$errors") || code=$?
+  complaint=$(< "$errors")
+  rm -f "$errors"
+  return "$code"
+}
+
+# Sets `state` to that of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, ...; ABSENT: there is none; UNKNOWN: gcloud
+# does not answer. Where it is ACTIVE but a machine is not READY, `state` is that machine's: a slice can be gone while its
+# request still counts as ACTIVE, and gcloud's ssh then goes to the other slices alone.
+look() {
+  local machine
+  state=UNKNOWN
+  if ask "${describe_queue[@]}"; then state=$answer; elif [[ "$complaint" == *NOT_FOUND* ]]; then state=ABSENT; fi
+  if [[ "$state" == ACTIVE ]]; then
+    if ! ask "${list_machines[@]}"; then state=UNKNOWN; answer=; fi
+    for machine in $answer; do
+      case "$machine" in
+        READY) ;;
+        PREEMPTED | TERMINATED | STOPPED | STOPPING | DELETING) state=PREEMPTED ;;
+        *) if [[ "$state" == ACTIVE ]]; then state=$machine; fi ;;
+      esac
+    done
+  fi
+  if [[ "$state" == UNKNOWN ]]; then say "gcloud: $complaint"; fi
+}
 
 # One command line on every worker of every slice; the exit code is that of the first worker that failed.
 on_all_workers() { run gcloud compute tpus queued-resources ssh "$name" "${place[@]}" --node=all --worker=all --batch-size=all --command="$1"; }

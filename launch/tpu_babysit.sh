@@ -17,8 +17,10 @@
 # What ends a life:   0    done                          -> exit 0
 #                     2    a mistake in the config       -> exit 2, nothing is tried again
 #                     75   stopped on request            -> started again
-#                     preempted (SUSPENDED, FAILED, ...) -> deleted, created, installed, started again
+#                     preempted (SUSPENDED, FAILED, ...; a machine PREEMPTED) -> deleted, created, installed, started again
 #                     anything else                      -> a crash: started again, --max-crashes times, then exit 1
+# A gcloud that does not answer is asked again, PATIENCE (120) times in a row once it has answered; then exit 1, machines
+# and run left as they are.
 # Ctrl-C leaves machines and run as they are; started again it takes up where they are. POLL_SECONDS (30),
 # SETTLE_SECONDS (60): how long after the end of a life it is decided whether the machines were taken away.
 # shellcheck disable=SC2154  # read_flags sets what `defaults` names
@@ -80,11 +82,24 @@ if $dry_run; then
   exit 0
 fi
 
+is_there() { look; [[ "$state" == ACTIVE ]]; }
+
 new=true  # machines that we have not installed on
+silent=0
+patience=$max_crashes
 while true; do
-  state=$(queue_state) || state=UNKNOWN
+  look
   case "$state" in
-    UNKNOWN) crashed "gcloud does not answer"; sleep "$settle_seconds"; continue ;;
+    UNKNOWN)
+      # The run goes on without us, so an evening without network must not end it, let alone give its machines back.
+      silent=$((silent + 1))
+      if ((silent >= patience)); then say "gcloud does not answer: machines and run are left as they are"; exit 1; fi
+      sleep "$settle_seconds"
+      continue
+      ;;
+    *) silent=0 patience=${PATIENCE:-120} ;;
+  esac
+  case "$state" in
     ABSENT)
       say "asking for $type"
       new=true
@@ -92,7 +107,7 @@ while true; do
       sleep "$poll_seconds"
       continue
       ;;
-    FAILED | SUSPENDING | SUSPENDED)
+    FAILED | SUSPENDING | SUSPENDED | PREEMPTED)
       say "$name is $state: giving it back to ask anew"
       if [[ "$state" == FAILED ]]; then crashed "the request failed"; fi
       remove || say "not removed yet"
@@ -100,7 +115,7 @@ while true; do
       continue
       ;;
     ACTIVE) ;;
-    *) sleep "$poll_seconds"; continue ;;  # in the queue, being made, being deleted
+    *) new=true; sleep "$poll_seconds"; continue ;;  # in the queue, being made, repaired, deleted
   esac
 
   code=0
@@ -108,14 +123,14 @@ while true; do
   if $new; then
     if ! install_all; then
       sleep "$settle_seconds"
-      if [[ "$(queue_state || true)" == ACTIVE ]]; then crashed "the installation failed"; fi
+      if is_there; then crashed "the installation failed"; fi
       continue
     fi
     new=false
     if $preflight; then check_all || code=$?; fi
     if ((code)); then
       sleep "$settle_seconds"
-      if [[ "$(queue_state || true)" == ACTIVE ]]; then leave 2 "preflight failed with code $code; see its table above"; fi
+      if is_there; then leave 2 "preflight failed with code $code; see its table above"; fi
       continue
     fi
   fi
@@ -128,7 +143,7 @@ while true; do
     75) say "stopped on request; starting it again" ;;
     *)
       sleep "$settle_seconds"  # a preemption shows here a little later than in the run
-      if [[ "$(queue_state || echo UNKNOWN)" == ACTIVE ]]; then crashed "exit code $code"; else say "the machines were taken away"; fi
+      if is_there; then crashed "exit code $code"; else say "exit code $code, and the machines are $state"; fi
       ;;
   esac
 done

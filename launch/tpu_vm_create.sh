@@ -46,18 +46,19 @@ done
 run "${command[@]}"
 if $no_wait; then exit 0; fi
 if $dry_run; then
-  run gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format='value(state.state)'
+  run "${describe_queue[@]}"
+  run "${list_machines[@]}"
   exit 0
 fi
 
 last=
 while true; do
-  state=$(queue_state) || state=UNKNOWN
+  look
   if [[ "$state" != "$last" ]]; then say "$name: $state"; fi
   last=$state
   case "$state" in
     ACTIVE) exit 0 ;;
-    FAILED | SUSPENDING | SUSPENDED | DELETING | ABSENT)
+    FAILED | SUSPENDING | SUSPENDED | PREEMPTED | DELETING | ABSENT)
       say "$name will not come ($state). Why: gcloud compute tpus queued-resources describe $(quoted "$name" "${place[@]}")"
       exit 1
       ;;

@@ -12,7 +12,7 @@ LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
 
 # In place of gcloud, kubectl, ...: notes its arguments, answers `describe` with the next state that was scripted (the
-# last one for ever) and a run on the workers with the next exit code.
+# last one for ever), `tpu-vm list` with the next states of machines, and a run on the workers with the next exit code.
 FAKE = """#!{python}
 import json, pathlib, sys
 folder = pathlib.Path({folder!r})
@@ -35,6 +35,9 @@ if "describe" in arguments:
     if state == "BROKEN":
         sys.exit("ERROR: (gcloud) UNAUTHENTICATED: no credentials")
     print(state)
+    print("Updates are available for some Google Cloud CLI components.", file=sys.stderr)
+if "tpu-vm" in arguments and "list" in arguments:
+    print(*next_of("machines", ["READY"]), sep="\\n")
 for what in ("install", "start", "create"):
     if what in arguments or any(text.startswith("--command=bash on_worker.sh " + what) for text in arguments):
         preflight = any("--verb=preflight" in text for text in arguments)
@@ -67,7 +70,7 @@ class Cloud:
             path.chmod(0o755)
 
     def script(self, **answers) -> None:
-        """states=[...], start=[...], install=[...], preflight=[...], create=[...]: answers in order."""
+        """states=[...], machines=[[...], ...], start=[...], install=[...], preflight=[...], create=[...]: in order."""
         for what, values in answers.items():
             (self.folder / what).write_text(json.dumps(values))
 
@@ -84,7 +87,7 @@ class Cloud:
                 out.append("preflight")
             elif remote:
                 out.append(remote.split()[2])
-            elif asked["name"] == "gcloud" and asked["arguments"][3] not in ("describe", "scp"):
+            elif asked["name"] == "gcloud" and asked["arguments"][3] not in ("describe", "list", "scp"):
                 out.append(asked["arguments"][3])
             elif asked["name"] != "gcloud":
                 out.append(asked["name"])

@@ -55,6 +55,23 @@ def test_preempted_machines_are_asked_for_anew(cloud, code):
     assert verbs[:2] == ["install", "start"] and verbs[-3:] == NEW and set(verbs[2:-3]) == {"delete"}
 
 
+def test_a_slice_that_is_gone_while_its_request_is_still_active_is_asked_for_anew(cloud):
+    """Else gcloud reaches the other slice alone, and the run waits there for one that does not come."""
+    cloud.script(
+        states=["ACTIVE"] * 3 + ["DELETING", "ABSENT", "ACTIVE"],
+        machines=[["READY", "READY"], ["READY", "PREEMPTED"], ["PREEMPTED"], ["READY", "READY"]],
+        start=[255, 0],
+    )
+    ended = babysit(cloud, "--slices=2", "--max-crashes=1")
+    assert ended.code == 0 and cloud.verbs() == ["install", "start", "delete", *NEW]
+
+
+def test_machines_under_repair_are_waited_for_and_installed_on_again(cloud):
+    cloud.script(states=["ACTIVE"], machines=[["READY"], ["REPAIRING"], ["REPAIRING"], ["READY"]], start=[1, 0])
+    assert babysit(cloud, "--max-crashes=1").code == 0
+    assert cloud.verbs() == ["install", "start", "install", "start"]
+
+
 def test_crashes_in_a_row_are_limited(cloud):
     cloud.script(states=["ACTIVE"], start=[1])
     ended = babysit(cloud, "--max-crashes=3")
@@ -91,11 +108,21 @@ def test_a_cloud_that_does_not_answer_is_given_up(cloud):
     assert ended.code == 1 and "UNAUTHENTICATED" in ended.err and cloud.verbs() == []
 
 
+def test_silences_of_the_cloud_end_no_run(cloud):
+    """It goes on without us; only many in a row are an end, and then nothing is given back."""
+    some = ["BROKEN"] * 4
+    cloud.script(states=["WAITING_FOR_RESOURCES", *some, "WAITING_FOR_RESOURCES", *some, "ACTIVE"], start=[0])
+    assert babysit(cloud, "--max-crashes=2").code == 0 and cloud.verbs() == ["install", "start"]
+    cloud.script(states=["WAITING_FOR_RESOURCES", "BROKEN"])
+    ended = cloud.run("tpu_babysit.sh", *ABOUT, "--delete", *RUN, PATIENCE="5")
+    assert ended.code == 1 and "left as they are" in ended.err and cloud.verbs() == ["install", "start"]
+
+
 def test_flags_reach_the_scripts_that_it_calls(cloud):
     cloud.script(states=["ABSENT", "ACTIVE"], start=[0])
     babysit(cloud, "--slices=2", "--project=mine", "--data-mount=shards", "--data-to=/data")
     create, install, data, start = (
-        a["arguments"] for a in cloud.asked() if a["arguments"][3] not in ("describe", "scp")
+        a["arguments"] for a in cloud.asked() if a["arguments"][3] not in ("describe", "list", "scp")
     )
     assert {"--spot", "--node-count=2", "--project=mine", "--accelerator-type=v5litepod-256"} <= set(create)
     assert "--ref=abc123" in install[-1] and "--mount=shards --to=/data" in data[-1]

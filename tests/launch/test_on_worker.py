@@ -128,6 +128,19 @@ def test_nothing_is_installed_under_a_run(worker):
     assert code == 0 and "left as it is" in output
 
 
+def test_nothing_is_checked_beside_a_run(worker):
+    """Its chips are taken: a babysitter that is started again would take the failure for a verdict."""
+    worker.begin("start", "--run=train", "--", "train")
+    worker.wait_for("step 2")
+    code, output = worker.call("start", "--run=preflight", "--verb=preflight", "--", "exit=2")
+    assert code == 0 and "nothing is checked" in output
+    assert worker.call("stop", "--run=train")[0] == 0
+    worker.wait_for("saved")
+    deadline = time.monotonic() + 30
+    while worker.call("start", "--run=preflight", "--verb=preflight", "--", "exit=2")[0] != 2:
+        assert time.monotonic() < deadline
+
+
 def test_a_stop_where_nothing_runs_is_said(worker):
     code, output = worker.call("stop", "--run=train")
     assert code == 0 and "does not run here" in output
@@ -157,3 +170,6 @@ def test_installing_a_commit(worker, tmp_path):
         assert git("-C", there, "rev-parse", "HEAD").strip() == commit
         git("-C", there, "commit", "--quiet", "--allow-empty", "-m", "by hand")
     assert f"{there}[tpu,gcs]" in (tools / "asked").read_text()
+    (worker.home / "a.whl").touch()
+    code, output = worker.call("install", "--wheel=a.whl")  # instead: what the run would start in is gone
+    assert code == 0 and not there.exists(), output
