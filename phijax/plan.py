@@ -52,11 +52,11 @@ def main(arguments: list[str], overrides: list[tuple[str, str]]) -> int:
         tell(found)
         return EXIT_RESTART if found.interrupted else EXIT_DONE if found.winner else EXIT_DOES_NOT_FIT
     plan, recipe = planner.make_plan(config, FLAGS.topology, how, price=FLAGS.price_per_chip_hour)
+    tell(plan)
     if FLAGS.plot:
         from phijax.planning.plot import plot_plan
 
         plot_plan(plan, recipe, FLAGS.plot)
-    tell(plan)
     return EXIT_DONE if plan.fits else EXIT_DOES_NOT_FIT
 
 

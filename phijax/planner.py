@@ -147,7 +147,7 @@ def apply(config: Config, candidate: Candidate) -> Config:
 
 
 def changes(config: Config, winner: Ranked | None) -> list[str]:
-    """What the winner says otherwise than the config, as flags."""
+    """What the winner says otherwise than the config, as flags. Compiler options are judged by compiling alone."""
     if winner is None:
         return []
     old = configs.to_dict(config)
@@ -157,4 +157,6 @@ def changes(config: Config, winner: Ranked | None) -> list[str]:
         if str(old[section][name]) != value:
             flags.append(f"--config.{key}={value}")
     profile = winner.profile or NO_PROFILE
-    return [*flags, *([f"--config.compiler.profile={profile}"] if profile != config.compiler.profile else [])]
+    if winner.answers and profile != config.compiler.profile:
+        flags.append(f"--config.compiler.profile={profile}")
+    return flags

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from phijax.model import params
+from phijax.model.config import ModelConfig
 from phijax.model.decoder import SAVEABLE, remat_names
 from phijax.model.kernels.splash import BLOCK, backward_block, part_length
 from phijax.parallel import sharding
@@ -29,6 +30,8 @@ RAGGED = 1.2  # products take this much longer where gathered weights are laid o
 LOGITS_PASSES = 1.5  # over float32 logits outside of the products' own fusions
 GATHERED = "gathered weights"
 AGAIN = 0.75  # bytes moved for each byte made again in the backward pass, as a share of `Fitted.elementwise`
+# Of model.mlp_products=int8, bytes moved for each byte of what its products read: scales, rounding, rescaled gradients.
+ROUNDING = 6.0
 LANES = 128  # a head's dimensions lie in rows of as many
 
 
@@ -108,6 +111,7 @@ def _matrix(recipe: Recipe, where: Slice, local: "_Local", shape: BatchShape) ->
     """Forward, twice that backward, and what is made again."""
     c, chip = recipe.model, where.chip
     layer = 3 * (local.attention_flops + local.mlp_flops) + local.recomputed_flops
+    layer -= local.int8_flops * (1 - 1 / chip.int8_speedup)
     head = 3 * 2 * local.vocab * c.model_dim
     flops = shape[0] * local.tokens * (c.num_layers * layer + head)
     ragged = RAGGED if params.check_mesh(c, where.sizes) else 1.0
@@ -132,6 +136,7 @@ def _vector(recipe: Recipe, where: Slice, local: "_Local", shape: BatchShape) ->
     fitted = FITTED[chip.name]
     numbers = local.heads * local.head_width + 2 * c.model_dim
     moved = fitted.elementwise * (numbers * local.compute + AGAIN * sum(local.again.values()))
+    moved += ROUNDING * local.rounded_bytes
     cycles = numbers * fitted.sums + local.blocks_of_keys * local.heads * local.head_width * fitted.partial_sums
     layer = (2 * local.saved / fitted.stacks + moved) / chip.hbm_bandwidth + cycles / chip.clock
     logits = LOGITS_PASSES * 4 * local.vocab / chip.hbm_bandwidth
@@ -149,7 +154,7 @@ def _communicate(found: Estimate, local: "_Local", where: Slice, micro: int, lay
             traffic.bytes += size * count
             traffic.seconds += took * count
 
-    add(GATHERED, "all-gather", local.layer_bytes, "fsdp", 2 * layers * micro)
+    add(GATHERED, "all-gather", local.gathered_bytes, "fsdp", 2 * layers * micro)
     add("gathered embedding and head", "all-gather", local.head_bytes, "fsdp", 2 * micro)
     add("scattered gradients", "reduce-scatter", local.layer_bytes, "fsdp", layers * micro)
     add("scattered gradients of embedding and head", "reduce-scatter", local.head_bytes, "fsdp", 2 * micro)
@@ -187,7 +192,30 @@ def memory(recipe: Recipe, sizes: Mapping[str, int], shape: BatchShape) -> dict[
 
 def state_bytes(recipe: Recipe, sizes: Mapping[str, int]) -> float:
     """Parameters and both moments on one chip."""
-    return 3 * _Local(recipe, sizes, (1, sizes["data"] * sizes["fsdp"], sizes["context"])).shard_bytes
+    return 3 * _weights(recipe.model, sizes, recipe.backend.dtype.itemsize).shards
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """Bytes of one chip. shards, blocks: of all and of the blocks' weights in float32; layer: of one, gathered."""
+
+    shards: float
+    blocks: float
+    layer: float
+
+
+def _weights(c: ModelConfig, sizes: Mapping[str, int], compute: int) -> _Weights:
+    """Args: compute: bytes of a gathered number."""
+    shards, blocks, layer = 0.0, 0.0, 0.0
+    for path, dims in params.shapes(c).items():
+        names = params.axes(c)[path]
+        cut = 4 * math.prod(n // sharding.parts(a, sizes) for n, a in zip(dims, names, strict=True))
+        shards += cut
+        if path.startswith(f"{params.STACKED}/"):
+            blocks += cut
+            whole = math.prod(n // sharding.parts(a, sizes, gathered=True) for n, a in zip(dims, names, strict=True))
+            layer += whole / c.num_layers * compute
+    return _Weights(shards, blocks, layer)
 
 
 class _Local:
@@ -200,18 +228,12 @@ class _Local:
         self.heads, self.kv_heads = c.num_heads // tensor, c.num_kv_heads // tensor
         self.head_width = -(-c.head_dim // LANES) * LANES
         self.ffn, self.vocab = c.ffn_dim // tensor, c.padded_vocab_size // tensor
-        # Weights.
-        self.shard_bytes, self.block_bytes, self.layer_bytes = 0.0, 0.0, 0.0
-        for path, dims in params.shapes(c).items():
-            names = params.axes(c)[path]
-            cut = 4 * math.prod(n // sharding.parts(a, sizes) for n, a in zip(dims, names, strict=True))
-            self.shard_bytes += cut
-            if path.startswith(f"{params.STACKED}/"):
-                self.block_bytes += cut
-                whole = math.prod(
-                    n // sharding.parts(a, sizes, gathered=True) for n, a in zip(dims, names, strict=True)
-                )
-                self.layer_bytes += whole / c.num_layers * self.compute
+        held = _weights(c, sizes, self.compute)
+        self.shard_bytes, self.block_bytes, self.layer_bytes = held.shards, held.blocks, held.layer
+        # Integers and a float32 scale a row are gathered where the feed-forward layers' products are of int8.
+        self.int8 = recipe.backend.mlp_products == "int8"
+        rounded = (self.compute - 1) * c.model_dim - 4 if self.int8 else 0  # bytes less in each row
+        self.gathered_bytes = self.layer_bytes - 3 * self.ffn * rounded
         self.head_elements = self.vocab * c.model_dim
         self.head_bytes = self.head_elements * self.compute
         self.chunk_logits = min(cross_entropy.CHUNK, self.tokens) * self.vocab * 4
@@ -247,6 +269,8 @@ class _Local:
             again += 2 * d * width if name not in kept else 0
         if "mid" not in kept:
             again += 2 * d * heads * (not self.attention_again)
-        for name in ("gate", "up"):
-            again += 2 * d * self.ffn if name not in kept else 0
-        self.recomputed_flops = again
+        mlp_again = sum(2 * d * self.ffn for name in ("gate", "up") if name not in kept)
+        self.recomputed_flops = again + mlp_again
+        # Forward products alone are rounded, those made again too.
+        self.int8_flops = self.mlp_flops + mlp_again if self.int8 else 0
+        self.rounded_bytes = self.compute * (d + self.ffn) if self.int8 else 0

@@ -18,6 +18,7 @@ class Chip:
     hbm_bandwidth: float
     hbm_bytes: int  # what a program may use
     link_bandwidth: float  # one ICI link, one way
+    int8_speedup: float  # of matrix products over bfloat16's
     matrix_side: int  # rows of the systolic array: a smaller contraction is padded to it
     axes: int  # of a slice's torus
     wraps_at: int  # an axis whose length is a multiple of this closes into a ring
@@ -40,17 +41,17 @@ CHIPS = {
     for chip in (
         Chip(
             name="v5e", peak_flops=PEAK_FLOPS["TPU v5e"], clock=1.5e9, hbm_bandwidth=8.1e11,
-            hbm_bytes=int(15.75 * GIB), link_bandwidth=4.5e10, matrix_side=128, axes=2, wraps_at=16,
+            hbm_bytes=int(15.75 * GIB), link_bandwidth=4.5e10, int8_speedup=2.0, matrix_side=128, axes=2, wraps_at=16,
             chips_per_host=4, host_bytes=192 * 10**9,
         ),
         Chip(
             name="v5p", peak_flops=PEAK_FLOPS["TPU v5p"], clock=1.75e9, hbm_bandwidth=2.77e12,
-            hbm_bytes=int(95.74 * GIB), link_bandwidth=9.0e10, matrix_side=128, axes=3, wraps_at=4,
+            hbm_bytes=int(95.74 * GIB), link_bandwidth=9.0e10, int8_speedup=2.0, matrix_side=128, axes=3, wraps_at=4,
             chips_per_host=4, host_bytes=448 * 10**9,
         ),
         Chip(
             name="v6e", peak_flops=PEAK_FLOPS["TPU v6e"], clock=1.75e9, hbm_bandwidth=1.64e12,
-            hbm_bytes=int(31.25 * GIB), link_bandwidth=9.0e10, matrix_side=256, axes=2, wraps_at=16,
+            hbm_bytes=int(31.25 * GIB), link_bandwidth=9.0e10, int8_speedup=2.0, matrix_side=256, axes=2, wraps_at=16,
             chips_per_host=4, host_bytes=720 * 10**9,
         ),
     )

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import math
+import pathlib
+import socket
 import subprocess
 import sys
 
@@ -20,6 +22,7 @@ from phijax.planning.estimator import Estimate
 from phijax.planning.run_plan import HostMemory
 
 GIB = 2**30
+MINI_128K = str(pathlib.Path(MINI).with_name("mini_128k.py"))
 
 
 def test_an_analytic_plan_of_mini(capsys):
@@ -77,6 +80,20 @@ def test_what_does_not_fit_is_an_answer_of_its_own(capsys):
 def test_a_mistake_is_the_users(capsys, topology, overrides, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         ask(capsys, f"--topology={topology}", "--analytic", overrides=overrides)
+
+
+@pytest.mark.parametrize("search", [(), ("--search",)])
+def test_buckets_are_not_asked(capsys, monkeypatch, search):
+    """A run of 128K whose data, start weights and evaluation lie in buckets, planned by shapes without a network."""
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **named: asked.append(given))
+    monkeypatch.setattr(socket.socket, "connect", lambda *given: asked.append(given))
+    more = [(f"data.phases[{n}].mixture[0].path", "gs://nobody/shards") for n in (0, 1)]
+    more += [("evaluation.sets[0].path", "gs://nobody/held_out"), ("init_from", "gs://nobody/mini/checkpoints/9")]
+    code, out, _ = ask(capsys, "--topology=v5p:4x4x8", "--analytic", *search, overrides=more, config=MINI_128K)
+    assert code == 0 and not asked
+    # Compiler options are not judged by shapes: the config's stay.
+    assert "compiler.profile" not in out
 
 
 def test_without_the_compiler_it_says_so(capsys, monkeypatch):
