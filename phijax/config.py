@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import pathlib
 import re
+import traceback
 import types
 import typing
 from collections.abc import Sequence
@@ -47,6 +48,10 @@ class Config:
     logging: LoggingConfig = LoggingConfig()
     processes: ProcessConfig = ProcessConfig()
 
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} must be from 0 to 2**32 - 1.")
+
 
 def defaults() -> ConfigDict:
     """Every key with its default, for an experiment file to change. An unknown key is refused on the spot."""
@@ -75,12 +80,37 @@ def load(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{path} has no get_config(). Copy experiments/tiny.py and change what differs.")
         tree = _plain(module.get_config())
-    except (AttributeError, KeyError) as error:
-        raise UserError(f"{path}: {error.args[0] if error.args else error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}{_line_in(file, error)}: {_said(error)}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: get_config() returns {tree!r}, not the config.")
     for key, text in overrides:
         _override(tree, key, text)
     return from_dict(tree, where=str(path))
+
+
+def _line_in(file: pathlib.Path, error: Exception) -> str:
+    """The line of the experiment file where it went wrong, as ":5"; nothing where that is not known."""
+    frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    line = error.lineno if isinstance(error, SyntaxError) and error.filename == str(file) else (frames or [None])[-1]
+    return f":{line}" if line else ""
+
+
+def _said(error: Exception) -> str:
+    """An error of an experiment file for people. Wrong keys: ml_collections wraps the text, and lists all there are."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg}"
+    if not isinstance(error, AttributeError | KeyError):
+        return f"{type(error).__name__}: {error}"
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    text = str(error.args[0]) if error.args else str(error)
+    return re.sub(r" Other fields present: .*?(?=\nDid you mean|$)", "", text, flags=re.DOTALL)
 
 
 def from_dict(tree: dict[str, Any], where: str = "config") -> Config:

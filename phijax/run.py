@@ -36,6 +36,7 @@ from phijax.parallel.hardware import compiler_options, generation, peak_flops
 from phijax.parallel.mesh import make_mesh
 from phijax.parallel.processes import StopSignal, Watchdog
 from phijax.report import baselines
+from phijax.report import config as logging
 from phijax.report import report as reports
 from phijax.report.report import Report
 from phijax.report.summary import summarise
@@ -67,6 +68,7 @@ def make_recipe(config: Config, sizes: dict[str, int], platform: str, chip: str 
     mixture.check_phases(phases)
     total = mixture.total_steps(phases)
     config.optimizer.check(total)
+    logging.check(config.logging, total)
     backend = choose_backend(config.model, platform, context=sizes["context"])
     for number, phase in enumerate(phases):
         where = f"data.phases[{number}]"

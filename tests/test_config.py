@@ -144,6 +144,12 @@ UNKNOWN = "there is no key '{}'"
         ("model.layers", "1", r"model.layers=1 must be auto, scan, unroll\."),
         ("model.sliding_window", "prset", "must be int, preset, None. Nearest: 'preset'"),
         ("model.vocab_size", "none", r"model.vocab_size=None must be int, preset\."),
+        ("seed", "-1", r"seed=-1 must be from 0 to 2\*\*32 - 1"),
+        ("seed", str(2**32), "seed=4294967296 must be"),  # jax takes it for seed 0
+        ("loss.z_loss", "-1", "loss.z_loss=-1.0 must be 0 or above"),
+        ("loss.label_smoothing", "1", r"label_smoothing=1.0 in \[0, 1\)"),
+        ("processes.heartbeat_timeout", "0", "processes.heartbeat_timeout=0 must be 1 or more"),
+        ("processes.watchdog_seconds", "-1", "processes.watchdog_seconds=-1 must be 0 or more"),
         ("checkpoint.keep_last", "0", r"checkpoint.keep_last=0 must be 1 or more"),
         ("data.micro_batches", "0", r"data.micro_batches=0 must be at least 1"),
     ],
@@ -156,9 +162,16 @@ def test_wrong_overrides_are_refused_with_what_is_right(experiment, key, text, m
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("c.model.sliding_windw = None", r"experiment.py: .*sliding_windw.*\n?.*sliding_window"),
-        ("c.modle.preset = 'tiny'", "experiment.py: .*modle"),
-        ("c['sed'] = 1", "experiment.py: .*sed"),
+        (
+            "c.model.sliding_windw = None",
+            r'experiment.py:5: Key "sliding_windw" does not .* locked\.\nDid .*"sliding_window"',
+        ),
+        ("c.modle.preset = 'tiny'", r"experiment.py:5: .*modle.*\nDid you mean \"model\""),
+        ("c['sed'] = 1", "experiment.py:5: .*sed"),
+        ("c.data.phases = [1 / 0]", "experiment.py:5: ZeroDivisionError: division by zero"),
+        ("import nowhere", "experiment.py:5: ModuleNotFoundError: No module named 'nowhere'"),
+        ("c.data.phases = [", r"experiment.py:5: SyntaxError: '\[' was never closed"),
+        ("return", r"get_config\(\) returns None, not the config"),
         (
             "c.data.phases = [dict(step=10)]",
             r"experiment.py: .*'data.phases\[0\].step'\. Nearest: data.phases\[0\].steps",
@@ -190,6 +203,9 @@ def test_a_missing_experiment_file_is_named(tmp_path):
         config.load(str(tmp_path / "nowhere.py"))
     with pytest.raises(UserError, match="no such file"):
         config.load(str(tmp_path))
+    (tmp_path / "experiment.py").write_text("config = 1\n")
+    with pytest.raises(UserError, match=r"has no get_config\(\)"):
+        config.load(str(tmp_path / "experiment.py"))
     (tmp_path / "experiment.txt").write_text("")
     with pytest.raises(UserError, match="is not a Python file"):
         config.load(str(tmp_path / "experiment.txt"))

@@ -69,6 +69,9 @@ class ModelConfig:
                 f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}. "
                 f"Sizes that do: {', '.join(map(str, fits))}."
             )
+        for name in ("rope_theta", "norm_eps", "partial_rotary_factor"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"model.{name}={getattr(self, name)} must be a number above 0.")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise UserError(
                 f"model: {self.rotary_dim} rotated dimensions of {self.head_dim}: must be even, > 0, no more."

@@ -38,6 +38,12 @@ class ProcessConfig:
     shutdown_timeout: int = 300  # how long the first to finish waits for the last
     watchdog_seconds: int = 600  # a longer step is reported with all stacks; twice as long ends the run; 0: off
 
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            least = 0 if name == "watchdog_seconds" else 1
+            if value < least:
+                raise UserError(f"processes.{name}={value} must be {least} or more.")
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -213,7 +219,8 @@ def finish(seconds: float = 300) -> None:
 def guard(main: Callable[[], int | None]) -> NoReturn:
     """Runs `main` and leaves with its exit code, so that no exception of one process lets the others hang.
 
-    UserError: its message, code 2. RunFailure: its message, code 1. Anything else: the traceback, code 1.
+    UserError: its message, code 2. RunFailure: its message, code 1. Ctrl-C: code 75. Anything else: the traceback,
+    code 1.
     """
     try:
         code = main() or EXIT_DONE
@@ -224,6 +231,9 @@ def guard(main: Callable[[], int | None]) -> NoReturn:
         _to_stderr("\n".join([f"error: {_who()}{error}", *getattr(error, "__notes__", ())]))
         if not isinstance(error, ProcessFailure):
             _leave_together()
+    except KeyboardInterrupt:
+        code = EXIT_RESTART  # before the loop, which saves first
+        _to_stderr(f"{_who()}stopped from the keyboard; the same command can be started again")
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else (EXIT_DONE if leaving.code is None else EXIT_CRASH)
         if leaving.code is not None and not isinstance(leaving.code, int):

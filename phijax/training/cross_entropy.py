@@ -6,10 +6,12 @@ head is gathered once over `fsdp` in the compute dtype; over `tensor` the vocabu
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
+from phijax.errors import UserError
 from phijax.model.kernels.dense import MASKED
 from phijax.parallel import sharding
 
@@ -20,6 +22,12 @@ CHUNK = 2048  # tokens: their float32 logits over 32768 rows take 256 MiB
 class LossConfig:
     z_loss: float = 0.0  # weight of logsumexp^2; keeps logits from drifting (1e-4 is usual). PaLM, section 5
     label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
+
+    def __post_init__(self):
+        if not 0 <= self.z_loss < math.inf or not 0 <= self.label_smoothing < 1:
+            raise UserError(
+                f"loss.z_loss={self.z_loss} must be 0 or above, loss.label_smoothing={self.label_smoothing} in [0, 1)."
+            )
 
 
 def cross_entropy(

@@ -1,6 +1,7 @@
 """AdamW in Optax: schedules that read the state's step, clipping, decay on matrices only."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -37,8 +38,16 @@ class OptimizerConfig:
             )
         if not 0 < self.decay_fraction <= 1 or not 0 <= self.final_fraction <= 1:
             raise UserError("optimizer.decay_fraction must be in (0, 1] and optimizer.final_fraction in [0, 1].")
-        if self.learning_rate <= 0 or self.eps <= 0 or not 0 <= self.b1 < 1 or not 0 <= self.b2 < 1:
-            raise UserError("optimizer: learning_rate and eps must be positive, b1 and b2 in [0, 1).")
+        for name in ("learning_rate", "eps", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"optimizer.{name}={value} must be a number above 0.")
+        if not 0 <= self.b1 < 1 or not 0 <= self.b2 < 1:
+            raise UserError(f"optimizer.b1={self.b1} and optimizer.b2={self.b2} must be in [0, 1).")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"optimizer.weight_decay={self.weight_decay} must be 0 or above.")
+        if self.max_skipped_steps < 1:
+            raise UserError(f"optimizer.max_skipped_steps={self.max_skipped_steps} must be 1 or more.")
 
 
 def learning_rate(config: OptimizerConfig, step: jax.Array, total_steps: int) -> jax.Array:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from phijax.errors import UserError
+from phijax.errors import EXIT_RESTART, UserError
 from phijax.parallel import processes
 
 CHILD = Path(__file__).with_name("process_child.py")
@@ -170,6 +170,17 @@ def test_a_second_interrupt_kills(launch):
 
 
 # --- settings; no process is started
+
+
+def test_an_interrupt_before_the_loop_asks_to_be_started_again(capsys):
+    with pytest.raises(SystemExit) as left:
+        processes.guard(interrupted)
+    assert left.value.code == EXIT_RESTART
+    assert capsys.readouterr().err == "stopped from the keyboard; the same command can be started again\n"
+
+
+def interrupted():
+    raise KeyboardInterrupt
 
 
 def settings(address=None, count=None, index=None, **environment):

@@ -67,7 +67,17 @@ def test_schedules_that_are_none_are_refused():
     config().check(TOTAL)
     with pytest.raises(UserError, match=r"warmup_steps=100 .* the 50 steps .*warmup_steps=1"):
         config().check(50)
-    for wrong in ({"decay_fraction": 0.0}, {"final_fraction": 1.5}, {"learning_rate": 0.0}, {"b2": 1.0}, {"eps": 0.0}):
+    for wrong in (
+        {"decay_fraction": 0.0},
+        {"final_fraction": 1.5},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("inf")},
+        {"b2": 1.0},
+        {"eps": 0.0},
+        {"clip_norm": -1.0},
+        {"weight_decay": -0.1},
+        {"max_skipped_steps": 0},
+    ):
         with pytest.raises(UserError, match=next(iter(wrong))):
             config(**wrong).check(TOTAL)
 
