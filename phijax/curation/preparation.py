@@ -267,7 +267,11 @@ def _tokenizer(plan: Plan, work: pathlib.Path, watch: Watch) -> TextTokenizer:
         tokenizer = plan.given_tokenizer
         if tokenizer is None:
             texts = watch("reading text for the tokenizer", 0, _sample(plan))
-            tokenizer = train_tokenizer(texts, plan.request.vocab_size)
+            try:
+                tokenizer = train_tokenizer(texts, plan.request.vocab_size)
+            except UserError:
+                (work / "plan.json").unlink()  # nothing is made yet: the next try may ask for something else
+                raise
         shutil.rmtree(temporary, ignore_errors=True)
         tokenizer.save(temporary)
         temporary.rename(folder)
@@ -282,16 +286,24 @@ def _sample(plan: Plan) -> Iterator[str]:
         parts = parts[:256]
     share = max(SAMPLE_BYTES // len(parts), 1)
     left = SAMPLE_BYTES if plan.text_bytes <= SAMPLE_BYTES else 0
+    dropped: collections.Counter[str] = collections.Counter()
+    read, found = 0, False
     for part in parts:
         left += share if plan.text_bytes > SAMPLE_BYTES else 0
         for document in read_part(part, plan.request.text_field):
             if left <= 0:
                 break
+            read += 1
+            if document.text is None:
+                dropped[document.dropped] += 1
             # Validation text is held out of everything that is fitted to text.
             if document.text is not None and not is_validation(document.text, plan.request.validation_fraction):
                 text = document.text[:left]
                 left -= len(text.encode())
+                found = True
                 yield text
+    if not found:
+        raise _no_document(plan, read, dropped)
 
 
 def _stage(plan: Plan, work: pathlib.Path) -> Stage:
@@ -321,12 +333,16 @@ def _tokenize(plan: Plan, tasks: list[jobs.Task], workers: int, watch: Watch) ->
         dropped.update(counts.pop("dropped"))
         total.update(counts)
     if not total["train"]:
-        reasons = "".join(f"\n  {count} dropped: {reason}" for reason, count in dropped.most_common())
-        raise UserError(
-            f"No document of {total['read']} in --input={plan.request.input} can be used.{reasons}\n"
-            f"In .jsonl and .parquet the text is looked for in --text_field={plan.request.text_field}."
-        )
+        raise _no_document(plan, total["read"], dropped)
     return {**total, "dropped": dict(sorted(dropped.items()))}
+
+
+def _no_document(plan: Plan, read: int, dropped: collections.Counter[str]) -> UserError:
+    reasons = "".join(f"\n  {count} dropped: {reason}" for reason, count in dropped.most_common())
+    return UserError(
+        f"No document of {read} in --input={plan.request.input} can be trained on.{reasons}\n"
+        f"In .jsonl and .parquet the text is looked for in --text_field={plan.request.text_field}."
+    )
 
 
 def _assemble(
@@ -353,8 +369,9 @@ def _manifests(plan: Plan, tokenizer: TextTokenizer, counts: dict, entries: list
         tokens = sum(shard.tokens for shard in shards)
         if not any(shard.records for shard in shards):
             raise UserError(
-                f"The text for {split} has {tokens} tokens in {len(shards)} shards, which fill no record of "
-                f"{plan.request.block + 1}. Give more text, a smaller --block, or fewer --num_shards."
+                f"The text for {'training' if split == 'all' else split} has {tokens} tokens in {len(shards)} shards, "
+                f"which fill no record of {plan.request.block + 1}. Give more text, a smaller --block, or fewer "
+                f"--num_shards, and another --output."
             )
         manifests.append(
             Manifest(

@@ -28,10 +28,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"vocab_size={vocab_size} leaves no room: 256 bytes, 3 control pieces and {len(PHI3_ADDED_TOKENS)} added "
             "tokens come first. Take 1000 or more; phi-3 has 32011."
         )
-    model = io.BytesIO()
+    model, failed = io.BytesIO(), []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=_noting(_lines(texts), failed),
             model_writer=model,
             model_type="bpe",
             vocab_size=num_pieces,
@@ -52,8 +52,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failed:
+            raise failed[0] from None
         raise _user_error(str(error), vocab_size) from error
     return Tokenizer(model.getvalue(), where="the trained tokenizer")
+
+
+def _noting(lines: Iterable[str], failed: list[BaseException]) -> Iterator[str]:
+    """`lines`, and in `failed` what ended them: SentencePiece makes a RuntimeError of it, of Ctrl-C too."""
+    try:
+        yield from lines
+    except (Exception, KeyboardInterrupt) as error:
+        failed.append(error)
+        raise
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

@@ -155,6 +155,15 @@ def test_training_on_nothing():
         train_tokenizer([""], 1000)
 
 
+def test_what_ends_the_texts_ends_the_training():
+    def texts():
+        yield CHAPTERS[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer(texts(), 1000)
+
+
 @pytest.mark.parametrize(
     ("added_tokens", "message"),
     [
