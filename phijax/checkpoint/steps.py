@@ -16,6 +16,7 @@ from etils import epath
 
 from phijax.checkpoint import durable
 from phijax.checkpoint.manifest import MANIFEST_FILE
+from phijax.errors import UserError
 
 UNFINISHED_FILE = "unfinished.json"
 DAMAGED_FILE = "damaged.json"
@@ -93,8 +94,23 @@ def set_aside_damaged(folder: epath.Path) -> None:
     (folder / MANIFEST_FILE).unlink()
 
 
+def in_the_way(listing: Listing) -> list[str]:
+    """Folders that are not ours under the name of a step which is still to come."""
+    newest = max(listing.steps, default=-1)
+    return [name for name in listing.strays if _is_step_name(name) and int(name) > newest]
+
+
 def move_aside(folder: epath.Path) -> epath.Path:
-    """Renames a folder that is not ours out of the way of a save; returns its new path."""
+    """Renames a folder that is not ours out of the way of a save; returns its new path.
+
+    Raises: UserError on an object store, which would copy all that is in it.
+    """
+    if not durable.is_local(folder):
+        raise UserError(
+            f"{folder} is in the way of a save: it has the name of a step and is not ours. A bucket cannot rename it, "
+            f"so it is left as it is.  Move it away (gcloud storage mv {folder} {folder}.stray), or choose another "
+            "--workdir"
+        )
     number = 1
     while (target := folder.parent / f"{folder.name}.stray{number}").exists():
         number += 1

@@ -29,6 +29,9 @@ def tidy(directory: epath.Path) -> list[str]:
             lines.append(f"removed {folder}, {size:,} bytes that an interrupted save or deletion had left")
     except OSError as error:
         raise UserError(f"Checkpoints cannot be written to {directory}: {error}. Choose another --workdir.") from error
+    if not durable.is_local(directory):
+        for name in steps.in_the_way(listing):  # now, not at the save: what is trained till then would be lost
+            steps.move_aside(directory / name)
     lines += [f"WARNING: {directory / name} is not a checkpoint of ours; ignored" for name in listing.strays]
     lines += [f"{directory / name} was set aside as damaged; kept until its step is saved" for name in listing.damaged]
     return lines

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 from bucket_case import bucket as open_bucket
@@ -12,7 +13,8 @@ from etils import epath
 from run_case import LIMIT, ROOT, environment, free_address
 from synthetic_shards import write_synthetic
 
-from phijax.checkpoint import durable
+from phijax.checkpoint import durable, upkeep
+from phijax.errors import UserError
 
 STEPS, EVERY = 10, 2
 EXPERIMENT = f"""
@@ -131,6 +133,24 @@ def test_what_a_bucket_holds_is_shown_and_generated_from(trained, command):
     assert f"gs://bucket/trained/checkpoints/{STEPS}: step {STEPS}, written" in output
     output = end(command("generate", "--checkpoint=gs://bucket/trained", "--prompt=some words", "--max_tokens=4"))
     assert output.strip()
+
+
+def test_what_is_in_the_way_of_a_save_is_refused_at_the_start_and_left_alone(command, bucket):
+    bucket.write(f"strayed/checkpoints/{EVERY}/notes.txt", b"somebody else's")
+    output = end(command("main", "--workdir=gs://bucket/strayed"), 2)
+    folder = f"gs://bucket/strayed/checkpoints/{EVERY}"
+    assert f"{folder} is in the way of a save" in output and f"gcloud storage mv {folder} {folder}.stray" in output
+    assert bucket.read(f"strayed/checkpoints/{EVERY}/notes.txt") == b"somebody else's"
+    assert "strayed/metrics.jsonl" not in bucket.names("strayed/")
+
+
+def test_what_comes_into_the_way_later_is_refused_by_the_save(bucket):
+    durable.prepare_store(epath.Path("gs://bucket/later"))
+    bucket.write("later/7/notes.txt", b"somebody else's")
+    lock = types.SimpleNamespace(confirm=lambda: None)
+    with pytest.raises(UserError, match="gs://bucket/later/7 is in the way of a save"):
+        upkeep.make_room(epath.Path("gs://bucket/later"), lock, 7, overwrite=False)
+    assert bucket.names("later/") == ["later/7/notes.txt"]
 
 
 def test_nothing_was_renamed(trained, bucket):
