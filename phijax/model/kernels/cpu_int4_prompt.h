@@ -173,7 +173,7 @@ ATTEND_FUNCTIONS(avx2, TARGET_AVX2, Eight)
 ATTEND_FUNCTIONS(avx512, TARGET_AVX512, Sixteen)
 #endif
 
-AttendFunctions attend_functions(int path) {
+AttendFunctions attend_functions([[maybe_unused]] int path) {
 #if defined(__x86_64__)
   if (path == kAvx512Vnni) return kAttend_avx512;
   if (path != kGeneric) return kAttend_avx2;

@@ -13,6 +13,7 @@
 #include <vector>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -427,7 +428,7 @@ using TileFunction = void (*)(const Product&, const Weights&, int tile, const Bl
 using RoundFunction = void (*)(const Product&, const Block&);
 
 template <int BITS>
-TileFunction tile_function(int path, int rows) {
+TileFunction tile_function([[maybe_unused]] int path, int rows) {
 #if defined(__x86_64__)
   if (path == kAvx512Vnni) {
     constexpr TileFunction by_rows[] = {tile_avx512<1, BITS>, tile_avx512<2, BITS>, tile_avx512<3, BITS>,
@@ -440,7 +441,7 @@ TileFunction tile_function(int path, int rows) {
   return rows == 1 ? tile_generic<1, BITS> : tile_generic<2, BITS>;
 }
 
-RoundFunction round_function(int path) {
+RoundFunction round_function([[maybe_unused]] int path) {
 #if defined(__x86_64__)
   if (path == kAvx512Vnni) return round_avx512;
   if (path != kGeneric) return round_avx2;
@@ -448,15 +449,24 @@ RoundFunction round_function(int path) {
   return round_generic;
 }
 
+#if defined(__x86_64__)
+// Some features have no name in clang's __builtin_cpu_supports; register 0 is eax, 2 ecx.
+bool cpuid_bit(unsigned leaf, unsigned subleaf, int number, int bit) {
+  unsigned registers[4] = {};
+  __get_cpuid_count(leaf, subleaf, &registers[0], &registers[1], &registers[2], &registers[3]);
+  return registers[number] >> bit & 1;
+}
+#endif
+
 // Whether this CPU has a path.
-bool has(int path) {
+bool has([[maybe_unused]] int path) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (path == kAvx2) return avx2;
-  if (path == kAvxVnni) return avx2 && __builtin_cpu_supports("avxvnni");
+  const bool fma = cpuid_bit(1, 0, 2, 12), f16c = cpuid_bit(1, 0, 2, 29), avx2 = __builtin_cpu_supports("avx2");
+  if (path == kAvx2) return avx2 && fma && f16c;
+  if (path == kAvxVnni) return avx2 && fma && f16c && cpuid_bit(7, 1, 0, 4);
   if (path == kAvx512Vnni) {
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    return avx2 && fma && f16c && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni");
   }
