@@ -69,10 +69,10 @@ class Found:
         text = (
             f"{self.looked_at:,} candidates (meshes x remat policies x micro-batches) were ranked from shapes, "
             f"{self.fitting:,} of them fit; {compiled_ones} were compiled, the other "
-            f"{self.looked_at - compiled_ones:,} were not. Compiler options were tried on the quickest alone, "
-            "offload to the host not at all."
+            f"{self.looked_at - compiled_ones:,} were not. Compiler options were tried on the first that fits, "
+            "the rest has those that were best for it; offload to the host was not tried."
         )
-        fitting = [one for one in self.best if not one.refused and not one.profile]
+        fitting = [one for one in self.best if not one.refused]
         if self.rest and not self.interrupted and search.cannot_win(self.rest[0], fitting):
             text += " None of the rest can win, if the compiler likes it no better than what it has seen."
         return text

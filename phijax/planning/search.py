@@ -131,38 +131,45 @@ def compile_in_turn(
 ) -> Iterator[Ranked]:
     """Each candidate with the compiler's answers as soon as they are there, refused ones too.
 
-    The best of `ranked` until `top` fit or no other can win; then the quickest's twins; then the quickest once more
-    under each profile of compiler options. No more than 2 x `top` refusals are taken.
+    The best of `ranked` until `top` fit or no other can win, then the quickest's twins. The first that fits is compiled
+    under each profile of compiler options too, and the rest under what was best for it: options change the order.
+    No more than 2 x `top` refusals are taken.
     """
     done: list[Ranked] = []
+    profile = ""
     waiting = collections.deque(one for i, one in enumerate(ranked) if not twins(one, ranked[:i]))
     while waiting:
         fitting = [one for one in done if not one.refused]
-        if len(fitting) >= top or len(done) - len(fitting) >= 2 * top or cannot_win(waiting[0], fitting):
+        refusals = len(done) - len(fitting)
+        if _candidates(fitting) >= top or refusals >= 2 * top or cannot_win(waiting[0], fitting):
             break
-        done.append(compile_all(waiting.popleft(), compile_one))
-        yield done[-1]
-        if done[-1].refused:
-            smaller = [one for one in twins(done[-1], ranked) if one.peak < done[-1].peak]
+        now = compile_all(dataclasses.replace(waiting.popleft(), profile=profile), compile_one)
+        done.append(now)
+        yield now
+        if now.refused:
+            smaller = [one for one in twins(now, ranked) if one.peak < now.peak]
             waiting.extendleft(reversed(smaller))
-    if (best := quickest(done)) is None:
-        return
+        elif not fitting:
+            for name in profiles:
+                done.append(compile_all(dataclasses.replace(now, profile=name), compile_one))
+                yield done[-1]
+            profile = quickest(done).profile
     tried = {one.candidate for one in done}
-    for one in twins(best, ranked):
+    for one in twins(best, ranked) if (best := quickest(done)) else []:
         if one.candidate not in tried:
-            done.append(compile_all(one, compile_one))
-            yield done[-1]
-    best = quickest(done)
-    for name in profiles:
-        yield compile_all(dataclasses.replace(best, profile=name), compile_one)
+            yield compile_all(dataclasses.replace(one, profile=profile), compile_one)
 
 
 def cannot_win(one: Ranked, fitting: Sequence[Ranked]) -> bool:
     """Whether it is slower than the quickest even where the compiler likes it better than all that it has seen."""
-    if len(fitting) < 2:  # one alone does not tell how far shapes are off here
+    if _candidates(fitting) < 2:  # one alone does not tell how far shapes are off here
         return False
     ratio = min(other.seconds / other.by_shapes for other in fitting) * (1 - SCATTER)
     return one.by_shapes * ratio > quickest(fitting).seconds
+
+
+def _candidates(done: Sequence[Ranked]) -> int:
+    return len({one.candidate for one in done})
 
 
 def quickest(done: Sequence[Ranked]) -> Ranked | None:

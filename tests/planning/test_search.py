@@ -97,7 +97,7 @@ def test_winner_is_the_compilers_and_the_rest_is_named(capsys, compiler):
     assert len(told) == len(asked) and "4.000" in told[1] and "3.000" in told[2]  # as they come, not at the end
 
 
-def test_the_quickest_is_tried_with_the_chips_compiler_options(capsys, compiler):
+def test_the_chips_compiler_options_are_tried(capsys, compiler):
     def pretend(recipe, sizes, shape, options):
         return takes(1.0 if "xla_tpu_use_tc_device_shape_on_sc" in options else 2.0)
 
@@ -190,13 +190,25 @@ def test_twins_wait_for_the_winner():
     """Policies that the shapes cannot tell apart: one of each pair first, then the quickest's other one."""
     ranked = candidates(10.0, 10.05, 10.2, 10.25, 10.3, micro=(1, 1, 2, 2, 4))
     took = {"p0": 12.0, "p1": 1.0, "p2": 11.0, "p3": 10.5, "p4": 12.0}
-    done = in_turn(ranked, 3, lambda one: took[one.candidate.remat] - (one.profile == "x"), profiles=("x",))
-    assert done == [("p0", ""), ("p2", ""), ("p4", ""), ("p3", ""), ("p3", "x")]
+    done = in_turn(ranked, 3, lambda one: took[one.candidate.remat])
+    assert done == [("p0", ""), ("p2", ""), ("p4", ""), ("p3", "")]
+
+
+def test_the_rest_is_compiled_with_what_was_best_for_the_first_that_fits():
+    ranked = candidates(10.0, 10.1, 10.2, 10.3, 10.35, micro=(1, 2, 3, 4, 4))
+    took = {"": 11.0, "worse": 12.0, "better": 10.5}
+    done = in_turn(
+        ranked, 3, lambda one: None if one.candidate.remat == "p0" else took[one.profile], ("worse", "better")
+    )
+    fits = [("p1", ""), ("p1", "worse"), ("p1", "better"), ("p2", "better"), ("p3", "better")]
+    assert done == [("p0", ""), *fits]
+    done = in_turn(ranked, 4, lambda one: took[one.profile] - (one.candidate.remat == "p3"), ("worse", "better"))
+    assert done[-2:] == [("p3", "better"), ("p4", "better")]
 
 
 def test_a_refused_ones_smaller_twin_comes_next():
-    large, small = candidates(10.0, 10.05, micro=(1, 1))
-    ranked = [dataclasses.replace(large, peak=2.0), small, *candidates(0, 10.1)[1:]]
-    done = in_turn(ranked, 2, lambda one: None if one is ranked[0] else 11.0)
-    assert done == [("p0", ""), ("p1", ""), ("p1", "")]
+    ranked = candidates(10.0, 10.05, 10.1, micro=(1, 1, 2))
+    ranked[0] = dataclasses.replace(ranked[0], peak=2.0)
+    assert in_turn(ranked, 2, lambda one: None if one.peak > 1 else 11.0) == [("p0", ""), ("p1", ""), ("p2", "")]
+    assert in_turn(ranked, 1, lambda one: None if one.peak > 1 else 11.0) == [("p0", ""), ("p1", "")]
     assert search.quickest([]) is None
