@@ -34,6 +34,7 @@ flags.DEFINE_string("plot", None, "Picture to write.")
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOREVER = 1_000_000  # steps
+PATIENCE = 120  # seconds for the others to end; then they are killed
 EXPERIMENT = """
 import phijax.config
 
@@ -113,14 +114,13 @@ class Job:
                 raise RuntimeError("a process ended by itself:\n" + (workdir / "process-0.txt").read_text()[-2000:])
             killed = time.time()
             children[victim].send_signal(signal.SIGKILL)
-            for child in children:
-                child.wait(60)
-            return Life(began, killed, time.time())
+            _await_all(children, PATIENCE)
         finally:
             for child in children:
                 if child.poll() is None:
                     child.kill()
                     child.wait()
+        return Life(began, killed, time.time())
 
     def _start(self, workdir: pathlib.Path, every: int, number: int) -> subprocess.Popen:
         if number == 0:
@@ -134,6 +134,16 @@ class Job:
         ]
         with open(workdir / f"process-{number}.txt", "ab") as log:
             return subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=log, stderr=subprocess.STDOUT)
+
+
+def _await_all(children: list[subprocess.Popen], seconds: float) -> None:
+    """Says which has not ended by itself."""
+    end = time.monotonic() + seconds
+    for number, child in enumerate(children):
+        try:
+            child.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            print(f"process {number} was still there {seconds} s after another one's death", file=sys.stderr, flush=True)
 
 
 def _environment() -> dict[str, str]:
