@@ -13,6 +13,7 @@ from phijax.checkpoint.open import load_params, open_checkpoint
 from phijax.checkpoint.opened import Opened
 from phijax.errors import UserError
 from phijax.inference.generator import Generator, Piece
+from phijax.inference.kept import Kept
 from phijax.inference.resident import matrix_format
 from phijax.inference.sampling import Sampling
 from phijax.inference.stopping import Result
@@ -94,6 +95,7 @@ class Model:
         self.tokenizer = generator.tokenizer
         self._template, self._without_tokenizer = chat_template, without_tokenizer
         self._format: chats.ChatFormat | None = None
+        self._kept = Kept()
 
     @overload
     def generate(self, prompts: str, sampling: Sampling | None = None, **settings) -> Result: ...
@@ -117,14 +119,17 @@ class Model:
         return self.generator.stream([prompt], _sampling(sampling, settings))
 
     def chat(self, messages: Messages, sampling: Sampling | None = None, **settings) -> Result:
-        """The answer to a conversation, [{"role": "user", "content": "..."}, ...]."""
+        """The answer to a conversation, [{"role": "user", "content": "..."}, ...].
+
+        The cache of the last one is kept: of a conversation that goes on only what is new is computed.
+        """
         prompt, sampling = self.encode_chat(messages, _sampling(sampling, settings))
-        return self.generator.generate([prompt], sampling)[0]
+        return self.generator.generate([prompt], sampling, kept=self._kept)[0]
 
     def stream_chat(self, messages: Messages, sampling: Sampling | None = None, **settings) -> Iterator[Piece]:
         """As `chat`, token by token."""
         prompt, sampling = self.encode_chat(messages, _sampling(sampling, settings))
-        return self.generator.stream([prompt], sampling)
+        return self.generator.stream([prompt], sampling, kept=self._kept)
 
     def encode_chat(self, messages: Messages, sampling: Sampling) -> tuple[list[int], Sampling]:
         """The conversation as ids, and the settings with the ids that end an answer.

@@ -11,6 +11,7 @@ import pytest
 import phijax
 from phijax import generate as command_generate
 from phijax.errors import UserError
+from phijax.inference import programs
 from phijax.inference.sampling import Sampling
 from phijax.library import Model
 from phijax.text.chat import PHI3
@@ -86,6 +87,23 @@ def test_chat_answers_what_generate_gives_for_the_rendered_conversation(model):
     assert answer.tokens == model.generate([ids], max_tokens=6, temperature=0, stop_ids=ends)[0].tokens
     stop = model.generate([ids], max_tokens=6, temperature=0, stop_ids=(answer.tokens[0],))[0]
     assert stop.finish_reason == "stop" and stop.text == "" and stop.tokens == answer.tokens[:1]
+
+
+def test_of_a_conversation_that_goes_on_what_is_new_is_computed(model, monkeypatch):
+    """Asked at once and as a stream; generate neither takes the conversation's cache nor spoils it."""
+    asked, prefill = [], programs.prefill
+    monkeypatch.setattr(programs, "prefill", lambda *given: asked.append(int(given[8])) or prefill(*given))
+    messages = [{"role": "user", "content": TEXT + TEXT[:60]}]
+    first = model.chat(messages, max_tokens=6, temperature=0)
+    model.generate(TEXT, max_tokens=2)
+    messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "a line"}]
+    ids, _ = model.encode_chat(messages, Sampling())
+    asked.clear()
+    second = "".join(piece.text for piece in model.stream_chat(messages, max_tokens=6, temperature=0))
+    assert sum(asked) == len(ids) - 64, len(ids)  # its first chunk is there
+    model.chat([{"role": "user", "content": "other"}], max_tokens=2)
+    asked.clear()
+    assert model.chat(messages, max_tokens=6, temperature=0).text == second and sum(asked) == len(ids)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phijax.errors import UserError
 from phijax.inference import programs, resident
+from phijax.inference.kept import Kept, Prefix
 from phijax.inference.sampling import Sampling, Settings
 from phijax.inference.stopping import Continuation, Result
 from phijax.model.backend import CHOICES, Backend
@@ -91,13 +92,22 @@ class Generator:
         _, self._attention_factor = inverse_frequencies(model, self.max_length)
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | None = None, *, names: Sequence[int] = ()
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: Sampling | None = None,
+        *,
+        names: Sequence[int] = (),
+        kept: Kept | None = None,
     ) -> list[Result]:
-        """Continues each prompt. `names`: the rows' own numbers, for their draws; default 0, 1, ...
+        """Continues each prompt.
 
+        Args:
+          names: the rows' own numbers, for their draws; default 0, 1, ...
+          kept: of one prompt: the cache of the last one, for what both begin with; then of this one. It changes no bit.
         Raises: UserError for a prompt that is too long, or settings that mean nothing.
         """
-        results = {piece.row: piece.result for piece in self.stream(prompts, sampling, names=names) if piece.result}
+        pieces = self.stream(prompts, sampling, names=names, kept=kept)
+        results = {piece.row: piece.result for piece in pieces if piece.result}
         return [results[row] for row in range(len(prompts))]
 
     def stream(
@@ -106,9 +116,13 @@ class Generator:
         sampling: Sampling | None = None,
         *,
         names: Sequence[int] = (),
+        kept: Kept | None = None,
         with_logits: bool = False,
     ) -> Iterator[Piece]:
-        """As `generate`, token by token; joined, a row's texts are its result's. Arguments are checked at the call."""
+        """As `generate`, token by token; joined, a row's texts are its result's. Arguments are checked at the call.
+
+        Of a stream that is not read to its end nothing is kept.
+        """
         sampling = sampling or Sampling()
         sampling.check()
         if sampling.stop and self.tokenizer is None:
@@ -117,7 +131,8 @@ class Generator:
         names = list(names) or list(range(len(ids)))
         if len(names) != len(ids):
             raise UserError(f"{len(names)} names for {len(ids)} prompts.")
-        return self._groups(ids, names, sampling, with_logits)
+        assert kept is None or len(ids) == 1
+        return self._groups(ids, names, sampling, with_logits, kept or Kept())
 
     def ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Raises: UserError for a prompt that is empty, too long, or has ids that the model lacks."""
@@ -150,13 +165,15 @@ class Generator:
         ]
         return np.concatenate(parts)
 
-    def _groups(self, ids, names, sampling, with_logits) -> Iterator[Piece]:
+    def _groups(self, ids, names, sampling, with_logits, kept: Kept) -> Iterator[Piece]:
         for start in range(0, len(ids), LARGEST_BATCH):
             here = slice(start, start + LARGEST_BATCH)
-            for piece in self._decode(ids[here], names[here], sampling, with_logits):
+            for piece in self._decode(ids[here], names[here], sampling, with_logits, kept):
                 yield dataclasses.replace(piece, row=piece.row + start)
 
-    def _decode(self, ids: list[list[int]], names: list[int], sampling: Sampling, with_logits: bool) -> Iterator[Piece]:
+    def _decode(
+        self, ids: list[list[int]], names: list[int], sampling: Sampling, with_logits: bool, kept: Kept
+    ) -> Iterator[Piece]:
         room = [min(sampling.max_tokens, self.max_length - len(i)) for i in ids]
         texts = [self._continuation(i, n, sampling) for i, n in zip(ids, room, strict=True)]
         count = len(ids)
@@ -164,12 +181,10 @@ class Generator:
         batch = max(self._path.least_rows, held)
         one_by_one = np.int32(count) if self._alone else None
         plan, settings = sampling.plan, Settings.of(sampling)
-        cache = self._empty_cache(held, max(len(i) + n for i, n in zip(ids, room, strict=True)))
+        length = sum(self._pieces(max(len(i) + n for i, n in zip(ids, room, strict=True))))
         frequencies = np.stack([self._frequencies(len(i)) for i in ids] + [self._frequencies(1)] * (batch - count))
-        behind = []
-        for row, prompt in enumerate(ids):
-            values, cache = self._filled(cache, row, prompt, frequencies[row])
-            behind.append(values)
+        behind, cache, length = self._begun(ids, frequencies, held, length, kept)
+        filled = list(ids)
         logits = jnp.concatenate(behind + [behind[0]] * (batch - count))
         rows = self._rows(ids, names, batch, plan.penalises)
         logprobs, rows = programs.first(plan, settings, logits, rows, one_by_one)
@@ -206,26 +221,50 @@ class Generator:
                     yield Piece(row, int(tokens[row]), float(values[row]), new, result, seen)
             advance = np.array([text.finish is None for text in texts] + [False] * (batch - count), np.int32)
             if not advance.any():
+                if count == 1:
+                    kept.put(Prefix(filled[0], frequencies[0], cache if ahead is None else ahead[-1], length))
                 return
             if ahead is None:
                 for row, text in enumerate(texts):
                     if text.finish is None and self._switches_at(len(ids[row]) + text.count - 1):
                         # The long list takes over: what the cache holds was rotated by the short one.
-                        history = [*ids[row], *text.tokens[:-1]]
-                        frequencies[row] = self._frequencies(len(history) + 1)
-                        _, cache = self._filled(cache, row, history, frequencies[row])
+                        filled[row] = [*ids[row], *text.tokens[:-1]]
+                        frequencies[row] = self._frequencies(len(filled[row]) + 1)
+                        _, cache = self._filled(cache, row, filled[row], frequencies[row])
                 ahead = step(advance)
             logits, logprobs, rows, cache = ahead
+
+    def _begun(self, ids: list[list[int]], frequencies: np.ndarray, rows: int, length: int, kept: Kept):
+        """-> logits behind each prompt, a cache of `rows` rows with them, and its length: `length`, or more."""
+        before, done = kept.take(ids[0], frequencies[0])
+        if before is None:
+            cache, behind = self._empty_cache(rows, length), []
+            for row, prompt in enumerate(ids):
+                values, cache = self._filled(cache, row, prompt, frequencies[row])
+                behind.append(values)
+            return behind, cache, length
+        cache = before.cache
+        if before.length < length:
+            cache = programs.insert(self._path, self._empty_cache(1, length), cache, np.int32(0))
+        *_, (values, _, cache) = self._prefill(ids[0], frequencies[0], cache=cache, done=done)
+        return [values], cache, max(length, before.length)
 
     def _filled(self, cache, row: int, ids: Sequence[int], frequencies: np.ndarray):
         """-> logits behind these ids, and the cache with them in its row `row`."""
         *_, (values, _, prompt_cache) = self._prefill(ids, frequencies)
         return values, programs.insert(self._path, cache, prompt_cache, np.int32(row))
 
-    def _prefill(self, ids: Sequence[int], frequencies: np.ndarray, *, every: bool = False):
-        """Yields, a chunk at a time: logits, how many of them count, and the prompt's cache so far."""
-        cache = self._empty_cache(1, sum(programs.chunks(len(ids))[-1][::2]))
-        for start, count, bucket in programs.chunks(len(ids)):
+    def _prefill(self, ids: Sequence[int], frequencies: np.ndarray, *, every: bool = False, cache=None, done: int = 0):
+        """Yields, a chunk at a time: logits, how many of them count, and the prompt's cache so far.
+
+        Args: cache: a row with the first `done` ids in it, whole chunks, and room for the others; None: without any.
+        """
+        chunks = programs.chunks(len(ids))
+        if cache is None:
+            cache = self._empty_cache(1, sum(chunks[-1][::2]))
+        for start, count, bucket in chunks:
+            if start < done:
+                continue
             tokens = np.zeros(bucket, np.int32)
             tokens[:count] = ids[start : start + count]
             values, cache = programs.prefill(
@@ -243,10 +282,13 @@ class Generator:
             yield values, count, cache
 
     def _empty_cache(self, rows: int, length: int):
+        return programs.cache_maker(self.model, self._path, rows, self._pieces(length), self._cache_layout)()
+
+    def _pieces(self, length: int) -> tuple[int, ...]:
+        """Lengths of the pieces of a cache for so many places."""
         parts = self.mesh.shape["tensor"] if self._path.cut_by_time is not None else 1
         unit = programs.CHUNKS[-1]
-        lengths = programs.piece_lengths(length, unit if unit % parts == 0 else unit * parts)
-        return programs.cache_maker(self.model, self._path, rows, lengths, self._cache_layout)()
+        return programs.piece_lengths(length, unit if unit % parts == 0 else unit * parts)
 
     def _rows(self, ids: list[list[int]], names: list[int], batch: int, penalises: bool) -> programs.Rows:
         surplus = [0] * (batch - len(ids))
