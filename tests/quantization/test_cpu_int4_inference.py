@@ -62,6 +62,31 @@ def test_a_row_has_its_bits_in_any_batch():
 
 
 @needs_compiler
+def test_over_a_cache_of_eight_bits():
+    """Products by the kernel, attention by XLA: another cache, and hardly another model; in steps as in a prompt."""
+    weights = stored(TIED)
+    small, plain = Generator(TIED, weights, cache_dtype="int8"), Generator(TIED, weights)
+    assert all(isinstance(leaf, Tiled) for leaf in small._weights["blocks"][0]["mlp"].values())
+    (prompt,) = prompts(90)
+    ours, theirs = (log_softmax(g.logits(prompt)) for g in (small, plain))
+    kl = (np.exp(theirs) * (theirs - ours)).sum(-1)
+    assert 1e-7 < kl.mean() < 1e-3, kl.mean()  # as much as the kernel's rounding of activations costs: 2e-4
+    pieces = list(small.stream([prompt], Sampling(temperature=0, max_tokens=12), with_logits=True))
+    steps = np.stack([piece.logits for piece in pieces])
+    whole = small.logits([*prompt, *(piece.token for piece in pieces)])[len(prompt) - 1 : -1]
+    # Not closer: roundings of activations and of the cache fall to either side.
+    np.testing.assert_allclose(steps, whole, rtol=0, atol=0.05 * whole.std())
+
+
+@needs_compiler
+def test_a_row_has_its_bits_over_a_cache_of_eight_bits():
+    generator = Generator(MODEL, stored(), cache_dtype="int8")
+    batch, sampling = prompts(3, 40, 17, 90, 1), Sampling(temperature=0, max_tokens=6)
+    for prompt, expected in zip(batch, generator.generate(batch, sampling), strict=True):
+        assert generator.generate([prompt], sampling) == [expected]
+
+
+@needs_compiler
 def test_decoding_is_four_calls_a_layer():
     """Nothing of a layer is left to small programs, and no weight is widened."""
     generator = Generator(MODEL, stored())
