@@ -143,7 +143,9 @@ def _await_all(children: list[subprocess.Popen], seconds: float) -> None:
         try:
             child.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            print(f"process {number} was still there {seconds} s after another one's death", file=sys.stderr, flush=True)
+            print(
+                f"process {number} was still there {seconds} s after another one's death", file=sys.stderr, flush=True
+            )
 
 
 def _environment() -> dict[str, str]:
