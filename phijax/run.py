@@ -6,6 +6,7 @@ import functools
 import json
 import reprlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,12 +41,15 @@ from phijax.report import config as logging
 from phijax.report import report as reports
 from phijax.report.report import Report
 from phijax.report.summary import summarise
+from phijax.text.tokenizer import TextTokenizer
 from phijax.training import loop, program
 from phijax.training.program import BatchShape, Recipe
 from phijax.training.state import TrainState
 
 # Longer context is trained from weights of a shorter one: these may differ between start weights and the run.
 CHANGED_BY_CONTEXT = ("max_position", "rope_theta", "sliding_window", "long_rope", "requires_long_rope")
+
+MadeWith = Callable[[TextTokenizer], bool]  # whether the data were made with a tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +145,7 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
             keep_config(config, workdir, first_step, say)
             next(iter(plan.sources.values())).tokenizer().save(workdir / TOKENIZER_FOLDER)
         checkpoints.check_host_memory(program.abstract_state(recipe, mesh))
-        state = begin(config, recipe, mesh, checkpoints, first_step, identity["data"]["tokenizer"], say)
+        state = begin(config, recipe, mesh, checkpoints, first_step, next(iter(plan.sources.values())).made_with, say)
         with open_report(config, workdir, recipe, plan, sets, first_step, mesh) as report:
             outcome = run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step)
         if not outcome.stopped and jax.process_index() == 0:
@@ -152,25 +156,22 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
 
 
 def begin(
-    config: Config, recipe: Recipe, mesh, checkpoints: RunCheckpoints, first_step: int, tokenizer: str, say
+    config: Config, recipe: Recipe, mesh, checkpoints: RunCheckpoints, first_step: int, made_with: MadeWith, say
 ) -> TrainState:
-    """The state to go on with: restored, or started from `init_from`, or from the seed.
-
-    Args: tokenizer: the fingerprint of the one that the data were made with.
-    """
+    """The state to go on with: restored, or started from `init_from`, or from the seed."""
     if first_step:
         say(f"going on from step {first_step}")
         return checkpoints.restore(first_step, program.abstract_state(recipe, mesh))
     if config.init_from:
         opened = open_checkpoint(config.init_from)
-        for line in check_start(opened, recipe.model, tokenizer):
+        for line in check_start(opened, recipe.model, made_with):
             say(line)
         say(f"weights of {config.init_from}; step, optimizer and data begin anew")
         return program.initial_state(recipe, mesh, load_params(opened, mesh))
     return program.initial_state(recipe, mesh)
 
 
-def check_start(opened: Opened, model: ModelConfig, tokenizer: str) -> list[str]:
+def check_start(opened: Opened, model: ModelConfig, made_with: MadeWith) -> list[str]:
     """Whether the weights of `opened` can start `model`. -> lines about what differs and may.
 
     Raises: UserError naming every field that differs and is not of CHANGED_BY_CONTEXT.
@@ -191,7 +192,7 @@ def check_start(opened: Opened, model: ModelConfig, tokenizer: str) -> list[str]
         for key, (old, new) in wanted.items()
     ]
     with contextlib.suppress(UserError):  # a checkpoint without a tokenizer is no mistake: the data have one
-        if opened.tokenizer().fingerprint != tokenizer:
+        if not made_with(opened.tokenizer()):
             lines.append(f"warning: the tokenizer of {opened.path} is not the one that the data were made with")
     return lines
 

@@ -194,9 +194,13 @@ class Shards:
         """The one the shards were made with."""
         return open_tokenizer(self._folder)
 
+    def made_with(self, tokenizer: TextTokenizer) -> bool:
+        """Whether `tokenizer` gives the ids that the shards' own does, though it may come from another kind of file."""
+        return tokenizer.fingerprint == self.tokenizer_fingerprint or self.tokenizer().same_ids(tokenizer)
+
     def require_tokenizer(self, tokenizer: TextTokenizer, where: str) -> None:
         """Raises UserError unless the shards were made with `tokenizer`; `where` says whose it is."""
-        if tokenizer.fingerprint != self.tokenizer_fingerprint:
+        if not self.made_with(tokenizer):
             raise UserError(
                 f"The tokenizer of {where} ({tokenizer.vocab_size} ids, {tokenizer.fingerprint[:12]}) is not that of "
                 f"the shards in {self._folder} ({self.vocab_size} ids, {self.tokenizer_fingerprint[:12]}).\n"

@@ -16,6 +16,7 @@ from phijax.text.huggingface_files import name_of_special, write_names
 from phijax.text.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer
 from phijax.text.special_files import JSON_FILE, OURS_FILE, dummy_space_of, parts_of
 from phijax.text.specials import SPACE_MARK, Specials
+from phijax.text.tokenizer import TextTokenizer
 
 # What ends a document, by the names that published vocabularies give to it; the first that a vocabulary has.
 _END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>")
@@ -185,6 +186,10 @@ class BpeTokenizer:
         if self._dummy_space == "never":
             return False
         return previous is None or (self._dummy_space != "first" and previous in self.specials.names)
+
+    def same_ids(self, other: TextTokenizer) -> bool:
+        """Whether every text, chats too, is known to get the same ids."""
+        return self.fingerprint == other.fingerprint
 
     def save(self, folder: str | epath.PathLike) -> None:
         """Writes tokenizer.json, and special_tokens.json where nothing in it tells what ends a text."""

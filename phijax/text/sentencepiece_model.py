@@ -1,7 +1,8 @@
 """A SentencePiece model's file, taken apart and put together: what the library does not tell about its pieces.
 
 The file is one protocol buffer message, sentencepiece_model.proto's ModelProto: field 1 a piece (1 text, 2 score,
-3 kind), 2 the trainer's settings, 3 the normalizer's (1 name, 2 rules, 3 dummy space, 4 spaces are removed).
+3 kind), 2 the trainer's settings (3 model type, 24 spaces go behind words, 35 byte fallback), 3 the normalizer's
+(1 name, 2 rules, 3 dummy space, 4 spaces are removed, 5 spaces are escaped).
 """
 
 import dataclasses
@@ -34,13 +35,15 @@ class Piece(NamedTuple):
 class PieceModel:
     """`pieces` in the order of their ids; `joins`: a BPE model (the other kind, unigram, has no merges).
 
-    `dummy_space`: a space is put before every text. `changes_text`: characters are folded or spaces removed.
+    `dummy_space`: a space is put before every text. `changes_text`: characters are folded, spaces removed or put
+    elsewhere. `byte_fallback`: what no piece holds becomes bytes.
     """
 
     pieces: tuple[Piece, ...]
     joins: bool
     dummy_space: bool
     changes_text: bool
+    byte_fallback: bool
 
 
 def take_apart(model: bytes) -> PieceModel:
@@ -55,12 +58,25 @@ def take_apart(model: bytes) -> PieceModel:
             trainer = dict(_fields(value))
         elif field == 3:
             normalizer = dict(_fields(value))
+    folds = normalizer.get(2) or normalizer.get(4, True)
     return PieceModel(
         tuple(pieces),
         joins=trainer.get(3, _UNIGRAM) == _BPE,
         dummy_space=bool(normalizer.get(3, True)),
-        changes_text=bool(normalizer.get(2)) or bool(normalizer.get(4, True)),
+        changes_text=bool(folds or trainer.get(24) or not normalizer.get(5, True)),
+        byte_fallback=bool(trainer.get(35)),
     )
+
+
+def interchangeable(a: bytes, b: bytes) -> bool:
+    """Whether two models are known to give every text the same ids, though their files differ in what decides none.
+
+    Models with rules for characters are compared byte by byte.
+    """
+    if a == b:
+        return True
+    first = take_apart(a)
+    return not first.changes_text and first == take_apart(b)
 
 
 _UNIGRAM, _BPE = 1, 2

@@ -20,6 +20,7 @@ from phijax.text.pieces import (
     own_specials,
     phi3_strips_right,
 )
+from phijax.text.sentencepiece_model import interchangeable
 from phijax.text.special_files import ADDED_TOKENS_FILE, JSON_FILE, OURS_FILE, read_folder_tokens
 from phijax.text.specials import SPACE_MARK, DummySpace, Specials
 
@@ -39,7 +40,7 @@ class TextTokenizer(Protocol):
     added_tokens: Mapping[str, int]  # names behind the model's own pieces, as <|user|>
     specials: Specials  # every name that encode_with_specials knows: the added tokens and the model's own, as <s>
     strips_right: frozenset[str]  # those that swallow the whitespace behind them
-    fingerprint: str  # equal exactly when every text gets the same ids
+    fingerprint: str  # of the files' contents: where it is equal every text gets the same ids
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: names of special tokens inside it are text as any other; nothing is put around it."""
@@ -66,6 +67,10 @@ class TextTokenizer(Protocol):
 
     def begins_behind(self, previous: int | None) -> bool:
         """Whether the id behind `previous` (None: nothing before it) is `first` in the sense of `token_bytes`."""
+        ...
+
+    def same_ids(self, other: "TextTokenizer") -> bool:
+        """Whether every text, chats too, is known to get the same ids, be the files others."""
         ...
 
     def save(self, folder: str | epath.PathLike) -> None:
@@ -259,6 +264,12 @@ class Tokenizer:
         if self._dummy_space == "never":
             return False
         return previous is None or (self._dummy_space != "first" and previous in self.specials.names)
+
+    def same_ids(self, other: TextTokenizer) -> bool:
+        """Whether every text, chats too, is known to get the same ids. (GGUF has the pieces, not the model's bytes.)"""
+        if not isinstance(other, Tokenizer) or self.added_tokens != other.added_tokens:
+            return False
+        return self._unlike_phi3 == other._unlike_phi3 and interchangeable(self._model, other._model)
 
     def __reduce__(self):
         return _rebuild, (self._model, dict(self.added_tokens), self._unlike_phi3)

@@ -76,6 +76,12 @@ def test_special_tokens_come_back(written):
     assert set(read.stop_ids) == {mine.added_tokens["<|end|>"], mine.end_of_text}
 
 
+def test_the_tokenizer_of_a_file_is_known_again(written):
+    """Another SentencePiece model by its bytes, the same by all that decides ids."""
+    mine, back = tokenizer(), open_gguf(written).tokenizer()
+    assert back.fingerprint != mine.fingerprint and back.same_ids(mine) and mine.same_ids(back)
+
+
 def test_the_right_strip_rule_hangs_on_the_models_name(tmp_path):
     """As in llama.cpp: a Llama file's special tokens leave the whitespace behind them alone."""
     path = write_gguf(opened(PHI3), tmp_path / "m.gguf", kind="F32", architecture="llama", name="Something")

@@ -13,6 +13,8 @@ from array_record.python import array_record_module
 from phijax.data.shard_manifest import Manifest
 from phijax.data.shards import Shards, ShardWriter, decode_record, encode_record, token_dtype
 from phijax.errors import UserError
+from phijax.text.sentencepiece_model import put_together, take_apart
+from phijax.text.tokenizer import Tokenizer
 from phijax.text.train_tokenizer import train_tokenizer
 
 BLOCK = 8
@@ -236,6 +238,10 @@ def test_another_tokenizer_is_refused(folder, tokenizer):
     other = train_tokenizer(["quite different words, " * 3], vocab_size=290)
     shards = Shards.open(folder)
     shards.require_tokenizer(tokenizer, "the model")
+    pieces = take_apart(tokenizer._model).pieces  # as a GGUF file has them
+    same = Tokenizer(put_together(pieces, dummy_space=True, where="a file"), tokenizer.added_tokens)
+    assert same.fingerprint != tokenizer.fingerprint
+    shards.require_tokenizer(same, "the model")
     assert shards.tokenizer().fingerprint == tokenizer.fingerprint
     with pytest.raises(UserError, match=r"tokenizer of the model \(290 ids"):
         shards.require_tokenizer(other, "the model")

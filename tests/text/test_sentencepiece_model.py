@@ -5,7 +5,7 @@ import sentencepiece
 from text_samples import CHAPTERS, PLAIN
 
 from phijax.errors import UserError
-from phijax.text.sentencepiece_model import Piece, PieceKind, put_together, take_apart
+from phijax.text.sentencepiece_model import Piece, PieceKind, interchangeable, put_together, take_apart
 from phijax.text.tokenizer import Tokenizer
 
 
@@ -49,6 +49,39 @@ def test_put_together(pieces, dummy_space):
         if dummy_space:
             assert again.encode(text) == pieces.encode(text)
         assert again.decode(again.encode(text)) == text
+
+
+def test_models_are_interchangeable_where_what_decides_ids_is_equal(pieces, tmp_path):
+    """Not by their bytes: a trainer writes down all of its settings, and we those that count."""
+    model, found = pieces._model, take_apart(pieces._model).pieces
+    again = put_together(found, dummy_space=True, where="a file")
+    assert again != model and interchangeable(again, model) and interchangeable(model, again)
+    assert not interchangeable(model, put_together(found, dummy_space=False, where="a file"))
+    last = len(found) - 1
+    for changed in (
+        found[:last],
+        found[:last] + (found[last]._replace(score=found[last].score - 1),),
+        found[:last] + (found[last]._replace(text="another"),),
+        found[:last] + (found[last]._replace(kind=PieceKind.USER_DEFINED),),
+        tuple(p._replace(kind=PieceKind.NORMAL) if p.kind == PieceKind.BYTE else p for p in found),
+    ):
+        assert not interchangeable(model, put_together(changed, dummy_space=True, where="a file"))
+    folded = train(tmp_path)
+    assert interchangeable(folded, folded)
+    assert not interchangeable(folded, put_together(take_apart(folded).pieces, dummy_space=True, where="a file"))
+
+
+@pytest.mark.parametrize("setting", ["treat_whitespace_as_suffix", "escape_whitespaces"])
+def test_spaces_that_lie_elsewhere_change_text(setting, pieces):
+    """By protobuf, which is no dependency of ours."""
+    messages = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    model = messages.ModelProto.FromString(pieces._model)
+    if setting == "escape_whitespaces":
+        model.normalizer_spec.escape_whitespaces = False
+    else:
+        model.trainer_spec.treat_whitespace_as_suffix = True
+    assert take_apart(model.SerializeToString()).changes_text
+    assert not take_apart(pieces._model).changes_text
 
 
 def test_without_an_unknown_piece():
