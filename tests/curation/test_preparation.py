@@ -2,12 +2,10 @@
 
 import collections
 import dataclasses
-import gzip
 import json
 import os
 import pathlib
 import pydoc_data.topics
-import re
 import shutil
 import sys
 
@@ -351,26 +349,6 @@ def test_no_document_that_can_be_used(request_of, tmp_path):
         run(request_of(input=str(tmp_path / "bad")))
     assert "No document of 3" in str(error.value) and "2 dropped: no text field" in str(error.value)
     assert "--text_field=text" in str(error.value)
-
-
-def test_a_tokenizer_that_the_text_does_not_give_can_be_asked_for_otherwise(request_of, tmp_path):
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "a.jsonl").write_text('{"body": "some words, and some more words"}\n')
-    request = request_of(input=str(tmp_path / "bad"), tokenizer=None, vocab_size=400, block=2)
-    with pytest.raises(UserError, match=r"(?s)No document of 1 .*1 dropped: no text field.*--text_field=text"):
-        run(request)
-    with pytest.raises(UserError, match="Largest that it has: ") as error:
-        run(dataclasses.replace(request, text_field="body"))
-    most = int(re.search(r"Largest that it has: (\d+)", str(error.value))[1])
-    (manifest,) = run(dataclasses.replace(request, text_field="body", vocab_size=most))
-    assert manifest.vocab_size == most and manifest.documents_kept == 1
-
-
-def test_a_broken_file_is_named_while_a_tokenizer_is_trained(request_of, tmp_path):
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "words"}\n' * 10_000)[:-20])
-    with pytest.raises(UserError, match=r"^\S*a.jsonl.gz is broken"):
-        run(request_of(input=str(tmp_path / "bad"), tokenizer=None))
 
 
 def test_a_broken_file_is_named_and_the_rest_kept(request_of, texts, tmp_path):
