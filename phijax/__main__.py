@@ -3,7 +3,7 @@
 Verbs (`phijax VERB --help` lists the flags of one):
   main     train: --config=experiments/tiny.py --workdir=DIR
   prepare  raw text -> token shards: --input=GLOB --output=DIR
-  generate text from a run: --checkpoint=WORKDIR --prompt=TEXT
+  generate text from any checkpoint: --checkpoint=ANY --prompt=TEXT
   export   any checkpoint -> Hugging Face, GGUF, ours: --checkpoint=ANY --format=hf --output=DIR
   quantize weights in four or eight bits: --checkpoint=ANY --scheme=int4_g128 --output=DIR
   plan     what a run needs and costs on TPUs, before renting: --config=FILE --topology=v5p:4x4x8

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from absl import flags
 from phijax import errors
 from phijax.parallel import hardware
 
+_EXIT_UNREAD = 141  # as a shell says of a command that SIGPIPE ended
 _HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
 
 
@@ -77,12 +79,9 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
 
 def _exit_code(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues) -> int:
     try:
-        before_flags_end = sys.argv[: sys.argv.index("--")] if "--" in sys.argv else sys.argv
-        if any(argument in _HELP for argument in before_flags_end[1:]):
-            print(_help_text(main, flag_values))
-            return errors.EXIT_DONE
-        _, *positional = flag_values(sys.argv)
-        return main(positional) or errors.EXIT_DONE
+        code = _help_or_main(main, flag_values)
+        sys.stdout.flush()
+        return code
     except errors.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return errors.EXIT_USER_ERROR
@@ -94,9 +93,28 @@ def _exit_code(main: Callable[[list[str]], int | None], flag_values: flags.FlagV
         return errors.EXIT_RESTART
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else errors.EXIT_DONE if stop.code is None else errors.EXIT_CRASH
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed
+            return _EXIT_UNREAD
         traceback.print_exc()
         return errors.EXIT_CRASH
+
+
+def _help_or_main(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues) -> int:
+    before_flags_end = sys.argv[: sys.argv.index("--")] if "--" in sys.argv else sys.argv
+    if any(argument in _HELP for argument in before_flags_end[1:]):
+        print(_help_text(main, flag_values))
+        return errors.EXIT_DONE
+    _, *positional = flag_values(sys.argv)
+    return main(positional) or errors.EXIT_DONE
+
+
+def _nobody_reads() -> bool:
+    """Whether the broken pipe is our output, as in `phijax show DIR | head`."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _help_text(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues) -> str:
@@ -117,5 +135,8 @@ def _is_of(flag_module: str, main_module: str) -> bool:
 
 def _describe(flag: flags.Flag) -> str:
     name = f"  --[no]{flag.name}" if flag.boolean else f"  --{flag.name}"
-    shown = "" if flag.default in (None, "") or (flag.boolean and not flag.default) else f" (default: {flag.default})"
-    return f"{name}: {flag.help}{shown}"
+    shown = (
+        "" if flag.default in (None, "", []) or (flag.boolean and not flag.default) else f" (default: {flag.default})"
+    )
+    text = flag.help.split(";\n    repeat this option")[0]  # absl's own remark
+    return f"{name}: {text}{shown}"

@@ -106,7 +106,16 @@ def _check(arguments: list[str]) -> list[str]:
     prompts = list(FLAGS.prompt or [])
     if FLAGS.prompt_file:
         prompts += _read_prompts(FLAGS.prompt_file)
+    for text in (*prompts, *FLAGS.stop, FLAGS.message or "", FLAGS.system or ""):
+        _check_text(text)
     return prompts or [""]
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # a command line in another encoding; half of a surrogate pair in JSON
+        raise UserError(f"{text!r} is no text in UTF-8, at character {error.start}.") from error
 
 
 def _read_prompts(path: str) -> list[str]:
@@ -118,7 +127,9 @@ def _read_prompts(path: str) -> list[str]:
     if not path.endswith(".jsonl"):
         return [text]
     prompts = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # strings of JSON may hold Unicode's other line ends
+        if not line.strip():
+            continue
         try:
             prompt = json.loads(line)
         except ValueError as error:
@@ -127,6 +138,8 @@ def _read_prompts(path: str) -> list[str]:
         if not isinstance(prompt, str):
             raise UserError(f'{path}:{number}: a string, or an object with "prompt", is expected.')
         prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"--prompt_file={path} holds no prompt.")
     return prompts
 
 

@@ -4,7 +4,6 @@ Of shards: the manifest as a table, and rows decoded, with a mark where a docume
 """
 
 import os
-import signal
 import sys
 from collections.abc import Iterator
 
@@ -30,8 +29,6 @@ def main(arguments: list[str]) -> None:
         raise UserError("Give one folder of shards or of checkpoints: python -m phijax.show DIR")
     if FLAGS.rows < 0:
         raise UserError(f"--rows={FLAGS.rows} must be 0 or more.")
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `phijax show DIR | head` ends in silence
     folder = epath.Path(arguments[0])
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder.")

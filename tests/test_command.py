@@ -30,6 +30,8 @@ def main(arguments):
         case "exit": sys.exit(3)
         case "exit_text": sys.exit("text")
         case "exit_none": sys.exit()
+        case "long":
+            for number in range(100_000): print(number)
 
 if __name__ == "__main__":
     command.run(main, FLAGS)
@@ -67,6 +69,20 @@ def test_a_crash_has_its_traceback(tmp_path):
     assert result.returncode == 1
     assert result.stdout == "count 5 ['crash']\n"  # flushed, though the process left in a hurry
     assert "Traceback" in result.stderr and "ZeroDivisionError: oops" in result.stderr
+
+
+def test_a_reader_that_stops_early_ends_it_in_silence(tmp_path):
+    (tmp_path / "example.py").write_text(SCRIPT)
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "example.py", "long"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    ) as process:
+        assert process.stdout.readline() == b"count 3 ['long']\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 @pytest.mark.parametrize("flags_of", ["own", "absl's"])
