@@ -49,14 +49,19 @@ CHOICES = {
 }
 
 
+_KERNEL_OF = {"splash": "tpu", "cudnn": "gpu"}
+
+
 def choose_backend(section: ModelSection, platform: str, *, context: int = 1) -> Backend:
     """The platform's choices with what the user overrides in section `model`.
 
     Args:
       platform: of the mesh's devices ("cpu", "gpu", "cuda", "tpu"): not of this process, which may only compile.
       context: size of that mesh axis.
+    Raises: UserError for an attention that the platform does not have, or not in this dtype.
     """
-    choice = CHOICES["gpu" if platform in ("cuda", "rocm") else platform]
+    kind = "gpu" if platform in ("cuda", "rocm") else platform
+    choice = CHOICES[kind]
     if choice.attention in ("blocked", "cudnn") and context > 1:
         choice = dataclasses.replace(choice, attention="dense")  # their row blocks would cross chips
     asked = {
@@ -67,6 +72,11 @@ def choose_backend(section: ModelSection, platform: str, *, context: int = 1) ->
         "scan_layers": "auto" if section.layers == "auto" else section.layers == "scan",
     }
     choice = dataclasses.replace(choice, **{k: v for k, v in asked.items() if v != "auto"})
+    if _KERNEL_OF.get(choice.attention, kind) != kind:
+        raise UserError(
+            f"model.attention={choice.attention} is a kernel of {_KERNEL_OF[choice.attention].upper()}s; these devices "
+            f"are {kind}. Try --config.model.attention=auto"
+        )
     if choice.attention == "cudnn" and choice.compute_dtype == "float32":
         raise UserError("model.attention=cudnn runs in bfloat16 only. Set model.attention=dense for float32.")
     return choice

@@ -200,6 +200,12 @@ def test_backend_choices():
     assert choose_backend(ModelSection(attention="dense", layers="unroll", remat="full"), "tpu").attention == "dense"
 
 
+def test_a_kernel_of_other_devices_is_refused():
+    for name, platform in (("splash", "cpu"), ("splash", "cuda"), ("cudnn", "cpu"), ("cudnn", "tpu")):
+        with pytest.raises(UserError, match=rf"model\.attention={name} is a kernel of .*model\.attention=auto"):
+            choose_backend(ModelSection(attention=name, compute_dtype="bfloat16"), platform)
+
+
 def test_cudnn_refuses_float32():
     with pytest.raises(UserError, match=r"bfloat16 only.*model\.attention=dense"):
         choose_backend(ModelSection(compute_dtype="float32"), "gpu")
