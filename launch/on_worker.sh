@@ -11,7 +11,7 @@
 # start leaves the run by itself, so that a lost connection does not end it, and shows its log until it ends; called
 # again while it runs it shows the log again. Its exit code is the run's. The log: ~/phijax-runs/NAME/log.
 # stop asks the run to save and end (exit code 75).
-# shellcheck disable=SC2154  # read_flags sets what `defaults` names
+# shellcheck disable=SC2154,SC2329  # read_flags sets what `defaults` names; the last lines call functions by name
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/shell.sh"
 
@@ -115,7 +115,10 @@ stop() {
 
 log() { [[ -n "$run" ]] || refuse "--run=NAME is missing"; run cat ~/phijax-runs/"$run"/log; }
 
-case "$verb_here" in
-  install | data | start | supervise | stop | log) "$verb_here" ;;
-  *) refuse "$verb_here is none of install, data, start, stop, log" ;;
-esac
+{  # read to its end before it is run: another installation may overwrite this file under a run
+  case "$verb_here" in
+    install | data | start | supervise | stop | log) "$verb_here" ;;
+    *) refuse "$verb_here is none of install, data, start, stop, log" ;;
+  esac
+  exit
+}

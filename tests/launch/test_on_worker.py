@@ -42,9 +42,9 @@ class Worker:
         self.environment = os.environ | {"HOME": str(home), "PHIJAX_PYTHON": str(home / "python")}
         self.started = []
 
-    def begin(self, *arguments):
+    def begin(self, *arguments, script=LAUNCH / "on_worker.sh"):
         child = subprocess.Popen(
-            [sys.executable, "-c", HEARS_HANGUPS, LAUNCH / "on_worker.sh", *arguments],
+            [sys.executable, "-c", HEARS_HANGUPS, script, *arguments],
             cwd=self.home,
             env=self.environment,
             text=True,
@@ -126,6 +126,20 @@ def test_nothing_is_installed_under_a_run(worker):
     worker.wait_for("step 2")
     code, output = worker.call("install", "--ref=x", "--repository=y")
     assert code == 0 and "left as it is" in output
+
+
+def test_a_script_that_is_copied_anew_under_a_run_changes_nothing_of_it(worker):
+    """Bash reads a script as it goes, and scp writes into the file that is there."""
+    for name in ("on_worker.sh", "shell.sh"):
+        (worker.home / name).write_bytes((LAUNCH / name).read_bytes())
+    (worker.home / "on_worker.sh").chmod(0o755)
+    worker.begin("start", "--run=train", "--", "train", script=worker.home / "on_worker.sh")
+    worker.wait_for("step 2")
+    with open(worker.home / "on_worker.sh", "a") as file:
+        file.write("\ntouch ~/overwritten\nexit 3\n")
+    assert worker.call("stop", "--run=train")[0] == 0
+    assert worker.started[0].wait(timeout=60) == 75
+    assert not (worker.home / "overwritten").exists()
 
 
 def test_nothing_is_checked_beside_a_run(worker):
