@@ -19,7 +19,7 @@ refuse() {
 }
 
 # The comment at the head of the script is its help.
-help_text() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; }
+help_text() { awk 'NR > 1 { if (!/^#/) exit; if (/^# shellcheck /) next; sub(/^# ?/, ""); print }' "$0"; }
 
 read_flags() {
   local pair argument key
