@@ -73,7 +73,14 @@ def main(arguments: list[str]) -> int:
 
 
 def _write_weights(opened, output, max_shard_bytes: int) -> int:
-    from phijax.checkpoint import compressed_tensors_export, huggingface_export, mlx_export, ours_export, small_matrices
+    from phijax.checkpoint import (
+        compressed_tensors_export,
+        huggingface_export,
+        huggingface_folder,
+        mlx_export,
+        ours_export,
+        small_matrices,
+    )
 
     dtype, small = huggingface_export.DTYPES[FLAGS.dtype] if FLAGS.dtype else None, small_matrices.schemes_of(opened)
     if FLAGS.format == "phijax":
@@ -84,22 +91,21 @@ def _write_weights(opened, output, max_shard_bytes: int) -> int:
             ours_export.write(opened, output, dtype=dtype)
         print(f"{_done()} {output}: weights of {_bytes(size)}, before compression")
         return EXIT_DONE
-    writers = {compressed_tensors_export.FORMAT: compressed_tensors_export, mlx_export.FORMAT: mlx_export}
-    writer, integers = writers.get(FLAGS.format, huggingface_export), ()
-    if FLAGS.format in writers:
-        integers = small_matrices.require_quantized(opened, FLAGS.format)
-    layout = huggingface_export.choose_layout(opened, "hf" if FLAGS.format in writers else FLAGS.format)
-    files = writer.plan(opened, layout, dtype, max_shard_bytes)
-    widened = _widened({} if FLAGS.format in writers else small, dtype)
-    for line in [*_changes(opened, dtype, integers), *widened, *writer.notes(opened, dtype)]:
+    small_formats = {compressed_tensors_export.FORMAT: compressed_tensors_export, mlx_export.FORMAT: mlx_export}
+    keeps = FLAGS.format in small_formats
+    integers = small_matrices.require_quantized(opened, FLAGS.format) if keeps else ()
+    layout = huggingface_export.choose_layout(opened, "hf" if keeps else FLAGS.format)
+    folder = small_formats.get(FLAGS.format, huggingface_export).folder(opened, layout, dtype)
+    files = folder.files(max_shard_bytes)
+    for line in [*_changes(opened, dtype, integers), *_widened({} if keeps else small, dtype), *folder.notes]:
         print(line)
     if not FLAGS.dry_run:
-        writer.write(opened, output, layout=layout, dtype=dtype, max_shard_bytes=max_shard_bytes, say=_say_warnings)
+        huggingface_folder.write(opened, output, folder, max_shard_bytes=max_shard_bytes, say=_say_warnings)
     print(f"{_done()} {output}, {layout} layout:")
     for name, tensors in files.items():
         kinds = ", ".join(sorted({tensor.dtype.name for tensor in tensors}))
         print(f"  {name}: {len(tensors)} tensors, {sum(tensor.nbytes for tensor in tensors):,} bytes, {kinds}")
-    print(f"  {_size(opened, sum(tensor.nbytes for tensors in files.values() for tensor in tensors))}")
+    print(f"  {_size(opened, sum(tensor.nbytes for tensor in folder.tensors))}")
     return EXIT_DONE
 
 

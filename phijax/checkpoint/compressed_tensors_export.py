@@ -7,15 +7,14 @@ alone, and vLLM none of these two.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-from phijax.checkpoint import huggingface_export, safetensors_files, small_matrices
-from phijax.checkpoint.huggingface_export import dense_pieces, stored_dtype
+from phijax.checkpoint import small_matrices
+from phijax.checkpoint.huggingface_folder import Folder, dense_pieces, stored_dtype
 from phijax.checkpoint.names import Layout, Tensor, tensors
 from phijax.checkpoint.opened import Opened
 from phijax.checkpoint.safetensors_files import Shape
@@ -28,45 +27,15 @@ DENSE = ("embedding", "head")
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 
 
-def plan(opened: Opened, layout: Layout, dtype: np.dtype | None, max_shard_bytes: int) -> dict[str, list[Shape]]:
-    """File -> tensors.
+def folder(opened: Opened, layout: Layout, dtype: np.dtype | None) -> Folder:
+    """Integers and scales are those of the checkpoint, bit for bit.
 
     Args: dtype: of what is dense. None: of embedding and head `compute_dtype`, of the others as stored.
     Raises: UserError for a checkpoint that is not quantised, and for what the format cannot hold.
     """
-    shapes = []
-    for tensor, scheme in _planned(opened, layout):
-        if scheme is None:
-            quantised_elsewhere = any(part.leaf in opened.weights.schemes for part in tensor.parts)
-            as_stored = compute_dtype(opened, None) if quantised_elsewhere else stored_dtype(opened.weights, tensor)
-            shapes.append(Shape(tensor.name, tensor.shape, dtype or as_stored))
-            continue
-        rows, inputs = tensor.shape
-        groups = inputs // scheme.group if scheme.group else 1
-        module = _module(tensor)
-        shapes += [
-            Shape(f"{module}.{PACKED}", (rows, inputs * scheme.bits // 32), np.dtype(np.int32)),
-            Shape(f"{module}.{SCALE}", (rows, groups), np.dtype(np.float16)),
-            Shape(f"{module}.{SHAPE}", (2,), np.dtype(np.int64)),
-        ]
-    return safetensors_files.plan_files(shapes, max_shard_bytes)
-
-
-def write(
-    opened: Opened,
-    output: epath.Path,
-    *,
-    layout: Layout,
-    dtype: np.dtype | None,
-    max_shard_bytes: int,
-    say: Callable[[str], None] = lambda line: None,
-) -> None:
-    """The whole folder, or nothing. Integers and scales are those of the checkpoint, bit for bit.
-
-    Raises: UserError as `plan`; for an output that is there, a full disk, dense weights that do not fit into `dtype`.
-    """
-    files = plan(opened, layout, dtype, max_shard_bytes)
-    by_module = {_module(tensor): (tensor, scheme) for tensor, scheme in _planned(opened, layout)}
+    planned, compute = _planned(opened, layout), compute_dtype(opened, dtype)
+    shapes = [shape for tensor, scheme in planned for shape in _shapes(opened, tensor, scheme, dtype)]
+    by_module = {_module(tensor): (tensor, scheme) for tensor, scheme in planned}
 
     def pieces(shape: Shape) -> Iterator[np.ndarray]:
         module, _, kind = shape.name.rpartition(".")
@@ -81,22 +50,26 @@ def write(
             for part in tensor.parts:
                 yield from (packed(values, scheme.bits) for values in small_matrices.integers(opened.weights, part))
 
-    huggingface_export.write_folder(
-        opened,
-        output,
-        files,
-        pieces,
-        layout=layout,
-        dtype=compute_dtype(opened, dtype),
-        format=FORMAT,
-        keys={"quantization_config": quantization_config(_planned(opened, layout))},
-        say=say,
-    )
+    keys = {"quantization_config": quantization_config(planned)}
+    return Folder(FORMAT, layout, shapes, pieces, compute, keys, _notes(opened, compute))
 
 
-def notes(opened: Opened, dtype: np.dtype | None) -> list[str]:
-    """What the folder does not hold as the checkpoint does, in lines."""
-    compute, lines = compute_dtype(opened, dtype), []
+def _shapes(opened: Opened, tensor: Tensor, scheme: Scheme | None, dtype: np.dtype | None) -> list[Shape]:
+    if scheme is None:
+        quantised_elsewhere = any(part.leaf in opened.weights.schemes for part in tensor.parts)
+        as_stored = compute_dtype(opened, None) if quantised_elsewhere else stored_dtype(opened.weights, tensor)
+        return [Shape(tensor.name, tensor.shape, dtype or as_stored)]
+    rows, inputs = tensor.shape
+    module, groups = _module(tensor), inputs // scheme.group if scheme.group else 1
+    return [
+        Shape(f"{module}.{PACKED}", (rows, inputs * scheme.bits // 32), np.dtype(np.int32)),
+        Shape(f"{module}.{SCALE}", (rows, groups), np.dtype(np.float16)),
+        Shape(f"{module}.{SHAPE}", (2,), np.dtype(np.int64)),
+    ]
+
+
+def _notes(opened: Opened, compute: np.dtype) -> list[str]:
+    lines = []
     if rounded := [leaf for leaf in DENSE if leaf in opened.weights.schemes]:
         lines.append(f"{' and '.join(rounded)}: dense in {compute.name}, since readers quantise linear layers alone")
     if compute == jnp.bfloat16:

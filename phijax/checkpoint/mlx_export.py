@@ -7,16 +7,15 @@ scale or bias is rounded.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-from phijax.checkpoint import huggingface_export, safetensors_files, small_matrices
+from phijax.checkpoint import small_matrices
 from phijax.checkpoint.compressed_tensors_export import packed
-from phijax.checkpoint.huggingface_export import dense_pieces
+from phijax.checkpoint.huggingface_folder import Folder, dense_pieces
 from phijax.checkpoint.names import Layout, Tensor, tensors
 from phijax.checkpoint.opened import Opened
 from phijax.checkpoint.safetensors_files import Shape
@@ -28,79 +27,62 @@ FORMAT = "mlx"
 GROUPS = (128, 64, 32)  # the format's
 
 
-def plan(opened: Opened, layout: Layout, dtype: np.dtype | None, max_shard_bytes: int) -> dict[str, list[Shape]]:
-    """File -> tensors.
+def folder(opened: Opened, layout: Layout, dtype: np.dtype | None) -> Folder:
+    """Integers are those of the checkpoint; its scales too, in float16 and float32.
 
     Args: dtype: of scales, biases and what is dense: MLX computes in the widest that it meets. None: float16.
     Raises: UserError for a checkpoint that is not quantised, and for what the format cannot hold.
     """
-    dtype, shapes = dtype or np.dtype(np.float16), []
-    for tensor, scheme in _planned(opened, layout):
-        if scheme is None:
-            shapes.append(Shape(tensor.name, tensor.shape, dtype))
-            continue
-        rows, inputs = tensor.shape
-        module, groups = _module(tensor), (rows, inputs // scheme.group)
-        shapes += [
-            Shape(f"{module}.weight", (rows, inputs * scheme.bits // 32), np.dtype(np.uint32)),
-            Shape(f"{module}.scales", groups, dtype),
-            Shape(f"{module}.biases", groups, dtype),
-        ]
-    return safetensors_files.plan_files(shapes, max_shard_bytes)
-
-
-def write(
-    opened: Opened,
-    output: epath.Path,
-    *,
-    layout: Layout,
-    dtype: np.dtype | None,
-    max_shard_bytes: int,
-    say: Callable[[str], None] = lambda line: None,
-) -> None:
-    """The whole folder, or nothing. Integers are those of the checkpoint; its scales too, in float16 and float32.
-
-    Raises: UserError as `plan`; for an output that is there, a full disk, weights that do not fit into `dtype`.
-    """
-    files = plan(opened, layout, dtype, max_shard_bytes)
-    by_module = {_module(tensor): (tensor, scheme) for tensor, scheme in _planned(opened, layout)}
+    dtype, planned = dtype or np.dtype(np.float16), _planned(opened, layout)
+    shapes = [shape for tensor, scheme in planned for shape in _shapes(tensor, scheme, dtype)]
+    by_module = {_module(tensor): (tensor, scheme) for tensor, scheme in planned}
 
     def pieces(shape: Shape) -> Iterator[np.ndarray]:
         module, _, kind = shape.name.rpartition(".")
         tensor, scheme = by_module[module]
         if scheme is None:
-            yield from dense_pieces(opened.weights, tensor, shape.dtype)
-        elif kind == "weight":
-            for part in tensor.parts:
-                found = small_matrices.integers(opened.weights, part)
-                yield from (packed(values, scheme.bits).view("<u4") for values in found)
-        else:
-            # -2^(b-1) times a float16 is a float16 again, but where it is too large for one.
-            factor = 1 if kind == "scales" else -(1 << (scheme.bits - 1))
-            for part in tensor.parts:
-                scales = small_matrices.scales(opened.weights, part).astype(np.float32) * factor
-                with np.errstate(over="ignore"):
-                    values = small_matrices.spread(scales, tensor.shape[1], scheme.group).astype(shape.dtype)
-                check_finite(values, f"{shape.name}, as {shape.dtype.name},")
-                yield values
+            return dense_pieces(opened.weights, tensor, shape.dtype)
+        if kind == "weight":
+            return _words(opened, tensor, scheme)
+        return _of_groups(opened, tensor, scheme, shape)
 
-    quantization = quantization_of(_planned(opened, layout))
-    huggingface_export.write_folder(
-        opened,
-        output,
-        files,
-        pieces,
-        layout=layout,
-        dtype=dtype or np.dtype(np.float16),
-        format=FORMAT,
-        keys={"quantization": quantization, "quantization_config": quantization},  # the second for the hub
-        say=say,
-    )
+    # The second key is for the hub.
+    keys = dict.fromkeys(("quantization", "quantization_config"), quantization_of(planned))
+    return Folder(FORMAT, layout, shapes, pieces, dtype, keys, _notes(opened, dtype))
 
 
-def notes(opened: Opened, dtype: np.dtype | None) -> list[str]:
-    """What the folder does not hold as the checkpoint does, and what mlx-lm computes otherwise, in lines."""
-    dtype, rope, window = dtype or np.dtype(np.float16), opened.model.long_rope, opened.model.sliding_window
+def _shapes(tensor: Tensor, scheme: Scheme | None, dtype: np.dtype) -> list[Shape]:
+    if scheme is None:
+        return [Shape(tensor.name, tensor.shape, dtype)]
+    rows, inputs = tensor.shape
+    module, groups = _module(tensor), (rows, inputs // scheme.group)
+    return [
+        Shape(f"{module}.weight", (rows, inputs * scheme.bits // 32), np.dtype(np.uint32)),
+        Shape(f"{module}.scales", groups, dtype),
+        Shape(f"{module}.biases", groups, dtype),
+    ]
+
+
+def _words(opened: Opened, tensor: Tensor, scheme: Scheme) -> Iterator[np.ndarray]:
+    for part in tensor.parts:
+        for values in small_matrices.integers(opened.weights, part):
+            yield packed(values, scheme.bits).view("<u4")
+
+
+def _of_groups(opened: Opened, tensor: Tensor, scheme: Scheme, shape: Shape) -> Iterator[np.ndarray]:
+    """Scales or biases."""
+    # -2^(b-1) times a float16 is a float16 again, but where it is too large for one.
+    factor = 1 if shape.name.endswith(".scales") else -(1 << (scheme.bits - 1))
+    for part in tensor.parts:
+        scales = small_matrices.scales(opened.weights, part).astype(np.float32) * factor
+        with np.errstate(over="ignore"):
+            values = small_matrices.spread(scales, tensor.shape[1], scheme.group).astype(shape.dtype)
+        check_finite(values, f"{shape.name}, as {shape.dtype.name},")
+        yield values
+
+
+def _notes(opened: Opened, dtype: np.dtype) -> list[str]:
+    rope, window = opened.model.long_rope, opened.model.sliding_window
     lines = [f"scales and what is dense: {dtype.name}, in which MLX computes"]
     if dtype == jnp.bfloat16:
         lines.append("warning: bfloat16 rounds the scales, by 1 part in 512 at most")

@@ -9,7 +9,7 @@ from etils import epath
 from gguf_case import tokenizer
 from small_weights_case import CASES, STOPS, Small, expected, layout_of, source, unpacked
 
-from phijax.checkpoint import compressed_tensors_export, huggingface_export, small_matrices
+from phijax.checkpoint import compressed_tensors_export, huggingface_export, huggingface_folder, small_matrices
 from phijax.checkpoint.huggingface_export import DTYPES
 from phijax.errors import UserError
 from phijax.quantization.policy import Scheme
@@ -24,8 +24,8 @@ def small(tmp_path_factory):
 
 
 def write(opened, output, dtype=None, shard=1 << 30):
-    settings = {"layout": layout_of(opened), "dtype": dtype and DTYPES[dtype], "max_shard_bytes": shard}
-    compressed_tensors_export.write(opened, epath.Path(output), **settings)
+    folder = compressed_tensors_export.folder(opened, layout_of(opened), dtype and DTYPES[dtype])
+    huggingface_folder.write(opened, epath.Path(output), folder, max_shard_bytes=shard)
     return output
 
 
@@ -94,9 +94,8 @@ def test_transformers_gives_the_logits_of_the_dense_folder(case, small, tmp_path
     opened = small(case)
     folder = write(opened, tmp_path / "small", dtype="float32")
     plain = tmp_path / "dense"
-    huggingface_export.write(
-        opened, epath.Path(plain), layout=layout_of(opened), dtype=DTYPES["float32"], max_shard_bytes=1 << 30
-    )
+    dense = huggingface_export.folder(opened, layout_of(opened), DTYPES["float32"])
+    huggingface_folder.write(opened, epath.Path(plain), dense)
     tokens, logits = torch.tensor(np.random.default_rng(0).integers(0, 380, (2, 24))), []
     for path in (folder, plain):
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

@@ -10,7 +10,14 @@ import pytest
 from huggingface_case import L0, LONG, MODELS, PARTIAL, PHI3, TIED, WINDOW, Saved, edit, make, tensors, their_logits
 from quick_compilation import QUICK
 
-from phijax.checkpoint import durable, huggingface_config, huggingface_export, names, ours_export
+from phijax.checkpoint import (
+    durable,
+    huggingface_config,
+    huggingface_export,
+    huggingface_folder,
+    names,
+    ours_export,
+)
 from phijax.checkpoint.open import load_params, open_checkpoint
 from phijax.checkpoint.weight_source import model_shapes
 from phijax.errors import UserError
@@ -43,7 +50,7 @@ def logits(opened, tokens: np.ndarray) -> np.ndarray:
 
 def write_hf(opened, output, *, layout=None, dtype=None, shard=10**9):
     layout = layout or huggingface_export.choose_layout(opened, "hf")
-    huggingface_export.write(opened, output, layout=layout, dtype=dtype, max_shard_bytes=shard)
+    huggingface_folder.write(opened, output, huggingface_export.folder(opened, layout, dtype), max_shard_bytes=shard)
     return output
 
 

@@ -9,7 +9,7 @@ from etils import epath
 from gguf_case import tokenizer
 from small_weights_case import CASES, STOPS, Small, expected, layout_of, source, unpacked
 
-from phijax.checkpoint import mlx_export, small_matrices
+from phijax.checkpoint import huggingface_folder, mlx_export, small_matrices
 from phijax.checkpoint.huggingface_export import DTYPES
 from phijax.errors import UserError
 from phijax.model.config import LongRope
@@ -25,8 +25,8 @@ def small(tmp_path_factory):
 
 
 def write(opened, output, dtype=None, shard=1 << 30):
-    settings = {"layout": layout_of(opened), "dtype": dtype and DTYPES[dtype], "max_shard_bytes": shard}
-    mlx_export.write(opened, epath.Path(output), **settings)
+    folder = mlx_export.folder(opened, layout_of(opened), dtype and DTYPES[dtype])
+    huggingface_folder.write(opened, epath.Path(output), folder, max_shard_bytes=shard)
     return output
 
 
@@ -101,10 +101,11 @@ def test_stops_and_card_come_along(small, tmp_path):
 
 def test_what_mlx_computes_otherwise_is_said(small):
     opened = small("groups of 32")
-    assert mlx_export.notes(opened, None) == ["scales and what is dense: float16, in which MLX computes"]
+    assert mlx_export.folder(opened, "phi3", None).notes == ["scales and what is dense: float16, in which MLX computes"]
     rope = LongRope((1.0,) * 32, (2.0,) * 32, original_max_position=16)
     model = dataclasses.replace(opened.model, long_rope=rope, sliding_window=7)
-    said = "\n".join(mlx_export.notes(dataclasses.replace(opened, model=model), DTYPES["bfloat16"]))
+    other = mlx_export.folder(dataclasses.replace(opened, model=model), "phi3", DTYPES["bfloat16"])
+    said = "\n".join(other.notes)
     assert "bfloat16 rounds the scales" in said and "long list always" in said and "longer than 7 tokens" in said
 
 

@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 from quick_compilation import QUICK
 
-from phijax.checkpoint import huggingface_export, manifest, ours_export, reading
+from phijax.checkpoint import huggingface_export, huggingface_folder, manifest, ours_export, reading
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
 from phijax.checkpoint.open import load_params, open_checkpoint
@@ -231,7 +231,8 @@ def test_each_of_two_processes_reads_its_own_devices_slices(workdir, tmp_path, k
     path = workdir
     if kind == "huggingface":
         path = tmp_path / "hf"
-        huggingface_export.write(open_checkpoint(workdir), path, layout="phi3", dtype=None, max_shard_bytes=10**9)
+        opened = open_checkpoint(workdir)
+        huggingface_folder.write(opened, path, huggingface_export.folder(opened, "phi3", None))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from huggingface_case import Saved, edit
 
-from phijax.checkpoint import huggingface_export, ours_export, safetensors_files
+from phijax.checkpoint import huggingface_export, huggingface_folder, ours_export, safetensors_files
 from phijax.checkpoint.open import open_checkpoint
 from phijax.checkpoint.weight_source import check_finite
 from phijax.errors import UserError
@@ -186,7 +186,7 @@ def test_weights_that_are_not_finite_end_an_export_without_a_trace(saved, tmp_pa
     (folder / WEIGHTS).write_bytes(data)
     opened = open_checkpoint(folder)
     with pytest.raises(UserError, match=r"down_proj.* NaN or infinite"):
-        huggingface_export.write(opened, tmp_path / "hf", layout="phi3", dtype=None, max_shard_bytes=10**9)
+        huggingface_folder.write(opened, tmp_path / "hf", huggingface_export.folder(opened, "phi3", None))
     with pytest.raises(UserError, match=r"down_proj.* NaN or infinite"):
         ours_export.write(opened, tmp_path / "ours", dtype=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["poisoned"]
@@ -212,11 +212,10 @@ def test_values_too_large_for_half_precision_are_refused(saved, tmp_path):
     data = bytearray((folder / WEIGHTS).read_bytes())
     data[stored.offset : stored.offset + 4] = np.float32(70000.0).tobytes()
     (folder / WEIGHTS).write_bytes(data)
-    half = huggingface_export.DTYPES["float16"]
+    opened = open_checkpoint(folder)
+    half = huggingface_export.folder(opened, "phi3", huggingface_export.DTYPES["float16"])
     with pytest.raises(UserError, match=r"model.norm.weight, as float16, .*infinite"):
-        huggingface_export.write(
-            open_checkpoint(folder), tmp_path / "o", layout="phi3", dtype=half, max_shard_bytes=10**9
-        )
+        huggingface_folder.write(opened, tmp_path / "o", half)
     assert not (tmp_path / "o").exists()
 
 
@@ -225,7 +224,7 @@ def test_an_output_that_is_there_is_never_touched(saved, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
     for write in (
-        lambda: huggingface_export.write(opened, tmp_path / "out", layout="phi3", dtype=None, max_shard_bytes=10**9),
+        lambda: huggingface_folder.write(opened, tmp_path / "out", huggingface_export.folder(opened, "phi3", None)),
         lambda: ours_export.write(opened, tmp_path / "out", dtype=None),
     ):
         with pytest.raises(UserError, match="is there already"):

@@ -15,7 +15,7 @@ from small_weights_case import CASES, STOPS, Small, expected, layout_of
 
 import phijax
 from phijax import export
-from phijax.checkpoint import mlx_export, ours_export, quantized_export
+from phijax.checkpoint import huggingface_folder, mlx_export, ours_export, quantized_export
 from phijax.checkpoint.huggingface_export import DTYPES
 from phijax.checkpoint.open import open_checkpoint
 from phijax.quantization import policy, report
@@ -31,8 +31,8 @@ def small(tmp_path_factory):
 
 
 def write(opened, output, dtype=None):
-    settings = {"layout": layout_of(opened), "dtype": dtype and DTYPES[dtype], "max_shard_bytes": 1 << 30}
-    mlx_export.write(opened, epath.Path(output), **settings)
+    folder = mlx_export.folder(opened, layout_of(opened), dtype and DTYPES[dtype])
+    huggingface_folder.write(opened, epath.Path(output), folder)
     return output
 
 

@@ -14,7 +14,7 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent / "checkpoint"))
 from gguf_case import tokenizer
 from small_weights_case import FUSED, SPLIT, STOPS, source
 
-from phijax.checkpoint import huggingface_export, quantized_export
+from phijax.checkpoint import huggingface_export, huggingface_folder, quantized_export
 from phijax.checkpoint.huggingface_export import DTYPES
 from phijax.checkpoint.open import open_checkpoint
 from phijax.model.config import LongRope
@@ -39,8 +39,7 @@ LONG = dataclasses.replace(
 def built(opened, folder, layout, precision):
     """The folder of ONNX files that the builder makes of `opened`, in 16 bits."""
     plain, output = folder / "hf", folder / precision
-    settings = {"layout": layout, "dtype": DTYPES["bfloat16"], "max_shard_bytes": 1 << 30}
-    huggingface_export.write(opened, epath.Path(plain), **settings)
+    huggingface_folder.write(opened, epath.Path(plain), huggingface_export.folder(opened, layout, DTYPES["bfloat16"]))
     where = ["-m", "", "-i", plain, "-o", output, "-c", folder / "cache"]
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *where, "-p", precision, "-e", "cpu"]
     ended = subprocess.run(command, capture_output=True, text=True)

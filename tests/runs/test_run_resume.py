@@ -15,7 +15,7 @@ from run_case import EVERY, STEPS, Ended, flip_byte, learned, metrics, saved_ste
 
 from phijax import config as configs
 from phijax import run
-from phijax.checkpoint import huggingface_export, manifest, reading
+from phijax.checkpoint import huggingface_export, huggingface_folder, manifest, reading
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
 from phijax.checkpoint.open import open_checkpoint
@@ -140,7 +140,8 @@ def as_llama(unbroken, tmp_path_factory) -> pathlib.Path:
     """The last step of `unbroken` as a Hugging Face folder, in float32."""
     folder = tmp_path_factory.mktemp("exported") / "llama"
     opened = open_checkpoint(unbroken)
-    huggingface_export.write(opened, folder, layout="llama", dtype=None, max_shard_bytes=20_000)
+    llama = huggingface_export.folder(opened, "llama", None)
+    huggingface_folder.write(opened, folder, llama, max_shard_bytes=20_000)
     return folder
 
 
