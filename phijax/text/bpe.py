@@ -9,19 +9,17 @@ from typing import Any
 
 from etils import epath
 
-from phijax.errors import UserError, nearest_name
+from phijax.errors import UserError
+from phijax.text.bpe_arrays import spec_of_arrays
 from phijax.text.byte_level import bytes_of_token
 from phijax.text.decoding import decode_text
 from phijax.text.huggingface_files import name_of_special, write_names
-from phijax.text.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer
 from phijax.text.special_files import JSON_FILE, OURS_FILE, dummy_space_of, parts_of
 from phijax.text.specials import SPACE_MARK, Specials
 from phijax.text.tokenizer import TextTokenizer
 
 # What ends a document, by the names that published vocabularies give to it; the first that a vocabulary has.
 _END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>")
-
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # GGUF's token types
 
 
 class BpeTokenizer:
@@ -76,56 +74,11 @@ class BpeTokenizer:
         """From the arrays of a GGUF file whose tokenizer.ggml.model is "gpt2".
 
         Args:
-          tokens: the vocabulary, in GPT-2's characters for bytes, control tokens by name.
-          merges: "left right", the first is merged first.
-          types: GGUF's: 1 normal, 3 control, 4 user-defined, 5 unused (padding of the matrix).
-          pre: tokenizer.ggml.pre, the name of the rule that cuts text before merging.
+          tokens, merges, types, pre: as `bpe_arrays.spec_of_arrays` takes them.
           end_of_text: as for the class.
         Raises UserError where the arrays do not belong together or `pre` is a rule that is not known here.
         """
-        if pre not in PRE_TOKENIZERS:
-            near = nearest_name(pre, PRE_TOKENIZERS)
-            raise UserError(
-                f"{where} cuts text by the rule {pre!r} (tokenizer.ggml.pre), which is not known here"
-                f"{f'; did it mean {near!r}?' if near else '.'}\nKnown: {', '.join(PRE_TOKENIZERS)}.\n"
-                f"A folder with the model's {JSON_FILE} says the rule itself: open that."
-            )
-        if len(types) != len(tokens):
-            raise UserError(f"{where} has {len(tokens)} tokens but {len(types)} token types. The file is damaged.")
-        vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED}
-        if len(vocab) != sum(kind != _UNUSED for kind in types):
-            twice = next(token for i, token in enumerate(tokens) if types[i] != _UNUSED and vocab[token] != i)
-            raise UserError(f"{where} has the token {twice!r} twice. The file is damaged.")
-        added = [
-            _added_token(token, i, special=kind == _CONTROL)
-            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind in (_CONTROL, _USER_DEFINED)
-        ]
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        spec = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": added,
-            "normalizer": None,
-            "pre_tokenizer": pre_tokenizer(pre),
-            "post_processor": None,
-            "decoder": byte_level,
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                # Llama 3 takes a word that is a token as it is, whatever the merges would make of it.
-                "ignore_merges": pre in ("llama-bpe", "llama3", "llama-v3"),
-                "vocab": vocab,
-                "merges": _checked(merges, where),
-            },
-        }
-        return cls(json.dumps(spec), where, end_of_text=end_of_text)
+        return cls(spec_of_arrays(tokens, merges, types, pre, where), where, end_of_text=end_of_text)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: names of special tokens inside it are text as any other; nothing is put around it.
@@ -286,19 +239,6 @@ def _specials(parsed: dict[str, Any], where: str) -> Specials:
         right |= {name} if token.get("rstrip") else set()
         left |= {name} if token.get("lstrip") else set()
     return Specials(MappingProxyType(ids), frozenset(right), frozenset(left))
-
-
-def _added_token(name: str, i: int, special: bool) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": i, "content": name, **flags, "special": special}
-
-
-def _checked(merges: Sequence[str], where: str) -> list[str]:
-    for merge in merges:
-        left, _, right = merge.partition(" ")
-        if not left or not right or " " in right:
-            raise UserError(f"{where}: the merge {merge[:80]!r} is no pair of tokens. The file is damaged.")
-    return list(merges)
 
 
 def _load(spec: str, where: str) -> Any:
