@@ -9,6 +9,7 @@ from quantized_case import MODEL, one_device, quantized_params, random_params
 
 from phijax.inference import programs, resident
 from phijax.inference.generator import Generator
+from phijax.inference.kept import Kept
 from phijax.inference.sampling import Sampling, Settings
 from phijax.model import params
 from phijax.model.backend import CHOICES
@@ -84,6 +85,16 @@ def test_a_row_has_its_bits_over_a_cache_of_eight_bits():
     batch, sampling = prompts(3, 40, 17, 90, 1), Sampling(temperature=0, max_tokens=6)
     for prompt, expected in zip(batch, generator.generate(batch, sampling), strict=True):
         assert generator.generate([prompt], sampling) == [expected]
+
+
+@needs_compiler
+def test_the_next_turn_of_a_conversation_has_its_bits():
+    """Its first chunk is the last turn's."""
+    generator, kept, sampling = Generator(MODEL, stored()), Kept(), Sampling(temperature=0, max_tokens=6)
+    (first,) = prompts(90)
+    answer = generator.generate([first], sampling, kept=kept)[0].tokens
+    (second,) = generator.generate([[*first, *answer, 5, 6, 7]], sampling, kept=kept)
+    assert [second] == generator.generate([[*first, *answer, 5, 6, 7]], sampling)
 
 
 @needs_compiler
