@@ -52,6 +52,7 @@ def get_config():
     c.logging.every_steps, c.logging.tensorboard, c.logging.plot = 1, False, False
     c.evaluation.every_steps = FOREVER
     c.processes.heartbeat_timeout = 10
+    c.processes.initialization_timeout = 60  # of one that was killed before it was there the others hear by this alone
     return c
 """
 
