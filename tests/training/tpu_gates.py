@@ -82,12 +82,12 @@ class Recorded:
 def check(found: Facts, recorded: Recorded) -> None:
     """The gate: every exact fact, each with what it says when it is broken.
 
-    Seen red on the small program, its source broken by hand. Peak: nothing rematerialised (0.172 GiB for 0.098). Kinds:
-    6 rows of a weight on a chip (every gather an all-reduce). Bytes: gradients over `data` in every micro-batch
-    (reduce-scatter 37.0 MB for 15.7), gathered weights worked on in float32 (all-gather 86.5 for 67.6). Whole sums: psum
-    for psum_scatter. Relayouts: 36 or 68 rows of a weight on a chip (6 copies). Cycles: the first micro-batch before the
-    loop (+21 %), rotations by slices (+13 %), a result split into heads instead of its weight (+13 %). What stays green:
-    a cast to bfloat16 behind the gather, since the compiler moves it before it.
+    Seen red on the small program, its source broken by hand. Peak: nothing rematerialised (0.172 GiB for 0.098).
+    Kinds: 6 rows of a weight on a chip (every gather an all-reduce). Bytes: gradients over `data` in every micro-
+    batch (reduce-scatter 37.0 MB for 15.7), gathered weights worked on in float32 (all-gather 86.5 for 67.6). Whole
+    sums: psum for psum_scatter. Relayouts: 36 or 68 rows of a weight on a chip (6 copies). Cycles: the first micro-
+    batch before the loop (+21 %), rotations by slices (+13 %), a result split into heads instead of its weight (+13
+    %). What stays green: a cast to bfloat16 behind the gather, since the compiler moves it before it.
     """
     peak, cycles = found.peak / 2**30, found.estimate.core_cycles
     assert peak < 1.02 * recorded.peak, f"HBM grew: {peak:.3f} GiB, {recorded.peak} when this was written"
