@@ -49,9 +49,9 @@ def plus_mlp(x: jax.Array, norm: RMSNorm, mlp: Mlp, row_sum: RowSum, count: jax.
 
 def attends_in_one_call(w: nnx.Param, x: jax.Array, cache: Pieces) -> bool:
     """Whether the weights' format brings its own attention, over a cache that it can read."""
-    if not isinstance(w.get_value(), cpu_int4.Tiled):
-        return False
-    return x.dtype == "float32" and all(array.dtype == "float32" for piece in cache for array in piece)
+    return (
+        isinstance(w.get_value(), cpu_int4.Tiled) and x.dtype == "float32" and cache[0][0].dtype in ("float32", "int8")
+    )
 
 
 def attend(

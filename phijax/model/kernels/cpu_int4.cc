@@ -188,14 +188,37 @@ void run(const Attention& a, const AttendFunctions& functions, int rows, ffi::Th
   });
 }
 
+// The pieces of a cache: k and v float32, or k, v int8 and their scales bfloat16. False where it is something else.
+bool add_pieces(Attention& a, ffi::RemainingRets outs, size_t begin, bool integers) {
+  for (size_t i = begin; i + 1 < outs.size(); i += integers ? 4 : 2) {
+    Piece piece;
+    auto add = [&](Lines& lines, size_t number) {
+      if (!integers) {
+        auto floats = outs.get<F32>(number);
+        if (floats) lines.floats = (*floats)->typed_data(), piece.length = (*floats)->dimensions()[2];
+        return floats.has_value();
+      }
+      auto values = outs.get<ffi::Buffer<ffi::S8>>(number);
+      auto scales = outs.get<ffi::Buffer<ffi::BF16>>(number + 2);
+      if (!values || !scales) return false;
+      lines.integers = (*values)->typed_data(), piece.length = (*values)->dimensions()[2];
+      lines.scales = (*scales)->typed_data();
+      return true;
+    };
+    if (!add(piece.k, i) || !add(piece.v, i + 1)) return false;
+    a.pieces.push_back(piece);
+  }
+  return !a.pieces.empty();
+}
+
 // q (rows, T, N H), k and v (rows, T, K H), cosines and sines (rows, T, rotary), positions (rows) of the first tokens,
-// count as above, then k and v of each piece of the cache -> (rows, T, N H) and the pieces, which are the same memory.
+// count as above, then the pieces of the cache -> (rows, T, N H) and the pieces, which are the same memory.
 ffi::Error attend(ffi::ThreadPool pool, F32 q, F32 k, F32 v, F32 cosines, F32 sines, ffi::Buffer<ffi::S32> positions,
                   ffi::Buffer<ffi::S32> count, ffi::RemainingArgs cache, ffi::RemainingRets outs, int32_t window,
                   int32_t path) {
   if (outs.size() != cache.size() + 1 || cache.size() < 2) return wrong("arguments");
   auto out = outs.get<F32>(0);
-  auto shape = cache.get<F32>(0);
+  auto shape = cache.get<ffi::AnyBuffer>(0);
   if (!out || !shape || shape->dimensions().size() != 4 || q.dimensions().size() != 3) return wrong("arguments");
   const auto heads = shape->dimensions();  // (R, K, S, H)
   Attention a;
@@ -205,14 +228,9 @@ ffi::Error attend(ffi::ThreadPool pool, F32 q, F32 k, F32 v, F32 cosines, F32 si
   const int64_t all = q.dimensions()[0], width = q.dimensions()[2];
   a.tokens = q.dimensions()[1], a.group = width / (a.kv_heads * a.head_dim);
   if (k.dimensions().back() != heads[1] * heads[3] || width != a.heads() * heads[3]) return wrong("heads");
+  if (!add_pieces(a, outs, 1, shape->element_type() == ffi::S8)) return wrong("cache");
   int64_t places = 0;
-  for (size_t i = 0; i < cache.size(); i += 2) {
-    auto keys = cache.get<F32>(i);
-    auto new_keys = outs.get<F32>(i + 1), new_values = outs.get<F32>(i + 2);
-    if (!keys || !new_keys || !new_values) return wrong("cache");
-    a.pieces.push_back({(*new_keys)->typed_data(), (*new_values)->typed_data(), keys->dimensions()[2]});
-    places += keys->dimensions()[2];
-  }
+  for (const Piece& piece : a.pieces) places += piece.length;
   const int64_t rows = std::min<int64_t>(counted(count, all), heads[0]);
   for (int64_t r = 0; r < rows; ++r) {
     if (a.positions[r] < 0 || a.positions[r] + a.tokens > places) return wrong("position outside of the cache");

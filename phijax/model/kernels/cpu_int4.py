@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from phijax.model.kernels import cpu_int4_library
+from phijax.model.kernels.decode import Pieces
 from phijax.model.quantized import Quantized
 
 TILE = 32  # outputs
@@ -165,29 +166,30 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     rope: tuple[jax.Array, jax.Array],
-    cache: Sequence[tuple[jax.Array, jax.Array]],
+    cache: Pieces,
     positions: jax.Array,
     count: jax.Array | None,
     *,
     window: int | None,
     path: str,
-) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], ...]]:
+) -> tuple[jax.Array, Pieces]:
     """New tokens of rows: rotates q and k, writes k and v into the cache, and attends.
 
     Args:
-      q: (B, T, N H); k, v: (B, T, K H); rope: cos and sin (B, T, R); cache: as in `kernels/decode.py`, float32.
+      q: (B, T, N H); k, v: (B, T, K H); rope: cos and sin (B, T, R); cache: as in `kernels/decode.py`,
+        float32 or in eight bits.
       positions: (B,) int32, the places of the first of the new tokens; the others follow.
       count: () int32, how many rows of the batch count; None: all.
     Returns: (B, T, N H), zeros for rows beyond `count` or the cache's; the cache, in place where it is donated.
     """
-    pieces = [array for piece in cache for array in piece]
+    pieces = jax.tree.leaves(cache)
     counted = jnp.zeros(0, jnp.int32) if count is None else jnp.asarray(count, jnp.int32).reshape(1)
     before = [q, k, v, *rope, positions, counted]
     results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (q, *pieces)]
     aliases = {len(before) + i: i + 1 for i in range(len(pieces))}
     call = jax.ffi.ffi_call(cpu_int4_library.ATTEND, results, input_output_aliases=aliases)
     out, *new = call(*before, *pieces, window=np.int32(window or 0), path=np.int32(_number(path)))
-    return out, tuple(zip(new[::2], new[1::2], strict=True))
+    return out, jax.tree.unflatten(jax.tree.structure(cache), new)
 
 
 def _before(x, norm, residual, count) -> list[jax.Array]:

@@ -8,14 +8,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu_int4_tiles.h"
+#include "cpu_int4_cache.h"
 
 namespace {
-
-struct Piece {
-  float *k, *v;  // (R, K, length, H)
-  int64_t length;
-};
 
 struct Attention {
   const float *q, *k, *v;         // (rows, tokens, N H), (rows, tokens, K H), (rows, tokens, K H): not rotated
@@ -26,7 +21,7 @@ struct Attention {
   std::vector<Piece> pieces;
 
   int heads() const { return kv_heads * group; }
-  // Where a token's part of `heads` heads begins, and where a row's kv head lies in a piece, in keys.
+  // Where a token's part of `heads` heads begins, and in a piece a row's kv head, in lines.
   int64_t at(int row, int token, int heads, int head) const {
     return ((static_cast<int64_t>(row) * tokens + token) * heads + head) * head_dim;
   }
@@ -87,17 +82,34 @@ INLINE void add_weighted(const float* weights, const float* values, int64_t keys
 
 // A token's key and value of one kv head.
 INLINE void write_body(const Attention& a, int row, int token, int kv_head) {
-  const int h = a.head_dim;
+  thread_local std::vector<float> rotated;
+  rotated.resize(a.head_dim);
   const int64_t from = a.at(row, token, a.kv_heads, kv_head), table = a.table(row, token);
+  rotate(a.k + from, a.cosines + table, a.sines + table, a.rotary, a.head_dim, 1.0f, rotated.data());
   int64_t place = a.positions[row] + token;
   for (const Piece& piece : a.pieces) {
     if (place < piece.length) {
-      const int64_t to = (a.line(piece, row, kv_head) + place) * h;
-      rotate(a.k + from, a.cosines + table, a.sines + table, a.rotary, h, 1.0f, piece.k + to);
-      std::memcpy(piece.v + to, a.v + from, h * sizeof(float));
+      const int64_t line = a.line(piece, row, kv_head) + place;
+      write_line(piece.k, line, rotated.data(), a.head_dim);
+      write_line(piece.v, line, a.v + from, a.head_dim);
       return;
     }
     place -= piece.length;
+  }
+}
+
+// visit(piece, place, place in the piece, count) for keys at `lowest` to `end` - 1, at most kKeys at once. They end at
+// multiples of kKeys from the piece's beginning, whatever the range: where they end is part of the order of sums.
+template <typename Visit>
+INLINE void by_blocks(const Attention& a, int64_t lowest, int64_t end, Visit visit) {
+  int64_t begin = 0;
+  for (const Piece& piece : a.pieces) {
+    const int64_t last = std::min(end, begin + piece.length);
+    for (int64_t p = std::max(lowest, begin), next; p < last; p = next) {
+      next = std::min(last, begin + ((p - begin) / kKeys + 1) * kKeys);
+      visit(piece, p, p - begin, static_cast<int>(next - p));
+    }
+    begin += piece.length;
   }
 }
 
@@ -105,23 +117,17 @@ INLINE void write_body(const Attention& a, int row, int token, int kv_head) {
 template <typename Vector>
 INLINE void attend_body(const Attention& a, int row, int head) {
   thread_local std::vector<float> memory;
-  const int h = a.head_dim;
+  const int h = a.head_dim, kv_head = head / a.group;
   const int64_t position = a.positions[row], table = a.table(row, 0), first = a.at(row, 0, a.heads(), head);
   const int64_t lowest = a.window ? std::max<int64_t>(position - a.window + 1, 0) : 0;
   const int64_t seen = position + 1 - lowest;
-  memory.resize(h + seen);
-  float *query = memory.data(), *scores = query + h;
+  memory.resize((1 + kKeys) * h + seen);
+  float *query = memory.data(), *scratch = query + h, *scores = scratch + kKeys * h;
   rotate(a.q + first, a.cosines + table, a.sines + table, a.rotary, h, 1.0f / __builtin_sqrtf(h), query);
-
-  int64_t begin = 0;
-  for (const Piece& piece : a.pieces) {
-    const float* k = piece.k + a.line(piece, row, head / a.group) * h;
-    const int64_t end = std::min(position + 1, begin + piece.length);
-    for (int64_t p = std::max(lowest, begin); p < end; ++p) {
-      scores[p - lowest] = dot<Vector>(query, k + (p - begin) * h, h);
-    }
-    begin += piece.length;
-  }
+  by_blocks(a, lowest, position + 1, [&](const Piece& piece, int64_t place, int64_t at, int count) {
+    const float* k = read_lines(piece.k, a.line(piece, row, kv_head) + at, count, h, scratch);
+    for (int p = 0; p < count; ++p) scores[place - lowest + p] = dot<Vector>(query, k + p * h, h);
+  });
 
   float highest = scores[0], parts[16] = {};
   for (int64_t p = 1; p < seen; ++p) highest = scores[p] > highest ? scores[p] : highest;
@@ -134,25 +140,17 @@ INLINE void attend_body(const Attention& a, int row, int head) {
 
   float* out = a.out + first;
   for (int i = 0; i < h; ++i) out[i] = 0.0f;
-  begin = 0;
-  for (const Piece& piece : a.pieces) {
-    const float* v = piece.v + a.line(piece, row, head / a.group) * h;
-    const int64_t end = std::min(position + 1, begin + piece.length);
-    const int64_t from = std::max(lowest, begin);
-    const float *weights = scores + (from - lowest), *values = v + (from - begin) * h;
+  by_blocks(a, lowest, position + 1, [&](const Piece& piece, int64_t place, int64_t at, int count) {
     constexpr int kWidth = sizeof(Vector) / 4;
+    const float* v = read_lines(piece.v, a.line(piece, row, kv_head) + at, count, h, scratch);
+    const float* weights = scores + (place - lowest);
     int i = 0;
-    for (; from < end && i + 4 * kWidth <= h; i += 4 * kWidth) {
-      add_weighted<Vector, 4>(weights, values + i, end - from, h, out + i);
+    for (; i + 4 * kWidth <= h; i += 4 * kWidth) add_weighted<Vector, 4>(weights, v + i, count, h, out + i);
+    for (; i + kWidth <= h; i += kWidth) add_weighted<Vector, 1>(weights, v + i, count, h, out + i);
+    for (int p = 0; p < count; ++p) {
+      for (int j = i; j < h; ++j) out[j] += weights[p] * v[p * h + j];
     }
-    for (; from < end && i + kWidth <= h; i += kWidth) {
-      add_weighted<Vector, 1>(weights, values + i, end - from, h, out + i);
-    }
-    for (int64_t p = 0; p < end - from; ++p) {
-      for (int j = i; j < h; ++j) out[j] += weights[p] * values[p * h + j];
-    }
-    begin += piece.length;
-  }
+  });
   for (int i = 0; i < h; ++i) out[i] /= total;
 }
 

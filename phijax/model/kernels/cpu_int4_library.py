@@ -21,7 +21,7 @@ from phijax.errors import UserError, nearest_name
 VARIABLE = "PHIJAX_CPU_KERNEL"
 PATHS = ("generic", "avx2", "avxvnni", "avx512vnni")  # their numbers in the source, the best last
 PRODUCT, GATED, ATTEND = TARGETS = ("phijax_cpu_int4_product", "phijax_cpu_int4_gated", "phijax_cpu_int4_attend")
-HEADERS = ("cpu_int4_tiles.h", "cpu_int4_attention.h", "cpu_int4_prompt.h", "cpu_int4_threads.h")
+HEADERS = tuple(f"cpu_int4_{name}.h" for name in ("tiles", "cache", "attention", "prompt", "threads"))
 SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("cpu_int4.cc", *HEADERS))
 COMPILERS = ("c++", "g++", "clang++")
 # Contraction would let the compiler sum differently for other numbers of rows; traps and errno keep loops from vectors.

@@ -11,7 +11,6 @@
 
 namespace {
 
-constexpr int kKeys = 64;            // of a block: its scores, keys and values stay in the first cache
 constexpr float kMasked = -1e30f;
 
 template <typename Vector>
@@ -116,11 +115,12 @@ INLINE void attend_block_body(const Attention& a, int row, int head, int block) 
   constexpr int kCount = kLanes<Vector>;
   thread_local std::vector<float> memory;
   const int h = a.head_dim, first = block * kCount, count = std::min(kCount, a.tokens - first);
-  memory.assign((2 * kCount + 1) * h, 0.0f);
+  memory.resize((2 * kCount + 1 + 2 * kKeys) * h);
   Lanes<Vector> lanes;
   lanes.query = memory.data(), lanes.out = lanes.query + kCount * h;
+  float *line = lanes.out + kCount * h, *k = line + h, *v = k + kKeys * h;
+  std::fill(lanes.query, line, 0.0f);
   lanes.place = a.positions[row] + first;
-  float* line = lanes.out + kCount * h;
   for (int j = 0; j < kCount; ++j) lanes.highest[j] = kMasked, lanes.total[j] = 0.0f;
   for (int j = 0; j < count; ++j) {
     const int64_t table = a.table(row, first + j);
@@ -130,16 +130,10 @@ INLINE void attend_block_body(const Attention& a, int row, int head, int block) 
   }
 
   const int64_t lowest = a.window ? std::max<int64_t>(lanes.place - a.window + 1, 0) : 0;
-  int64_t begin = 0;
-  for (const Piece& piece : a.pieces) {
-    const int64_t end = std::min(lanes.place + count, begin + piece.length);
-    // Whole blocks of a piece, whatever the query: where a block ends is part of the order of the sums.
-    for (int64_t p = begin + std::max<int64_t>(lowest - begin, 0) / kKeys * kKeys; p < end; p += kKeys) {
-      const int64_t from = (a.line(piece, row, head / a.group) + p - begin) * h;
-      see(lanes, piece.k + from, piece.v + from, p, std::min<int64_t>(kKeys, end - p), h, a.window);
-    }
-    begin += piece.length;
-  }
+  by_blocks(a, lowest, lanes.place + count, [&](const Piece& piece, int64_t place, int64_t at, int keys) {
+    const int64_t from = a.line(piece, row, head / a.group) + at;
+    see(lanes, read_lines(piece.k, from, keys, h, k), read_lines(piece.v, from, keys, h, v), place, keys, h, a.window);
+  });
   for (int i = 0; i < h; ++i) {
     for (int j = 0; j < kCount; ++j) lanes.out[i * kCount + j] /= lanes.total[j];
   }
