@@ -1,5 +1,6 @@
 """What every command does around its work: parse flags, turn a UserError into one message, choose the exit code."""
 
+import errno
 import functools
 import logging
 import os
@@ -7,6 +8,7 @@ import re
 import select
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -15,6 +17,8 @@ from absl import flags
 from phijax import errors
 from phijax.parallel import hardware
 
+# Full, read-only and forbidden disks may show anywhere, and are no bugs of ours.
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _EXIT_UNREAD = 141  # as a shell says of a command that SIGPIPE ended
 _HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
 
@@ -30,6 +34,7 @@ def run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues =
       flag_values: where the flags of this command are defined.
     Exit codes: `phijax.errors.EXIT_*`.
     """
+    warnings.formatwarning = _our_warnings_alone(warnings.formatwarning)
     code = _exit_code(main, flag_values)
     logging.shutdown()
     sys.stdout.flush()
@@ -94,11 +99,24 @@ def _exit_code(main: Callable[[list[str]], int | None], flag_values: flags.FlagV
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else errors.EXIT_DONE if stop.code is None else errors.EXIT_CRASH
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            print(f"error: {error}. Start the same command again when that is mended.", file=sys.stderr)
+            return errors.EXIT_USER_ERROR
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed
             return _EXIT_UNREAD
         traceback.print_exc()
         return errors.EXIT_CRASH
+
+
+def _our_warnings_alone(others: Callable[..., str]) -> Callable[..., str]:
+    """Warnings of phijax's own as a line for people; those of libraries as Python writes them."""
+
+    def written(message, category, filename, *rest) -> str:
+        ours = category is UserWarning and f"{os.sep}phijax{os.sep}" in filename
+        return f"warning: {message}\n" if ours else others(message, category, filename, *rest)
+
+    return written
 
 
 def _help_or_main(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues) -> int:

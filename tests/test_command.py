@@ -12,7 +12,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.par
 
 SCRIPT = '''
 """Does nothing, as an example."""
-import atexit, os, sys
+import atexit, os, sys, warnings
 from absl import flags
 from phijax import command, errors
 
@@ -26,6 +26,10 @@ def main(arguments):
         case "user": raise errors.UserError("the sky is green.\\nMake it blue.")
         case "crash": raise ZeroDivisionError("oops")
         case "stop": raise KeyboardInterrupt
+        case "warning":
+            warnings.warn("of another")
+            warnings.warn_explicit("of ours", UserWarning, os.sep.join(["", "phijax", "x.py"]), 3)
+        case "full": raise OSError(28, "No space left on device")
         case "restart": return errors.EXIT_RESTART
         case "exit": sys.exit(3)
         case "exit_text": sys.exit("text")
@@ -50,6 +54,7 @@ def run(tmp_path, *arguments):
         ("fine", 0, ""),
         ("user", 2, "error: the sky is green.\nMake it blue.\n"),
         ("stop", 75, "stopped from the keyboard; the same command can be started again\n"),
+        ("full", 2, "error: [Errno 28] No space left on device. Start the same command again when that is mended.\n"),
         ("restart", 75, ""),
         ("exit", 3, ""),
         ("exit_text", 1, None),
@@ -69,6 +74,11 @@ def test_a_crash_has_its_traceback(tmp_path):
     assert result.returncode == 1
     assert result.stdout == "count 5 ['crash']\n"  # flushed, though the process left in a hurry
     assert "Traceback" in result.stderr and "ZeroDivisionError: oops" in result.stderr
+
+
+def test_our_warnings_are_lines_for_people(tmp_path):
+    lines = run(tmp_path, "warning").stderr.splitlines()
+    assert lines[-1] == "warning: of ours" and "example.py" in lines[0] and "UserWarning: of another" in lines[0]
 
 
 def test_a_reader_that_stops_early_ends_it_in_silence(tmp_path):

@@ -1,6 +1,7 @@
 """Opens a checkpoint of ours, a run's or an exported one, to read its weights alone. Takes no lock, changes nothing."""
 
 import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -142,7 +143,8 @@ def is_step_of_run(folder: epath.Path) -> bool:
 def open_ours(path: epath.Path) -> Opened:
     """A run's workdir (its newest step whose every byte is as it was written), or one step's folder. Collective.
 
-    Raises: UserError for a damaged step (file named), or where there is none.
+    A newer step that is damaged is a warning. Raises: UserError where there is none that is whole (of one step: the
+    file that is damaged is named).
     """
     folder = epath.Path(from_process_zero(lambda: str(_whole_step(path))))
     content = reading.read_manifest(folder)
@@ -174,11 +176,15 @@ def _whole_step(path: epath.Path) -> epath.Path:
             raise UserError(upkeep.damage(path, problems))
         return path
     folder = path / CHECKPOINTS_FOLDER
-    saved = steps.list_folders(folder).steps
-    whole = next((step for step in reversed(saved) if not manifest.verify(folder / str(step))), None)
-    if whole is None:
-        raise UserError(f"{path} holds no whole checkpoint" + (f" (damaged: {saved})." if saved else "."))
-    return folder / str(whole)
+    saved, damaged = steps.list_folders(folder).steps, []
+    for step in reversed(saved):
+        problems = manifest.verify(folder / str(step))
+        if not problems:
+            for text in damaged:
+                warnings.warn(f"{text}\nUsing step {step} instead.", stacklevel=2)
+            return folder / str(step)
+        damaged.append(upkeep.damage(folder / str(step), problems))
+    raise UserError(f"{path} holds no whole checkpoint" + (f" (damaged: {saved})." if saved else "."))
 
 
 def _schemes_of(folder: epath.Path, extra: dict) -> dict[str, Scheme]:
