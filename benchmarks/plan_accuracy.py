@@ -25,7 +25,7 @@ from phijax.training.program import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """rows: sequences that data x fsdp chips take at once, for each of them."""
+    """rows: sequences that data x fsdp chips take at once, for each of them. profile, products: of the config."""
 
     model: str
     topology: str
@@ -34,17 +34,24 @@ class Case:
     micro_batches: int = 1
     length: int = 4096
     remat: str = "save_all"
+    profile: str = "none"
+    products: str = "float"
 
 
+POD, SIXTEEN, LONG = MeshConfig(data=2, fsdp=64), MeshConfig(fsdp=16), MeshConfig(fsdp=16, context=8)
 CASES = (
     Case("phi3_mini", "v5e:16x16", MeshConfig(data=2, fsdp=128)),
     Case("phi3_mini", "v5e:16x16", MeshConfig(data=2, fsdp=128), micro_batches=4),
-    Case("phi3_mini", "v5e:4x4", MeshConfig(fsdp=16), remat="save_attention"),
-    Case("phi3_medium", "v5p:4x4x8", MeshConfig(data=2, fsdp=64), rows=2),
-    Case("phi3_medium", "v5p:2x2x4", MeshConfig(fsdp=16), rows=2, remat="save_mid_gate_up"),
+    Case("phi3_mini", "v5e:16x16", MeshConfig(data=2, fsdp=128), products="int8"),
+    Case("phi3_mini", "v5e:4x4", SIXTEEN, remat="save_attention"),
+    Case("phi3_medium", "v5p:4x4x8", POD, rows=2, profile="sparse_core"),
+    Case("phi3_medium", "v5p:4x4x8", POD, rows=4, remat="save_all_but_activation", profile="sparse_core"),
+    Case("phi3_medium", "v5p:2x2x4", SIXTEEN, rows=4, micro_batches=16, remat="save_mid_gate_up"),
     Case("phi3_mini", "v5p:2x2x2", MeshConfig(fsdp=4, tensor=2), rows=2),
     Case("phi3_mini", "v6e:16x16", MeshConfig(data=2, fsdp=128), rows=2),
-    Case("phi3_mini", "v5p:4x4x8", MeshConfig(fsdp=16, context=8), length=131_072),
+    Case("phi3_medium", "v6e:16x16", MeshConfig(data=4, fsdp=64), remat="save_mid_gate_up", profile="sparse_core"),
+    Case("phi3_mini", "v5p:4x4x8", LONG, length=131_072),
+    Case("phi3_mini", "v5p:4x4x8", LONG, length=131_072, profile="sparse_core"),
 )
 
 
@@ -53,9 +60,10 @@ def compare(case: Case) -> str:
     model = dataclasses.replace(PRESETS[case.model], sliding_window=None)
     if case.length > model.max_position:
         model = dataclasses.replace(model, max_position=case.length)
-    backend = dataclasses.replace(CHOICES["tpu"], remat=case.remat)
-    recipe = Recipe(model, backend, OptimizerConfig(), LossConfig(), total_steps=10_000, seed=0)
+    backend = dataclasses.replace(CHOICES["tpu"], remat=case.remat, mlp_products=case.products)
     where = analytic.make_slice(case.topology, case.mesh)
+    options = hardware.compiler_options(hardware.CompilerConfig(case.profile), where.chip.name)
+    recipe = Recipe(model, backend, OptimizerConfig(), LossConfig(), 10_000, 0, options)
     shape = (case.micro_batches, case.rows * where.sizes["data"] * where.sizes["fsdp"], case.length)
     shapes = analytic.estimate(recipe, where, shape)
     held = sum(analytic.memory(recipe, where.sizes, shape).values())
@@ -73,7 +81,7 @@ def compare(case: Case) -> str:
     return (
         f"{name}{shapes.step:8.3f}{e.step:9.3f}{shapes.step / e.step - 1:+8.1%}  {pairs}"
         f"{held / GIB:8.2f}{compiled.hbm_peak / GIB:8.2f}{held / compiled.hbm_peak - 1:+8.1%}"
-        f"{parts / compiled.hbm_peak - 1:+8.2%}{compiled.compile_seconds:8.0f}"
+        f"{parts / compiled.hbm_peak - 1:+8.2%}{compiled.compile_seconds:8.0f}  {case.remat} {case.profile} {case.products}"
     )
 
 

@@ -56,14 +56,19 @@ class Torus:
 
         Both directions of an axis work where the group closes the ring; on a line one does.
         """
+        spans = self._spans(group)
+        rings = [reached == length and length % chip.wraps_at == 0 for reached, length in spans]
+        return sum(chip.link_bandwidth * (2 if ring else 1) for ring in rings) or 2 * chip.link_bandwidth
+
+    def wraps(self, group: Sequence[int], chip: Chip) -> bool:
+        """Whether every axis that `group` spans closes into a ring, though it may take a part of it."""
+        return all(length % chip.wraps_at == 0 for _, length in self._spans(group))
+
+    def _spans(self, group: Sequence[int]) -> list[tuple[int, int]]:
+        """(places along it that the group has, its length) of each axis that the group spans."""
         places = [self.coordinates[i] for i in group if i < len(self.coordinates)]
-        total = 0.0
-        for axis, length in enumerate(self.shape):
-            reached = len({place[axis] for place in places})
-            if reached > 1:
-                ring = reached == length and reached % chip.wraps_at == 0
-                total += chip.link_bandwidth * (2 if ring else 1)
-        return total or 2 * chip.link_bandwidth
+        reached = [len({place[axis] for place in places}) for axis in range(len(self.shape))]
+        return [(n, length) for n, length in zip(reached, self.shape, strict=True) if n > 1]
 
 
 def seconds(kind: str, size: float, group: Sequence[int], torus: Torus, chip: Chip) -> float:
