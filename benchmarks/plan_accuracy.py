@@ -70,6 +70,7 @@ def compare(case: Case) -> str:
     mesh = " x ".join(str(size) for size in where.sizes.values())
     rows = f"{case.rows} x {case.micro_batches} x {case.length}"
     name = f"{case.model.removeprefix('phi3_'):<7}{case.topology:<11}{mesh:<17}{rows:<17}"
+    how = f"{case.remat} {case.profile} {case.products}"
     devices = tpu_devices(case.topology)
     compiled = compile_step(recipe, make_mesh(case.mesh, devices), case.topology, shape)
     if isinstance(compiled, DoesNotFit):
@@ -81,7 +82,7 @@ def compare(case: Case) -> str:
     return (
         f"{name}{shapes.step:8.3f}{e.step:9.3f}{shapes.step / e.step - 1:+8.1%}  {pairs}"
         f"{held / GIB:8.2f}{compiled.hbm_peak / GIB:8.2f}{held / compiled.hbm_peak - 1:+8.1%}"
-        f"{parts / compiled.hbm_peak - 1:+8.2%}{compiled.compile_seconds:8.0f}  {case.remat} {case.profile} {case.products}"
+        f"{parts / compiled.hbm_peak - 1:+8.2%}{compiled.compile_seconds:8.0f}  {how}"
     )
 
 
