@@ -60,7 +60,7 @@ def write(
                 safetensors_files.write_file(place / name, shapes, data, "mlx" if folder.format == "mlx" else "pt")
             if len(files) > 1:
                 safetensors_files.write_index(place / safetensors_files.INDEX_FILE, files)
-            ids = tokenizer_files.write_huggingface(opened, place, say).in_config()
+            ids = tokenizer_files.write_huggingface(opened, place, folder.layout, say).in_config()
             config = huggingface_config.render(opened.model, folder.layout, dtype=folder.dtype.name, ids=ids)
             durable.write_json(place / huggingface_config.CONFIG_FILE, config | dict(folder.keys))
             durable.write_text(place / model_card.FILE, model_card.render(opened, folder.layout, folder.format))

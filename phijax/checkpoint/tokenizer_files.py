@@ -7,9 +7,11 @@ from typing import Any
 from etils import epath
 
 from phijax.checkpoint import durable
+from phijax.checkpoint.huggingface_config import ARCHITECTURES
 from phijax.checkpoint.opened import Opened
 from phijax.errors import UserError
 from phijax.text.chat_formats import PHI3
+from phijax.text.huggingface_files import keep_tokenizer_json
 from phijax.text.tokenizer import ADDED_TOKENS_FILE, MODEL_FILE, TextTokenizer
 
 GENERATION_FILE = "generation_config.json"
@@ -90,12 +92,17 @@ def open_or_none(opened: Opened, say: Callable[[str], None]) -> TextTokenizer | 
         return None
 
 
-def write_huggingface(opened: Opened, output: epath.Path, say: Callable[[str], None]) -> Ids:
-    """Writes what AutoTokenizer reads and generation_config.json, by copying where the source has such files."""
+def write_huggingface(opened: Opened, output: epath.Path, layout: str, say: Callable[[str], None]) -> Ids:
+    """Writes what AutoTokenizer reads and generation_config.json, by copying where the source has such files.
+
+    Args: layout: of the weights beside them. transformers reads the files of one class otherwise beside another.
+    """
     folder = opened.extra.get("tokenizer_folder")
     if has_huggingface_files(folder):
         copied = copy(folder, output)
         say(f"copied {', '.join(copied)}")
+        if ARCHITECTURES.get(opened.extra.get("architecture", "")) != layout and keep_tokenizer_json(output):
+            say(f"{TOKENIZER_CONFIG_FILE}: tokenizer_class is changed, so that tokenizer.json is taken as it is")
         ids = ids_of(opened, None)
     else:
         tokenizer = open_or_none(opened, say)

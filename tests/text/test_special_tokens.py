@@ -6,8 +6,11 @@ import random
 
 import pytest
 import sentencepiece
+from etils import epath
 from text_samples import CHAPTERS, PLAIN, SPECIAL, random_text
 
+from phijax.checkpoint import huggingface_export, huggingface_folder
+from phijax.checkpoint.open import open_checkpoint
 from phijax.errors import UserError
 from phijax.text.huggingface_files import keep_tokenizer_json, sentencepiece_json
 from phijax.text.open import open_tokenizer
@@ -77,6 +80,24 @@ def test_files_of_phi3_beside_weights_in_llamas_layout(pieces, tmp_path):
     assert keep_tokenizer_json(folder) and not keep_tokenizer_json(folder)
     assert_same_ids(open_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder), pieces.specials.ids)
     assert open_tokenizer(folder).fingerprint == pieces.fingerprint
+
+
+@pytest.mark.parametrize("layout", ["phi3", "llama", "mistral"])
+def test_a_phi3_folder_exported_in_any_layout_keeps_its_ids(pieces, tmp_path, layout):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=pieces.vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    nothing = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    config = transformers.Phi3Config(**sizes, **nothing, num_attention_heads=2, num_key_value_heads=2)
+    source = phi3_folder(pieces, tmp_path / "phi3")
+    transformers.Phi3ForCausalLM(config).save_pretrained(source)
+    opened = open_checkpoint(source)
+    huggingface_folder.write(opened, epath.Path(tmp_path / "to"), huggingface_export.folder(opened, layout, None))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "to")
+    assert_same_ids(open_tokenizer(tmp_path / "to"), theirs, pieces.specials.ids)
+    assert open_tokenizer(tmp_path / "to").fingerprint == pieces.fingerprint
+    copied = (tmp_path / "to" / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
+    assert copied == (layout == "phi3")
 
 
 @pytest.mark.parametrize("dummy_space", ["always", "first", "never"])
