@@ -139,7 +139,7 @@ def _parse(line: bytes) -> dict | None:
     """The introduction in `line`, or None when a port scanner or a health check is speaking."""
     try:
         message = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     fields = {"run": str, "process_id": int, "process_count": int, "host": str, "pid": int}
     if not isinstance(message, dict) or message.get("run") != "phijax":
@@ -233,7 +233,7 @@ def _report_in(address: str, host: str, port: int, count: int, index: int, timeo
     try:
         verdict = json.loads(line)
         going = verdict["go"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ProcessFailure(f"what listens at {address} is not process 0 of this run") from None
     if not going:
         raise ProcessFailure(str(verdict.get("reason")))

@@ -78,8 +78,7 @@ def check_divides(name: str, shape: Sequence[int], axes: Sequence[str], sizes: M
     for length, axis in zip(shape, axes, strict=True):
         count = parts(axis, sizes)
         if length % count:
-            fits = [n for n in range(1, min(length, 4 * count) + 1) if length % n == 0]
-            near = max((n for n in fits if n <= count), default=1)
+            near = max(n for n in range(1, count + 1) if length % n == 0)
             raise UserError(
                 f"{name}: axis {axis!r} has length {length}, which cannot be split over {count} chips "
                 f"(mesh {dict(sizes)}, rule {RULES[axis]}).\nNearest that divides: {near}. Change the mesh."

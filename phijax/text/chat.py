@@ -299,7 +299,7 @@ def _add_segment(tokens: list[int], segment: list[_Part], tokenizer: TextTokeniz
     start = len(tokens)
     tokens += ids
     header = "".join(part.text for part in segment if not part.answer).encode()
-    if len(segment) == 0 or not segment[-1].answer:
+    if not segment[-1].answer:
         return None
     if not header:
         return start

@@ -71,11 +71,11 @@ def _write(text: str) -> str:
     return f"{{{{ {_quote(text)} }}}}" if text else ""
 
 
-def _around(before: str, behind: str, roles: tuple[str, ...] = ROLES) -> dict[str, Mapping[str, str]]:
+def _around(before: str, behind: str) -> dict[str, Mapping[str, str]]:
     """The same text around each role, whose name stands at ROLE."""
     return {
-        "before": MappingProxyType({role: before.replace("ROLE", role) for role in roles}),
-        "behind": MappingProxyType({role: behind for role in roles}),
+        "before": MappingProxyType({role: before.replace("ROLE", role) for role in ROLES}),
+        "behind": MappingProxyType({role: behind for role in ROLES}),
     }
 
 

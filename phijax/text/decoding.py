@@ -21,6 +21,6 @@ def decode_bytes(tokenizer: TokenBytes, ids: Iterable[int], previous: int | None
     return b"".join(parts)
 
 
-def decode_text(tokenizer: TokenBytes, ids: Iterable[int], previous: int | None = None) -> str:
+def decode_text(tokenizer: TokenBytes, ids: Iterable[int]) -> str:
     """The text of `ids`. Bytes that are no UTF-8 become U+FFFD, one for each part that no character can begin with."""
-    return decode_bytes(tokenizer, ids, previous).decode("utf-8", errors="replace")
+    return decode_bytes(tokenizer, ids).decode("utf-8", errors="replace")

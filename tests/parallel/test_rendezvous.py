@@ -75,6 +75,7 @@ def test_noise_on_the_port_changes_nothing(address):
         b"GET / HTTP/1.1\r\n\r\n\n",
         b"\n",
         b"[]\n",
+        b"[" * 4000 + b"\n",
         b"x" * 10_000,
         b'{"run": "phijax", "process_id": true}\n',
         b"",
