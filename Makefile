@@ -46,7 +46,7 @@ demo: setup
 	@echo "Checkpoints, metrics.jsonl and the plot loss.png lie in build/tiny. What to try next:"
 	@echo "  $(BIN)/phijax show build/tiny/checkpoints"
 	@echo "  $(BIN)/phijax show build/python_text/train --rows=2"
-	@echo "  $(BIN)/phijax main --config=experiments/tiny.py --workdir=build/longer --config.data.phases[0].steps=1000"
+	@echo "  $(BIN)/phijax main --config=experiments/tiny.py --workdir=build/longer '--config.data.phases[0].steps=1000'"
 	@echo "  $(BIN)/phijax prepare --input='FOLDER/*.txt' --output=build/mine --vocab_size=2048 --block=256   # your own text"
 	@echo "  $(BIN)/phijax export --checkpoint=build/tiny --format=hf --output=build/tiny_hf   # for transformers"
 	@echo "  $(BIN)/phijax main --config=experiments/medium.py --dry_run   # 14B, planned"
