@@ -139,8 +139,12 @@ def _bytes(number: int) -> str:
 
 
 def _describe(opened) -> None:
-    stored = sorted({opened.weights.dtype(path).name for path in opened.weights.shapes()})
-    print(f"{opened.path}: a {opened.kind} checkpoint, {_count(opened):,} weights, {', '.join(stored)}")
+    from phijax.checkpoint.small_matrices import schemes_of
+    from phijax.quantization.policy import name_of
+
+    small, weights = schemes_of(opened), opened.weights
+    stored = {name_of(small[path]) if path in small else weights.dtype(path).name for path in weights.shapes()}
+    print(f"{opened.path}: a {opened.kind} checkpoint, {_count(opened):,} weights, {', '.join(sorted(stored))}")
 
 
 def _count(opened) -> int:

@@ -55,6 +55,7 @@ def test_what_is_written_is_said_with_its_size(format, small, tmp_path, capsys):
     output = tmp_path / "out"
     assert run(f"--checkpoint={small}", f"--format={format}", f"--output={output}") == 0
     printed = capsys.readouterr().out
+    assert " weights, bfloat16, int4, int4_g64, int8\n" in printed
     for words in SAID[format]:
         assert words in printed, printed
     (file,) = [*output.glob("*.safetensors"), *output.glob("*.gguf")]
