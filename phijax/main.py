@@ -85,7 +85,9 @@ def dry_run(config) -> int:
         print(f"error: data: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     for path, epochs in plan.epochs().items():
-        print(f"data: {path}: {plan.sources[path].num_records:,} records, seen {epochs:.3g} times")
+        unused = plan.unused_records(path)
+        tails = f"; {unused:,} at the ends of shards fill no row" if unused else ""
+        print(f"data: {path}: {plan.sources[path].num_records:,} records, seen {epochs:.3g} times{tails}")
     phase = plan.phases[0]
     weight = sum(
         float(plan.read(plan.place(0, index), phase.sequence_length)["weights"].sum())

@@ -65,6 +65,10 @@ class Plan:
     def read(self, place: Place, length: int) -> Row:
         return self._rows[place.path, length].read(place.row)
 
+    def unused_records(self, path: str) -> int:
+        """Records of a source that no row takes: at the ends of its shards, where they fill none of the longest."""
+        return max(rows.unused_records for (source, _), rows in self._rows.items() if source == path)
+
     def _cursors(self, number: int) -> dict[str, int]:
         """Path -> rows of it, in this phase's length, that the phases before have used.
 

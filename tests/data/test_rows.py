@@ -154,6 +154,8 @@ def test_rows_are_cut_from_each_shards_stream(shards, records):
             row += 1
     assert row == len(index)
     assert index.unused_records == source.num_records - row * records
+    plan = Plan([Phase(1, T, 1, (Source("b"),)) for T in sorted({BLOCK, length})], {"b": source}, seed=0)
+    assert plan.unused_records("b") == index.unused_records
 
 
 def check_row(row, tokens, starts):
