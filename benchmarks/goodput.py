@@ -265,9 +265,20 @@ def _plot(rows: list[Measured], output: str) -> None:
     axes = figure.add_subplot()
     middle, seconds = rows[1], [row.interval * row.step_seconds for row in rows]
     curve = [seconds[0] / 2 * (4 * seconds[-1] / seconds[0]) ** (i / 100) for i in range(101)]
-    axes.semilogx(curve, [_expected(middle, x) for x in curve], color="#8c959f", label="formula")
+    axes.semilogx(
+        curve, [_expected(middle, x) for x in curve], color="#8c959f", label="formula, costs of the middle one"
+    )
+    axes.semilogx(
+        seconds,
+        [_expected(*one) for one in zip(rows, seconds, strict=True)],
+        "x",
+        color="#57606a",
+        label="formula, its own costs",
+    )
     axes.semilogx(seconds, [row.goodput.fraction for row in rows], "o", color="#0969da", label="measured")
-    axes.set_xlabel("seconds of steps between saves")
+    axes.set_xticks(seconds, [f"{x:.1f} s\n{row.interval} steps" for x, row in zip(seconds, rows, strict=True)])
+    axes.minorticks_off()
+    axes.set_xlabel("between two saves")
     axes.set_ylabel("goodput")
     axes.set_ylim(0, 1)
     axes.legend(frameon=False)
