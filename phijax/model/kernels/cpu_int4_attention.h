@@ -129,9 +129,17 @@ INLINE void attend_body(const Attention& a, int row, int head) {
     for (int p = 0; p < count; ++p) scores[place - lowest + p] = dot<Vector>(query, k + p * h, h);
   });
 
-  float highest = scores[0], parts[16] = {};
-  for (int64_t p = 1; p < seen; ++p) highest = scores[p] > highest ? scores[p] : highest;
+  // Sixteen at once: a maximum, like a sum, is a chain that no compiler cuts.
+  float most[16], parts[16] = {};
+  for (int j = 0; j < 16; ++j) most[j] = scores[0];
   int64_t p = 0;
+  for (; p + 16 <= seen; p += 16) {
+    for (int j = 0; j < 16; ++j) most[j] = scores[p + j] > most[j] ? scores[p + j] : most[j];
+  }
+  for (int j = 0; p + j < seen; ++j) most[j] = scores[p + j] > most[j] ? scores[p + j] : most[j];
+  float highest = most[0];
+  for (int j = 1; j < 16; ++j) highest = most[j] > highest ? most[j] : highest;
+  p = 0;
   for (; p + 16 <= seen; p += 16) {
     for (int j = 0; j < 16; ++j) parts[j] += scores[p + j] = exponential(scores[p + j] - highest);
   }
