@@ -73,6 +73,7 @@ class Found:
             "the rest has those that were best for it; offload to the host was not tried."
         )
         fitting = [one for one in self.best if not one.refused]
-        if self.rest and not self.interrupted and search.cannot_win(self.rest[0], fitting):
+        others = [one for one in self.rest if not search.twins(one, self.best)]
+        if others and not self.interrupted and search.cannot_win(others[0], fitting):
             text += " None of the rest can win, if the compiler likes it no better than what it has seen."
         return text
