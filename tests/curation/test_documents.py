@@ -48,8 +48,12 @@ def test_compressed_files_longer_than_a_read_and_of_many_members(tmp_path):
     halves = content[:1_000_000], content[1_000_000:]
     (tmp_path / "a.jsonl.gz").write_bytes(b"".join(map(gzip.compress, halves)))
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(map(zstandard.compress, halves)))
+    (tmp_path / "a.jsonl").write_bytes(content)
+    plain = read(tmp_path / "a.jsonl")
+    assert [document.text for document in plain] == [json.loads(row)["text"] for row in rows]
+    assert all(content[document.index :].startswith(row.encode()) for document, row in zip(plain, rows, strict=True))
     for name in ("a.jsonl.gz", "a.jsonl.zst"):
-        assert [document.text for document in read(tmp_path / name)] == [json.loads(row)["text"] for row in rows]
+        assert read(tmp_path / name) == plain  # where a line begins too: packing a file again moves no document
 
 
 def test_parquet(tmp_path):

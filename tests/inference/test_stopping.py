@@ -33,6 +33,11 @@ def grown(tokenizer: Pieces, ids, stop=(), stop_ids=(), max_tokens=100) -> tuple
     return texts, row
 
 
+def test_ids_of_rows_without_a_token_make_no_text():
+    texts, row = grown(Pieces(b"a", b"b"), [0, 2, 1, 3])
+    assert texts == ["a", "", "b", ""] and row.tokens == [0, 2, 1, 3]
+
+
 def test_a_stop_text_over_token_borders_is_not_part_of_the_answer():
     tokenizer = Pieces(b"Hello ", b"EN", b"D of", b" it", b"E", b"ND")
     texts, row = grown(tokenizer, [0, 1, 3, 4, 5, 3], stop=["END"])
