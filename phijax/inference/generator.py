@@ -63,7 +63,7 @@ class Generator:
         Args:
           tokenizer: None: prompts must be ids, and results have no text.
           backend: None: the choice for the mesh's devices.
-          max_length: declared length of prompt and answer one_by_one; None: the model's. Decides the LongRoPE list.
+          max_length: declared length of prompt and answer together; None: the model's. Decides the LongRoPE list.
           stop_ids: tokens that end every answer.
           begin: ids put before a prompt that is given as text.
           long_rope: "declared": one list for all, the long one if max_length exceeds the original length;
