@@ -9,6 +9,8 @@ search was interrupted (its table so far is printed).
 import contextlib
 import functools
 import json
+import math
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -43,6 +45,8 @@ def main(arguments: list[str], overrides: list[tuple[str, str]]) -> int:
         raise UserError(f"{arguments[0]!r} is not a flag. --help lists them.")
     if not FLAGS.config or not FLAGS.topology:
         raise UserError("What, and where? --config=experiments/mini.py --topology=v5e:16x16, say.")
+    check_price(FLAGS.price_per_chip_hour)
+    check_plot(FLAGS.plot)
     config = configs.load(FLAGS.config, overrides)
     say = functools.partial(print, file=sys.stderr, flush=True)
     how = planner.How(not FLAGS.analytic, compiler_options(FLAGS.compiler_option), say)
@@ -68,6 +72,26 @@ def terminated_as_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def check_price(price: float | None) -> None:
+    """Raises: UserError for what is no price."""
+    if price is not None and not 0 <= price < math.inf:
+        raise UserError(f"--price_per_chip_hour={price:g} is no price: give 0 or more, as 1.2.")
+
+
+def check_plot(path: str | None) -> None:
+    """Before the minutes that a plan takes. Raises: UserError for a place where no file can be written."""
+    from phijax.checkpoint import durable
+
+    if not path or not durable.is_local(path):
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path) or not os.path.isdir(folder):
+        what = "is a folder" if os.path.isdir(path) else f"cannot be written: there is no folder {folder}"
+        raise UserError(f"--plot={path} {what}. Name a file, as plan.png, in a folder that is there.")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise UserError(f"--plot={path} may not be written. Name a file elsewhere.")
 
 
 def compiler_options(given: list[str]) -> dict[str, str]:

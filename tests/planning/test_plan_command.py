@@ -153,6 +153,23 @@ def test_the_picture(capsys, tmp_path):
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--plot=/nope/plan.png", "there is no folder /nope"),
+        ("--plot=.", "is a folder"),
+        ("--plot=forbidden.png", "may not be written"),
+        ("--price_per_chip_hour=-3", "is no price"),
+        ("--price_per_chip_hour=nan", "is no price"),
+    ],
+)
+def test_what_cannot_be_told_is_refused_before_anything_is_planned(capsys, monkeypatch, flag, message):
+    monkeypatch.setattr(planner, "make_plan", lambda *given, **more: pytest.fail("it was planned"))
+    monkeypatch.setattr(plan.os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(UserError, match=message):
+        ask(capsys, "--topology=v5e:2x2", "--analytic", flag)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_a_compiled_plan(capsys):
     code, out, err = ask(capsys, "--topology=v5e:2x2", "--json")
