@@ -16,6 +16,7 @@ from phijax.checkpoint import durable, host_memory
 
 # libtpu is absent on machines without TPUs, which is equal there too.
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "phijax")
+SOURCES = (".py", ".cc", ".h")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +53,9 @@ def versions() -> dict[str, str]:
 
 
 def code_digest(package: pathlib.Path) -> str:
-    """Twelve hex digits over names and contents of all Python files of a package."""
+    """Twelve hex digits over names and contents of all sources of a package: Python, and C++ that is built from it."""
     digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
+    for file in sorted(file for file in package.rglob("*") if file.suffix in SOURCES):
         digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 

@@ -34,6 +34,16 @@ def test_the_digest_of_the_code_sees_a_changed_line_and_a_new_file(tmp_path):
     assert len({first, second, host.code_digest(tmp_path)}) == 3
 
 
+@pytest.mark.parametrize("source", ["kernel.cc", "kernel.h"])
+def test_the_digest_of_the_code_sees_a_changed_kernel_and_nothing_that_was_built(tmp_path, source):
+    (tmp_path / source).write_text("int x = 1;\n")
+    first = host.code_digest(tmp_path)
+    (tmp_path / "kernel.so").write_bytes(b"built")
+    assert host.code_digest(tmp_path) == first
+    (tmp_path / source).write_text("int x = 2;\n")
+    assert host.code_digest(tmp_path) != first
+
+
 @pytest.mark.parametrize(
     ("needed", "verdict"), [([10, 10, 10], OK), ([45, 45, 10], WARNING), ([60, 60, 10], FAIL), ([10, 10, 110], FAIL)]
 )
