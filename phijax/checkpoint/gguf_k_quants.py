@@ -23,7 +23,6 @@ def write_k_quants(
     output: epath.PathLike,
     *,
     kind: str,
-    name: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> epath.Path:
     """Writes `opened` as one GGUF file of `kind`, by way of a temporary one beside it that rounds nothing.
@@ -37,7 +36,7 @@ def write_k_quants(
     path = output_path(epath.Path(output), opened, kind, overwrite=False)
     exact = path.parent / f".{path.name}.exact-{os.getpid()}.gguf"
     try:
-        write_gguf(opened, exact, kind=_without_loss(opened), keep_integers=False, name=name, say=say)
+        write_gguf(opened, exact, kind=_without_loss(opened), keep_integers=False, say=say)
         with finished(path) as temporary:
             _quantize(library, exact, temporary, kind)
     finally:
