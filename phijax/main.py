@@ -4,6 +4,7 @@ A run that was stopped or killed goes on when the same command is started again.
 user's error, 75 stopped on request (start it again).
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -50,9 +51,14 @@ def train(config) -> int:
         from etils import epath
 
         from phijax import run
+        from phijax.checkpoint import lock
 
-        processes.start(config.processes, FLAGS.coordinator_address, FLAGS.process_count, FLAGS.process_id)
-        outcome = run.train(config, epath.Path(FLAGS.workdir))
+        workdir = epath.Path(FLAGS.workdir)
+        world = processes.start(config.processes, FLAGS.coordinator_address, FLAGS.process_count, FLAGS.process_id)
+        # Several processes have JAX's own handler from here on: they stop together at the loop's first step.
+        alone = command.left_on_sigterm(lambda: lock.abandon(workdir)) if world.count == 1 else contextlib.nullcontext()
+        with alone:
+            outcome = run.train(config, workdir)
         processes.finish(config.processes.shutdown_timeout)
         return EXIT_RESTART if outcome.stopped else EXIT_DONE
 
@@ -99,7 +105,8 @@ def dry_run(config) -> int:
 
 def entry() -> None:
     """Where the command starts, under either name."""
-    command.run_with_overrides(main, FLAGS)
+    with command.left_on_sigterm():  # until the loop listens, which saves first
+        command.run_with_overrides(main, FLAGS)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,18 @@ def test_taken_once_and_released(tmp_path):
     acquire(tmp_path).release()
 
 
+def test_only_its_own_is_abandoned(tmp_path):
+    lock.abandon(tmp_path)
+    for changes in ({"pid": 2**22 + 1}, {"host": "elsewhere"}, {"started": 1}):
+        write_lock(tmp_path, **changes)
+        lock.abandon(tmp_path)
+        assert (tmp_path / LOCK_FILE).exists(), changes
+        (tmp_path / LOCK_FILE).unlink()
+    acquire(tmp_path)
+    lock.abandon(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("changes", [{"pid": 2**22 + 1}, {"started": 1}, {"boot": "before the last restart"}])
 def test_dead_owner_on_this_host_is_taken_over_with_a_line(tmp_path, changes):
     # A pid above the kernel's limit; a pid that lives but began at another time (a container's pid 1); another boot.

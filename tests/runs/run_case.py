@@ -90,7 +90,11 @@ class Process:
 
     def end(self) -> Ended:
         code = self._popen.wait(LIMIT)
-        return Ended(code, self._log.read_text(errors="replace"))
+        return Ended(code, self.said())
+
+    def said(self) -> str:
+        """Its output so far."""
+        return self._log.read_text(errors="replace")
 
     def wait_for(self, what: Callable[[], object], name: str) -> None:
         """Until `what` is true, looked at every millisecond; fails when the process ends before."""

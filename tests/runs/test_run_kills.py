@@ -1,6 +1,7 @@
 """Killed at any instant and started again, a run is the run that nobody killed: every logged number, bit for bit."""
 
 import json
+import os
 import pathlib
 import random
 import shutil
@@ -8,7 +9,7 @@ import signal
 import time
 
 import pytest
-from run_case import EVERY, STEPS, Runs, flip_byte, last_step, learned, metrics, saved_steps, state
+from run_case import EVERY, STEPS, Runs, flip_byte, free_address, last_step, learned, metrics, saved_steps, state
 
 from phijax.report.writers import read_metrics
 
@@ -109,6 +110,38 @@ def test_sigterm_saves_and_the_next_start_finishes(runs, unbroken, tmp_path):
     assert f"going on from step {stopped_at}" in again.output
     same_as_unbroken(workdir, unbroken)
     assert not (workdir / "metrics.superseded.jsonl").exists()
+
+
+def stopped_at_its_start(process, is_there, name: str) -> None:
+    process.wait_for(is_there, name)
+    process.signal(signal.SIGTERM)
+    ended = process.end()
+    assert ended.code == 75, ended.output
+    assert "SIGTERM: stopped; the same command can be started again" in ended.output
+    assert "Traceback" not in ended.output, ended.output
+
+
+def test_sigterm_while_the_start_weights_are_opened(runs, tmp_path):
+    """Their config is a pipe that nobody writes into: it waits there for as long as the test likes."""
+    workdir, weights = tmp_path / "run", tmp_path / "weights"
+    weights.mkdir()
+    os.mkfifo(weights / "config.json")
+    with runs.started(workdir, f"--config.init_from={weights}") as process:
+        stopped_at_its_start(process, (workdir / "writer.lock").exists, "at work")
+    assert not (workdir / "writer.lock").exists() and saved_steps(workdir) == [] and last_step(workdir) == -1
+
+
+def test_sigterm_while_the_config_is_read(runs, tmp_path):
+    waiting, config = tmp_path / "waiting", tmp_path / "slow.py"
+    config.write_text(f"import pathlib, time\npathlib.Path({str(waiting)!r}).touch()\ntime.sleep(600)\n")
+    with runs.started(tmp_path / "run", config=config) as process:
+        stopped_at_its_start(process, waiting.exists, "reading")
+
+
+def test_sigterm_while_it_waits_for_other_processes(runs, tmp_path):
+    alone = [f"--coordinator_address={free_address()}", "--process_count=2", "--process_id=0"]
+    with runs.started(tmp_path / "run", *alone) as process:
+        stopped_at_its_start(process, lambda: "waiting for 2 processes" in process.said(), "waiting")
 
 
 def test_a_finished_run_started_again_does_nothing(runs, unbroken, tmp_path):
