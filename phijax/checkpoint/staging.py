@@ -24,7 +24,15 @@ def check_output(output: epath.Path, nbytes: int) -> None:
         parent = parent.parent
     free = shutil.disk_usage(os.fspath(parent)).free
     if nbytes > free:
-        raise UserError(f"--output={output} needs {nbytes / 1e9:.1f} GB; {parent} has {free / 1e9:.1f} GB free.")
+        raise UserError(f"--output={output} needs {in_words(nbytes)}; {parent} has {in_words(free)} free.")
+
+
+def in_words(nbytes: int) -> str:
+    """In the largest unit that leaves a digit before the point: 12.3 MB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes} bytes"
 
 
 def unfinished(output: epath.Path) -> epath.Path:
