@@ -87,6 +87,7 @@ def _write_weights(opened, output, max_shard_bytes: int) -> int:
         for line in [*_changes(opened, dtype, ()), *_widened(small if dtype is not None else {}, dtype)]:
             print(line)
         size = ours_export.nbytes(opened, dtype)
+        _check_output(output, size)
         if not FLAGS.dry_run:
             ours_export.write(opened, output, dtype=dtype)
         print(f"{_done()} {output}: weights of {_bytes(size)}, before compression")
@@ -99,6 +100,7 @@ def _write_weights(opened, output, max_shard_bytes: int) -> int:
     files = folder.files(max_shard_bytes)
     for line in [*_changes(opened, dtype, integers), *_widened({} if keeps else small, dtype), *folder.notes]:
         print(line)
+    _check_output(output, sum(tensor.nbytes for tensor in folder.tensors))
     if not FLAGS.dry_run:
         huggingface_folder.write(opened, output, folder, max_shard_bytes=max_shard_bytes, say=_say_warnings)
     print(f"{_done()} {output}, {layout} layout:")
@@ -109,10 +111,21 @@ def _write_weights(opened, output, max_shard_bytes: int) -> int:
     return EXIT_DONE
 
 
+def _check_output(output, nbytes: int) -> None:
+    """A dry run without --output asks for no place."""
+    from phijax.checkpoint import staging
+
+    if FLAGS.output:
+        staging.check_output(output, nbytes)
+
+
 def _write_gguf(opened, output) -> int:
     if FLAGS.dry_run:
+        from phijax.checkpoint.gguf_write import planned_path
         from phijax.checkpoint.small_matrices import schemes_of
 
+        if FLAGS.output:
+            planned_path(opened, output, FLAGS.kind)
         keeps = schemes_of(opened) and FLAGS.kind not in K_QUANTS
         kept = "quantised weights as Q4_0 and Q8_0, others as " if keeps else ""
         print(f"would write {output} as GGUF, {kept}{FLAGS.kind}: {_count(opened):,} weights")

@@ -60,11 +60,12 @@ def main(arguments: list[str]) -> int:
     shapes, nbytes = opened.weights.shapes(), quantized_export.nbytes(opened, assigned)
     print(f"{opened.path}: a {opened.kind} checkpoint, to {FLAGS.scheme} by {FLAGS.method}")
     print("\n".join(report.size_table(shapes, assigned, nbytes)))
+    if FLAGS.output:
+        staging.check_output(epath.Path(FLAGS.output), sum(nbytes.values()))
     if FLAGS.dry_run:
         print(f"would write {FLAGS.output or '(nowhere)'}")
         return EXIT_DONE
     output = epath.Path(FLAGS.output)
-    staging.check_output(output, sum(nbytes.values()))
     rows = _rows(opened, FLAGS.held_out, FLAGS.rows)  # before hours are spent
     calibration = _rows(opened, FLAGS.calibration, FLAGS.calibration_rows)
     inputs = _inputs(calibration) if calibration else None

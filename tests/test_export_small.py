@@ -75,6 +75,22 @@ def test_dry_run_writes_nothing(format, small, tmp_path, capsys):
     assert ("Q4_0 and Q8_0, others as BF16" in printed) == (format == "gguf")
 
 
+@pytest.mark.parametrize(
+    "more", [[f"--format={name}"] for name in (*SAID, "hf", "phijax")] + [["--format=gguf", "--kind=Q4_K_M"]]
+)
+def test_a_dry_run_is_refused_where_the_real_one_would_be(more, small, tmp_path):
+    arguments = [f"--checkpoint={small}", *more, f"--output={tmp_path / 'out'}"]
+    if "--kind=Q4_K_M" in more:  # as if llama.cpp had made it
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "tiny-Q4_K_M.gguf").write_text("there")
+    else:
+        assert run(*arguments) == 0
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="is there already"):
+        run(*arguments, "--dry_run")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("arguments", [["phijax"], ["phijax", "--dtype=bfloat16"], ["hf"], ["hf", "--dtype=float16"]])
 def test_what_loses_its_few_bits_is_said(arguments, small, tmp_path, capsys):
     """Only ours, without --dtype, keeps the integers."""

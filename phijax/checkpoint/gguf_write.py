@@ -127,6 +127,15 @@ def architecture_for(opened: Opened) -> str:
     return next((name for name in order if lacks(opened.model, name) is None), order[0])
 
 
+def planned_path(opened: Opened, output: epath.PathLike, kind: str) -> epath.Path:
+    """Where `write_gguf`, or `write_k_quants`, would write. Raises: UserError as they do, if it is there already."""
+    if kind in KINDS:
+        plan = gguf_names.tensors(architecture_for(opened), opened.model)
+        small = _small(opened, plan)
+        kind = _most(plan, {tensor.name: small.get(tensor.name) or _kind(tensor, kind) for tensor in plan})
+    return output_path(epath.Path(output), opened, kind, overwrite=False)
+
+
 def output_path(path: epath.Path, opened: Opened, kind: str, overwrite: bool) -> epath.Path:
     """The file's path. Raises: UserError if it is there already."""
     if not durable.is_local(path):

@@ -149,6 +149,11 @@ def test_dry_run_shows_the_table_and_writes_nothing(workdir, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_is_refused_where_the_real_one_would_be(workdir, small):
+    with pytest.raises(UserError, match="is there already"):
+        run(quantize, f"--checkpoint={workdir}", f"--scheme={SCHEME}", f"--output={small}", "--dry_run")
+
+
 def test_without_held_out_rows_it_says_that_nothing_was_measured(workdir, tmp_path, capsys):
     assert run(quantize, f"--checkpoint={workdir}", "--scheme=int4", f"--output={tmp_path / 'out'}") == 0
     assert "NOT MEASURED" in capsys.readouterr().out
