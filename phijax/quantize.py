@@ -49,9 +49,9 @@ def main(arguments: list[str]) -> int:
 
     from etils import epath
 
-    from phijax.checkpoint import durable, manifest, quantization_methods, quantized_export, staging
+    from phijax.checkpoint import manifest, quantized_export, staging
     from phijax.checkpoint.open import open_checkpoint
-    from phijax.checkpoint.ours import PLOT_FILE, QUALITY_FILE
+    from phijax.checkpoint.ours import QUALITY_FILE
     from phijax.quantization import policy, report
 
     opened = open_checkpoint(FLAGS.checkpoint)
@@ -60,27 +60,33 @@ def main(arguments: list[str]) -> int:
     shapes, nbytes = opened.weights.shapes(), quantized_export.nbytes(opened, assigned)
     print(f"{opened.path}: a {opened.kind} checkpoint, to {FLAGS.scheme} by {FLAGS.method}")
     print("\n".join(report.size_table(shapes, assigned, nbytes)))
-    if FLAGS.output:
-        staging.check_output(epath.Path(FLAGS.output), sum(nbytes.values()))
-    if FLAGS.dry_run:
-        print(f"would write {FLAGS.output or '(nowhere)'}")
-        return EXIT_DONE
-    output = epath.Path(FLAGS.output)
+    output = epath.Path(FLAGS.output or "(nowhere)")
+    unmeasured = (output / manifest.MANIFEST_FILE).exists() and not (output / QUALITY_FILE).exists()
+    if FLAGS.output and not unmeasured:
+        staging.check_output(output, sum(nbytes.values()))
     rows = _rows(opened, FLAGS.held_out, FLAGS.rows)  # before hours are spent
     calibration = _rows(opened, FLAGS.calibration, FLAGS.calibration_rows)
     inputs = _inputs(calibration) if calibration else None
-    source, rounding = quantization_methods.prepare(
-        opened, assigned, FLAGS.method, inputs, on_layer=_progress("layers scaled")
-    )
-    errors = quantized_export.write(
-        source,
-        output,
-        assigned,
-        method=_described(inputs),
-        rounding=rounding,
-        say=print,
-        on_piece=_progress("matrices"),
-    )
+    errors = quantized_export.errors_of(output, opened, assigned, _described(inputs)) if unmeasured else None
+    if unmeasured and errors is None:
+        staging.check_output(output, 0)  # refuses it: another command's
+    if FLAGS.dry_run:
+        print(f"would {'write' if errors is None else 'measure'} {output}")
+        return EXIT_DONE
+    if errors is None:
+        errors = _write(opened, output, assigned, inputs)
+    else:
+        print(f"{output} is written already, by the same command; goes on with measuring")
+    _tell(opened, output, shapes, nbytes, errors, rows)
+    return EXIT_DONE
+
+
+def _tell(opened, output, shapes, nbytes, errors, rows) -> None:
+    """Measures what was lost, and writes it beside the weights."""
+    from phijax.checkpoint import durable, manifest
+    from phijax.checkpoint.ours import PLOT_FILE, QUALITY_FILE
+    from phijax.quantization import report
+
     size = durable.bytes_below(output / manifest.STATE_FOLDER)
     facts = {
         "scheme": FLAGS.scheme,
@@ -105,10 +111,26 @@ def main(arguments: list[str]) -> int:
             (output / name).unlink(missing_ok=True)
         raise UserError(
             f"{PLOT_FILE} and {QUALITY_FILE} could not be written into {output}: {error}.\n"
-            "The checkpoint itself is whole and can be used."
+            "The checkpoint itself is whole and can be used; the same command measures it again."
         ) from error
     print(f"  relative error of the weights, by layer: {output / PLOT_FILE}")
-    return EXIT_DONE
+
+
+def _write(opened, output, assigned, inputs):
+    from phijax.checkpoint import quantization_methods, quantized_export
+
+    source, rounding = quantization_methods.prepare(
+        opened, assigned, FLAGS.method, inputs, on_layer=_progress("layers scaled")
+    )
+    return quantized_export.write(
+        source,
+        output,
+        assigned,
+        method=_described(inputs),
+        rounding=rounding,
+        say=print,
+        on_piece=_progress("matrices"),
+    )
 
 
 def _check(arguments: list[str]) -> None:

@@ -239,24 +239,39 @@ def _taken_up(folder: epath.Path, identity: str, say: Callable[[str], None]) -> 
     return {}
 
 
-def _identity(opened: Opened, assigned: Mapping[str, Scheme], method: str) -> str:
-    """A digest of what decides the bytes: the files that are read, by size and time, what is folded in, the schemes."""
+def errors_of(output: epath.Path, opened: Opened, assigned: Mapping[str, Scheme], method: str) -> dict | None:
+    """What `write` returned, if it has written `output` out of the same weights to the same bits; else None."""
+    try:
+        found = manifest.read(output)["extra"].get(QUANTIZATION, {})
+    except manifest.DamagedManifest:
+        return None
+    return found["errors"] if found.get("made_from") == made_from(opened, assigned, method) else None
+
+
+def made_from(opened: Opened, assigned: Mapping[str, Scheme], method: str) -> str:
+    """A digest of what the user gave: the files that are read, by size and time, the schemes, the method."""
     path = opened.path
     files = durable.files_below(path) if path.is_dir() else [path]
     stats = [(str(file), file.stat().length, file.stat().mtime) for file in files]
     schemes = {leaf: policy.name_of(scheme) for leaf, scheme in assigned.items()}
-    folded = getattr(opened.weights, "digest", "")
-    return hashlib.sha256(json.dumps([stats, schemes, method, folded]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([stats, schemes, method]).encode()).hexdigest()
+
+
+def _identity(opened: Opened, assigned: Mapping[str, Scheme], method: str) -> str:
+    """The same with what is folded in: all that decides the bytes."""
+    return made_from(opened, assigned, method) + getattr(opened.weights, "digest", "")
 
 
 def _write_manifest(folder, opened, assigned, method, errors, leaves) -> None:
     facts = model_card.facts(opened)
     step, before = facts.pop("step", 0), facts.pop("identity", {})
     schemes = {path: policy.name_of(scheme) for path, scheme in assigned.items()}
+    source = made_from(opened, assigned, method)
+    quantization = {"method": method, "schemes": schemes, "errors": errors, "made_from": source}
     manifest.write(
         folder,
         step=step,
         leaves=leaves,
         identity={**before, "model": dataclasses.asdict(opened.model)},
-        extra={"weights_only": facts, QUANTIZATION: {"method": method, "schemes": schemes, "errors": errors}},
+        extra={"weights_only": facts, QUANTIZATION: quantization},
     )

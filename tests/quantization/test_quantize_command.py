@@ -149,6 +149,39 @@ def test_dry_run_shows_the_table_and_writes_nothing(workdir, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_killed_while_it_measures_it_goes_on_with_measuring(workdir, text, tmp_path, monkeypatch, capsys, method):
+    calibration = tmp_path / "calibration.txt"
+    calibration.write_text(text.read_text()[:3000])
+    arguments = [f"--checkpoint={workdir}", f"--scheme={SCHEME}", f"--output={tmp_path / 'out'}", "--row_length=40"]
+    arguments += [f"--held_out={text}", "--rows=2", f"--method={method}"]
+    arguments += [f"--calibration={calibration}", "--calibration_rows=2"] if method == "awq" else []
+    with monkeypatch.context() as patched:
+
+        def killed(*given):
+            raise KeyboardInterrupt
+
+        patched.setattr(quantize, "_measure", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(quantize, *arguments)
+    manifest = (tmp_path / "out" / "manifest.json").read_bytes()
+    for dry in ([], ["--dry_run"]):
+        with pytest.raises(UserError, match="is there already"):  # another command
+            run(quantize, f"--checkpoint={workdir}", "--scheme=int8", f"--output={tmp_path / 'out'}", *dry)
+    with monkeypatch.context() as patched:
+        patched.setattr(quantize, "_write", lambda *given: pytest.fail("written again"))
+        assert run(quantize, *arguments) == 0
+    assert "goes on with measuring" in capsys.readouterr().out
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == manifest
+    assert run(quantize, *(x.replace(f"{tmp_path / 'out'}", f"{tmp_path / 'whole'}") for x in arguments)) == 0
+    facts = [json.loads((tmp_path / name / "quality.json").read_text()) for name in ("out", "whole")]
+    for one in facts:
+        one.pop("bytes_on_disk")  # compressed in the order of the threads
+    assert facts[0] == facts[1] and facts[0]["quality"]["tokens"] == 80
+    with pytest.raises(UserError, match="is there already"):  # done
+        run(quantize, *arguments)
+
+
 def test_a_dry_run_is_refused_where_the_real_one_would_be(workdir, small):
     with pytest.raises(UserError, match="is there already"):
         run(quantize, f"--checkpoint={workdir}", f"--scheme={SCHEME}", f"--output={small}", "--dry_run")
