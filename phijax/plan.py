@@ -47,6 +47,11 @@ def main(arguments: list[str], overrides: list[tuple[str, str]]) -> int:
         raise UserError("What, and where? --config=experiments/mini.py --topology=v5e:16x16, say.")
     check_price(FLAGS.price_per_chip_hour)
     check_plot(FLAGS.plot)
+    if FLAGS.search and (FLAGS.plot or FLAGS.price_per_chip_hour is not None):
+        raise UserError(
+            "--plot and --price_per_chip_hour are of one plan, not of a search. Search without them, then plan with the "
+            "winner's overrides and them."
+        )
     config = configs.load(FLAGS.config, overrides)
     say = functools.partial(print, file=sys.stderr, flush=True)
     how = planner.How(not FLAGS.analytic, compiler_options(FLAGS.compiler_option), say)

@@ -170,6 +170,13 @@ def test_what_cannot_be_told_is_refused_before_anything_is_planned(capsys, monke
         ask(capsys, "--topology=v5e:2x2", "--analytic", flag)
 
 
+@pytest.mark.parametrize("flag", ["--plot=plan.png", "--price_per_chip_hour=0"])
+def test_a_search_refuses_what_is_of_one_plan(capsys, monkeypatch, flag):
+    monkeypatch.setattr(planner, "find", lambda *given, **more: pytest.fail("it searched"))
+    with pytest.raises(UserError, match="of one plan"):
+        ask(capsys, "--topology=v5e:2x2", "--search", flag)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_a_compiled_plan(capsys):
     code, out, err = ask(capsys, "--topology=v5e:2x2", "--json")
