@@ -49,8 +49,8 @@ def main(arguments: list[str], overrides: list[tuple[str, str]]) -> int:
     check_plot(FLAGS.plot)
     if FLAGS.search and (FLAGS.plot or FLAGS.price_per_chip_hour is not None):
         raise UserError(
-            "--plot and --price_per_chip_hour are of one plan, not of a search. Search without them, then plan with them "
-            "and the winner's overrides."
+            "--plot and --price_per_chip_hour are of one plan, not of a search. Search without them, then plan with "
+            "them and the winner's overrides."
         )
     config = configs.load(FLAGS.config, overrides)
     say = functools.partial(print, file=sys.stderr, flush=True)
