@@ -23,7 +23,6 @@ from phijax.quantization import policy
 
 MODELS = ("phi3_mini", "phi3_medium")
 SCHEMES = ("int8", "int4", "int4_g128", "int4_g128_head8", "int4_g64", "int4_g32", "int4_g32_head8")
-ANY_NUMBER_OF_BYTES = 1 << 62
 
 
 class Planned(OursSource):
@@ -42,8 +41,7 @@ def sizes(c: ModelConfig, scheme: str) -> dict[str, int]:
     opened = Opened(epath.Path("/none"), "phijax", c, Planned(c, assigned), lambda: None)
 
     def of_folder(export) -> int:
-        files = export.plan(opened, "phi3", None, ANY_NUMBER_OF_BYTES)
-        return sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in export.folder(opened, "phi3", None).tensors)
 
     return {
         "ours": sum(quantized_export.nbytes(opened, assigned).values()),
