@@ -4,8 +4,8 @@ Each case is compiled for its slice by the TPU compiler (pip install 'phijax[tpu
 and set beside what `phijax.planning.analytic` says from shapes alone. Nothing is run.
 """
 
+import argparse
 import dataclasses
-import sys
 
 from phijax.parallel import hardware
 
@@ -86,14 +86,19 @@ def compare(case: Case) -> str:
     )
 
 
-def main(numbers: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", type=int, help=f"numbers of cases, 0 to {len(CASES) - 1}; none: all")
+    numbers = parser.parse_args().cases
+    if not all(0 <= number < len(CASES) for number in numbers):
+        parser.error(f"there are cases 0 to {len(CASES) - 1}")
     print(
         f"{'model':<7}{'slice':<11}{'mesh':<17}{'rows x A x T':<17}seconds compiled   error  matrix, vector, "
         f"attention, exposed: shapes/compiled{'':15}GiB compiled   error   parts compile s"
     )
-    for case in [CASES[int(n)] for n in numbers] or CASES:
+    for case in [CASES[number] for number in numbers] or CASES:
         print(compare(case), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
