@@ -225,14 +225,21 @@ class Generator:
                     kept.put(Prefix(filled[0], frequencies[0], cache if ahead is None else ahead[-1], length))
                 return
             if ahead is None:
-                for row, text in enumerate(texts):
-                    if text.finish is None and self._switches_at(len(ids[row]) + text.count - 1):
-                        # The long list takes over: what the cache holds was rotated by the short one.
-                        filled[row] = [*ids[row], *text.tokens[:-1]]
-                        frequencies[row] = self._frequencies(len(filled[row]) + 1)
-                        _, cache = self._filled(cache, row, filled[row], frequencies[row])
+                cache = self._with_long_lists(cache, ids, texts, filled, frequencies)
                 ahead = step(advance)
             logits, logprobs, rows, cache = ahead
+
+    def _with_long_lists(self, cache, ids, texts, filled: list[Sequence[int]], frequencies: np.ndarray):
+        """Where a row's long list takes over, the cache anew, since its keys were rotated by the short one.
+
+        Returns: the cache; `filled` and `frequencies` are changed where they are.
+        """
+        for row, text in enumerate(texts):
+            if text.finish is None and self._switches_at(len(ids[row]) + text.count - 1):
+                filled[row] = [*ids[row], *text.tokens[:-1]]
+                frequencies[row] = self._frequencies(len(filled[row]) + 1)
+                _, cache = self._filled(cache, row, filled[row], frequencies[row])
+        return cache
 
     def _begun(self, ids: list[list[int]], frequencies: np.ndarray, rows: int, length: int, kept: Kept):
         """-> logits behind each prompt, a cache of `rows` rows with them, and its length: `length`, or more."""

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 import tracemalloc
 
 import ml_dtypes
@@ -36,13 +35,11 @@ def sharded(saved, tmp_path):
 
 
 def refused(folder, message: str) -> None:
-    """Opening is refused with `message`, within a second and 32 MB."""
+    """Opening is refused with `message`, within 32 MB: nothing was read for it."""
     tracemalloc.start()
-    begin = time.monotonic()
     try:
         with pytest.raises(UserError, match=message):
             open_checkpoint(folder)
-        assert time.monotonic() - begin < 1.0
         assert tracemalloc.get_traced_memory()[1] < 32 << 20
     finally:
         tracemalloc.stop()

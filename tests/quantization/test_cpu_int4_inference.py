@@ -64,7 +64,7 @@ def test_a_row_has_its_bits_in_any_batch():
 
 @needs_compiler
 def test_over_a_cache_of_eight_bits():
-    """Products by the kernel, attention by XLA: another cache, and hardly another model; in steps as in a prompt."""
+    """Another cache, and hardly another model; in steps as in a prompt."""
     weights = stored(TIED)
     small, plain = Generator(TIED, weights, cache_dtype="int8"), Generator(TIED, weights)
     assert all(isinstance(leaf, Tiled) for leaf in small._weights["blocks"][0]["mlp"].values())
