@@ -28,6 +28,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1  # decoupled, on matrices
     clip_norm: float | None = 1.0  # of the whole gradient
     max_skipped_steps: int = 10  # not finite, in a row: then the run stops
+    moments: Literal["device", "host"] = "device"  # where Adam's two lie between updates, 8 bytes a parameter
 
     def check(self, total_steps: int) -> None:
         """Raises: UserError for numbers that make no schedule."""
@@ -87,17 +88,28 @@ def decay_mask(axes: Any) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig, axes: Any, total_steps: int) -> Optimizer:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) whose update takes `step`, the state's own count.
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) whose update takes `step` and `grad_norm`.
 
-    A step that is skipped must not advance bias correction but must advance the schedule, so the two counts part.
+    step: the state's own count. A step that is skipped must not advance bias correction but must advance the schedule,
+    so the two counts part. grad_norm: of the whole gradient, so that any part of the parameters' tree, some of its
+    branches or one layer of the stacked blocks, can be updated by itself (update.py).
     """
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm is not None else optax.identity()
+    mask = decay_mask(axes)
     return optax.chain(
-        clip,
+        _clip(config.clip_norm) if config.clip_norm is not None else optax.identity(),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(axes)),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda tree: {branch: mask[branch] for branch in tree}),
         _scale_by_schedule(config, total_steps),
     )
+
+
+def _clip(limit: float) -> Optimizer:
+    """Shortens a gradient longer than `limit` to it (Pascanu et al. 2013, arXiv:1211.5063, section 3.2)."""
+
+    def update(updates, state, params=None, *, grad_norm, **_):
+        return jax.tree.map(lambda g: jnp.where(grad_norm < limit, g, g / grad_norm * limit), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _scale_by_schedule(config: OptimizerConfig, total_steps: int) -> Optimizer:

@@ -49,7 +49,9 @@ def abstract_state(recipe: Recipe, mesh: Mesh) -> TrainState:
     """The state as ShapeDtypeStructs with shardings; takes no memory."""
     optimizer = recipe.make_optimizer()
     shapes = jax.eval_shape(lambda: new_state(params.init(recipe.model, recipe.seed), optimizer))
-    return place(shapes, params.shardings(recipe.model, mesh), NamedSharding(mesh, PartitionSpec()))
+    on_host = recipe.optimizer.moments == "host"
+    whole = NamedSharding(mesh, PartitionSpec())
+    return place(shapes, params.shardings(recipe.model, mesh), whole, moments_on_host=on_host)
 
 
 def initial_state(recipe: Recipe, mesh: Mesh, start: Any = None) -> TrainState:
@@ -69,7 +71,13 @@ def initial_state(recipe: Recipe, mesh: Mesh, start: Any = None) -> TrainState:
 def lower_train_step(recipe: Recipe, mesh: Mesh, shape: BatchShape) -> jax.stages.Lowered:
     """The train step for batches (A, B, T): (state, batch) -> (state, metrics by name). The state is donated."""
     optimizer = recipe.make_optimizer()
-    step = functools.partial(train_step, objective=recipe.objective(shape[-1]), optimizer=optimizer, seed=recipe.seed)
+    step = functools.partial(
+        train_step,
+        objective=recipe.objective(shape[-1]),
+        optimizer=optimizer,
+        seed=recipe.seed,
+        moments_on_host=recipe.optimizer.moments == "host",
+    )
 
     def program(state, batch):
         rate = learning_rate(recipe.optimizer, state.step, recipe.total_steps)

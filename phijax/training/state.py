@@ -32,15 +32,15 @@ def new_state(params: Any, optimizer: Optimizer, frozen: Any = None) -> TrainSta
     return TrainState(zero, params, frozen if frozen is not None else {}, optimizer.init(params), zero, zero)
 
 
-def select(ok: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """`new` where ok () bool, else `old`, leaf by leaf."""
-    return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
-
-
-def place(abstract: TrainState, param_shardings: Any, replicated: jax.sharding.Sharding) -> TrainState:
-    """`abstract` (ShapeDtypeStructs) with a sharding at each leaf: a moment lies where its parameter lies.
+def place(
+    abstract: TrainState, param_shardings: Any, replicated: jax.sharding.Sharding, *, moments_on_host: bool = False
+) -> TrainState:
+    """`abstract` (ShapeDtypeStructs) with a sharding at each leaf: a moment is cut as its parameter is.
 
     A leaf belongs to a parameter when the dictionary keys on its path spell the parameter's path.
+
+    Args:
+      moments_on_host: those of opt_state lie in the memory of the chip's host.
     """
 
     def keys(path) -> tuple[str, ...]:
@@ -49,6 +49,9 @@ def place(abstract: TrainState, param_shardings: Any, replicated: jax.sharding.S
     known = {keys(path): s for path, s in jax.tree_util.tree_flatten_with_path(param_shardings)[0]}
 
     def placed(path, leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=known.get(keys(path), replicated))
+        sharding = known.get(keys(path), replicated)
+        if moments_on_host and path[0].name == "opt_state" and keys(path) in known:
+            sharding = sharding.with_memory_kind("pinned_host")
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(placed, abstract)

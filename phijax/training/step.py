@@ -1,5 +1,6 @@
 """One optimizer step and one evaluation step: pure."""
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from phijax.parallel import sharding
+from phijax.training import update
 from phijax.training.objectives import Objective, ReadBatch
 from phijax.training.optimizer import Optimizer
-from phijax.training.state import TrainState, select
+from phijax.training.state import TrainState
 
 
 @flax.struct.dataclass
@@ -26,7 +28,13 @@ class Metrics:
 
 
 def train_step(
-    state: TrainState, batch: dict[str, jax.Array], *, objective: Objective, optimizer: Optimizer, seed: int
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    objective: Objective,
+    optimizer: Optimizer,
+    seed: int,
+    moments_on_host: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step over `batch`, leaves (A, B, T): A micro-batches, gradients summed in float32."""
     key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -35,13 +43,18 @@ def train_step(
     weight = jnp.maximum(weight_sum, 1.0)
     grads = jax.tree.map(lambda g: g / weight, grads)
     norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
-    new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
     # Decided here, not on the host: metrics are read one step late, when a NaN would be in the donated state already.
     ok = jnp.isfinite(norm) & jnp.isfinite(loss_sum)
     bad = (~ok).astype(jnp.int32)
-    state = select(ok, new, state).replace(
-        step=state.step + 1, skipped=state.skipped + bad, skipped_in_a_row=(state.skipped_in_a_row + bad) * bad
+    updated = update.by_layer if moments_on_host else update.at_once
+    of_this_step = functools.partial(optimizer.update, step=state.step, grad_norm=norm)
+    params, opt_state = updated(of_this_step, ok, grads, state.opt_state, state.params)
+    state = state.replace(
+        params=params,
+        opt_state=opt_state,
+        step=state.step + 1,
+        skipped=state.skipped + bad,
+        skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
     )
     metrics = Metrics(
         loss=loss_sum / weight,

@@ -5,7 +5,7 @@ import signal
 
 import numpy as np
 import pytest
-from run_case import Ended, free_address, last_step, learned, mesh, metrics, saved_steps
+from run_case import EVERY, Ended, free_address, last_step, learned, mesh, metrics, saved_steps
 
 from phijax.report.writers import read_metrics
 
@@ -78,6 +78,19 @@ def test_another_mesh_has_the_same_rows_and_losses(runs, by_fsdp, tmp_path, size
     ended = ten_steps(runs, tmp_path / "run", sizes)
     assert ended.code == 0, ended.output
     same_rows_and_losses(tmp_path / "run", by_fsdp)
+
+
+def test_moments_on_the_hosts_are_the_same_run(runs, by_fsdp, tmp_path):
+    """Two processes keep them there, save and end; runs are taken up in the middle from there and to there."""
+    there, host = tmp_path / "there", "--config.optimizer.moments=host"
+    for ended in run_together(runs, there, 2, host):
+        assert ended.code == 0, ended.output
+    same_rows_and_losses(there, by_fsdp)
+    for source, flags, change in ((there, [], "'host', from step 4 on 'device'"), (by_fsdp, [host], "'device', from")):
+        ended = ten_steps(runs, runs.copy(source, tmp_path / f"from_{source.name}", EVERY), MIXED, *flags)
+        assert ended.code == 0, ended.output
+        assert f"config: optimizer.moments was {change}" in ended.output
+        same_rows_and_losses(tmp_path / f"from_{source.name}", by_fsdp)
 
 
 def test_sigterm_to_one_of_two_stops_both_and_another_mesh_goes_on(runs, by_fsdp, tmp_path):
