@@ -32,7 +32,10 @@ flags.DEFINE_multi_string(
     "compiler_option", [], "NAME=VALUE for the TPU compiler; may be given often. No part of the run's config.",
     flag_values=FLAGS,
 )  # fmt: skip
-flags.DEFINE_boolean("search", False, "Look for the best mesh, remat policy and micro-batches.", flag_values=FLAGS)
+flags.DEFINE_boolean(
+    "search", False, "Look for the best mesh, remat policy, micro-batches and place of Adam's moments.",
+    flag_values=FLAGS,
+)  # fmt: skip
 flags.DEFINE_integer("compile_top", 6, "How many of the search's best are compiled.", flag_values=FLAGS)
 flags.DEFINE_string("plot", None, "PNG: memory and step time as stacked bars, and the roofline.", flag_values=FLAGS)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from phijax import config as configs
 from phijax import run
-from phijax.checkpoint.host_memory import SYNCHRONOUS_LIMIT_GB, bytes_held_by_save
+from phijax.checkpoint.host_memory import SYNCHRONOUS_LIMIT_GB, bytes_held_by_save, bytes_on_host
 from phijax.config import Config
 from phijax.model import params
 from phijax.model.config import resolve_model
@@ -73,18 +73,19 @@ def make_plan(config: Config, slice_name: str, how: How, *, price: float | None)
 
 
 def host_memory(recipe: Recipe, where: analytic.Slice, mesh) -> HostMemory:
-    """What a save holds on the first host; without the compiler's devices an upper bound from shapes."""
+    """What lies, and what a save holds, on the first host; without the compiler's devices upper bounds from shapes."""
     chip = where.chip
     if mesh is None:
         held = int(chip.chips_per_host * analytic.state_bytes(recipe, where.sizes))
-        return HostMemory(held, min(held, SYNCHRONOUS_LIMIT_GB * 10**9), chip.host_bytes)
+        moments = held * 2 // 3 if recipe.optimizer.moments_on_host else 0
+        return HostMemory(held, min(held, SYNCHRONOUS_LIMIT_GB * 10**9), chip.host_bytes, moments)
     state = abstract_state(recipe, mesh)
     held = (bytes_held_by_save(state, asynchronous=asynchronous) for asynchronous in (True, False))
-    return HostMemory(*held, chip.host_bytes)
+    return HostMemory(*held, chip.host_bytes, bytes_on_host(state))
 
 
 def find(config: Config, slice_name: str, how: How, *, top: int) -> Found:
-    """Meshes, remat policies and micro-batches for the config's batch and phases, which stay as they are."""
+    """Meshes, remat, micro-batches, place of moments for the config's batch and phases, which stay as they are."""
     phases, slices = config.data.phases, config.mesh.slices
 
     def work_of(candidate: Candidate, where: analytic.Slice) -> Work:
@@ -143,6 +144,7 @@ def apply(config: Config, candidate: Candidate) -> Config:
         mesh=candidate.mesh,
         model=dataclasses.replace(config.model, remat=candidate.remat),
         data=dataclasses.replace(config.data, micro_batches=candidate.micro_batches),
+        optimizer=dataclasses.replace(config.optimizer, moments=candidate.moments),
     )
 
 
@@ -157,6 +159,6 @@ def changes(config: Config, winner: Ranked | None) -> list[str]:
         if str(old[section][name]) != value:
             flags.append(f"--config.{key}={value}")
     profile = winner.profile or NO_PROFILE
-    if winner.answers and profile != config.compiler.profile:
+    if (winner.answers or winner.profile) and profile != config.compiler.profile:
         flags.append(f"--config.compiler.profile={profile}")
     return flags

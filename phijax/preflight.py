@@ -88,7 +88,7 @@ def needs_of(config):
     import jax
 
     from phijax import run
-    from phijax.checkpoint.host_memory import bytes_held_by_save
+    from phijax.checkpoint.host_memory import bytes_held_by_save, bytes_on_host
     from phijax.parallel.hardware import generation
     from phijax.parallel.mesh import make_mesh
     from phijax.readiness.check import FAIL, OK, Check
@@ -118,7 +118,7 @@ def needs_of(config):
         checks.append(Check("data", FAIL, str(error)))
     return dataclasses.replace(
         needs,
-        memory=bytes_held_by_save(state, asynchronous=config.checkpoint.asynchronous),
+        memory=bytes_on_host(state) + bytes_held_by_save(state, asynchronous=config.checkpoint.asynchronous),
         state_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         shards=shards,
         checks=tuple(checks),

@@ -86,7 +86,7 @@ def make_recipe(config: Config, sizes: dict[str, int], platform: str, chip: str 
             raise UserError(f"{where}: {reason}.")
     params.check_mesh(model, sizes)
     check_sets(config.evaluation)
-    options = compiler_options(config.compiler, chip)
+    options = compiler_options(config.compiler, chip, moments_on_host=config.optimizer.moments_on_host)
     return Recipe(model, backend, config.optimizer, config.loss, total, config.seed, options)
 
 

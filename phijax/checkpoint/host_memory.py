@@ -23,6 +23,15 @@ def bytes_held_by_save(tree: Any, *, asynchronous: bool) -> int:
     return min(sum(sizes), max(max(sizes, default=0), SYNCHRONOUS_LIMIT_GB * 10**9))
 
 
+def bytes_on_host(tree: Any) -> int:
+    """Of shapes whose shardings lie in the memory of this process's host: what they will take there."""
+    return sum(
+        _distinct_bytes(leaf)
+        for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding.memory_kind == "pinned_host"
+    )
+
+
 def available_bytes() -> int | None:
     """Host memory that can be taken now: the smaller of the machine's and the container's; None if unknown."""
     bounds = [bound for bound in (_machine_available(), _container_available()) if bound is not None]
@@ -30,11 +39,18 @@ def available_bytes() -> int | None:
 
 
 def check(tree: Any, *, asynchronous: bool, available: int | None) -> str | None:
-    """A warning line if a save of `tree` comes close to `available` bytes. Raises UserError if it does not fit."""
+    """A warning line if a save of `tree` comes close to `available` bytes. Raises UserError if it does not fit.
+
+    Arrays that lie in the host's memory have taken what they need; shapes that will lie there have not.
+    """
     if available is None:
         return None
-    needed = bytes_held_by_save(tree, asynchronous=asynchronous)
-    sizes = f"{needed / 1e9:.1f} GB of host memory in this process, {available / 1e9:.1f} GB are free"
+    resident = bytes_on_host(tree)
+    needed = bytes_held_by_save(tree, asynchronous=asynchronous) + resident
+    sizes = f"{needed / 1e9:.1f} GB of host memory in this process"
+    if resident:
+        sizes += f", {resident / 1e9:.1f} of them for the optimizer's moments (optimizer.moments=host)"
+    sizes += f"; {available / 1e9:.1f} GB are free"
     if needed > available:
         remedy = (
             "Say --config.checkpoint.asynchronous=False (the run then waits for each save), shard the state over more "

@@ -5,6 +5,7 @@ import dataclasses
 import glob
 import os
 import sys
+from collections.abc import Mapping
 
 from phijax.errors import UserError, nearest_name
 
@@ -43,11 +44,19 @@ _SPARSE_CORE = {
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
     "xla_tpu_use_tc_device_shape_on_sc": "true",
 }
+# By itself the compiler begins to recompute, and to hide fewer gathers, at 95 % of HBM, with what lies on the hosts
+# counted in. At 200 it never does: a program fits as it is, or is refused before it runs.
+FILL_MEMORY = "fill_memory"
+_FILL_MEMORY = {
+    "xla_jf_rematerialization_percent_shared_memory_limit": "200",
+    "xla_tpu_scheduler_percent_shared_memory_limit": "200",
+}
 # XLA's own options (xla_gpu_...) take Python's values, those of libtpu also text.
 COMPILER_PROFILES: dict[str, dict[str, dict[str, str | bool]]] = {
-    "v5e": {},
-    "v5p": {"sparse_core": _SPARSE_CORE},  # collectives beside the core's work, which else waits for all of them
-    "v6e": {"sparse_core": _SPARSE_CORE},
+    "v5e": {FILL_MEMORY: _FILL_MEMORY},
+    # sparse_core: collectives beside the core's work, which else waits for all of them.
+    "v5p": {"sparse_core": _SPARSE_CORE, FILL_MEMORY: {**_SPARSE_CORE, **_FILL_MEMORY}},
+    "v6e": {"sparse_core": _SPARSE_CORE, FILL_MEMORY: {**_SPARSE_CORE, **_FILL_MEMORY}},
     "gpu": {"latency_hiding": {"xla_gpu_enable_latency_hiding_scheduler": True}},  # not measured by us
 }
 NO_PROFILE = "none"
@@ -71,16 +80,21 @@ def a_chip_with(config: CompilerConfig) -> str | None:
     return next((chip for chip, profiles in COMPILER_PROFILES.items() if config.profile in profiles), None)
 
 
-def compiler_options(config: CompilerConfig, chip: str | None) -> tuple[tuple[str, str | bool], ...]:
+def compiler_options(
+    config: CompilerConfig, chip: str | None, *, moments_on_host: bool = False
+) -> tuple[tuple[str, str | bool], ...]:
     """(name, value) pairs for the compiler of `chip`, a key of COMPILER_PROFILES; None or another chip has none.
 
+    Args:
+      moments_on_host: then TPUs get those of fill_memory too: without them the memory that it frees is not used.
     Raises: UserError for a profile that this chip does not have.
     """
-    if config.profile == NO_PROFILE:
-        return ()
     here = COMPILER_PROFILES.get(chip or "", {})
+    filled = _FILL_MEMORY if moments_on_host and FILL_MEMORY in here else {}
+    if config.profile == NO_PROFILE:
+        return tuple(filled.items())
     if config.profile in here:
-        return tuple(here[config.profile].items())
+        return tuple({**here[config.profile], **filled}.items())
     elsewhere = [name for name, profiles in COMPILER_PROFILES.items() if config.profile in profiles]
     near = nearest_name(config.profile, here)
     raise UserError(
@@ -89,6 +103,11 @@ def compiler_options(config: CompilerConfig, chip: str | None) -> tuple[tuple[st
         + (f" It is for {', '.join(elsewhere)}." if elsewhere else f" Nearest: {near!r}." if near else "")
         + f"  Try --config.compiler.profile={near or NO_PROFILE}"
     )
+
+
+def fills_memory(options: Mapping[str, str | bool]) -> bool:
+    """Whether a program with these options is compiled without the limit of 95 %."""
+    return _FILL_MEMORY.items() <= options.items()
 
 
 def peak_flops(device_kind: str) -> float | None:

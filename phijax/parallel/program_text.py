@@ -44,6 +44,10 @@ class Array:
         return "S(" not in self.layout
 
     @property
+    def on_host(self) -> bool:
+        return "S(5)" in self.layout
+
+    @property
     def padded_bytes(self) -> float:
         """Bytes with each tile filled up: a minor dimension of 96 lies in rows of 128."""
         tile = re.search(r":T\(([\d,]+)\)", self.layout)

@@ -99,11 +99,13 @@ def estimate(recipe: Recipe, where: Slice, shape: BatchShape) -> Estimate:
         vector=_vector(recipe, where, local, shape),
     )
     _communicate(found, local, where, shape[0], recipe.model.num_layers)
+    if recipe.optimizer.moments_on_host:  # in and out at once, layer by layer, with next to nothing beside it
+        found.host = 2 * local.shard_bytes / where.chip.host_bandwidth
     core = found.matrix + found.vector + found.attention
     hidden = sum(found.collectives[kind].seconds for kind in _beside(recipe, where) if kind in found.collectives)
     found.overlapped = min(core, hidden)
     found.exposed = sum(t.seconds for t in found.collectives.values()) - found.overlapped
-    found.step = core + found.exposed
+    found.step = core + found.exposed + found.host
     return found
 
 
@@ -188,7 +190,7 @@ def memory(recipe: Recipe, sizes: Mapping[str, int], shape: BatchShape) -> dict[
     at_loss = loss_side + 2 * local.residual_bytes > layer_side + workspace
     return {
         "parameters": local.shard_bytes,
-        "optimizer": 2 * local.shard_bytes,
+        "optimizer": 0.0 if recipe.optimizer.moments_on_host else 2 * local.shard_bytes,
         "gradients": blocks + (local.shard_bytes if shape[0] > 1 else 0) + (0 if at_loss else head_shards / 2),
         "saved activations": c.num_layers * local.tokens * local.saved,
         "weights in the compute type": blocks * local.compute / 4 + (0 if at_loss else 1.5 * local.layer_bytes),
@@ -199,7 +201,7 @@ def memory(recipe: Recipe, sizes: Mapping[str, int], shape: BatchShape) -> dict[
 
 
 def state_bytes(recipe: Recipe, sizes: Mapping[str, int]) -> float:
-    """Parameters and both moments on one chip."""
+    """Parameters and both moments of one chip, wherever they lie."""
     return 3 * _weights(recipe.model, sizes, recipe.backend.dtype.itemsize).shards
 
 

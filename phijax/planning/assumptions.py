@@ -24,6 +24,7 @@ class Chip:
     wraps_at: int  # an axis whose length is a multiple of this closes into a ring
     chips_per_host: int
     host_bytes: int
+    host_bandwidth: float  # between a chip and its host's memory, one way
 
     @property
     def flops_per_cycle(self) -> float:
@@ -36,23 +37,25 @@ class Chip:
 # clock: 4 units of 128 x 128 (v5e), 8 (v5p), 4 units of 256 x 256 (v6e), two FLOP each, reach the published peak at it.
 # link_bandwidth: the tables' figure for a chip over its links: 1600 Gbit/s (v5e), 4800 (v5p), 3200 (v6e), both ways
 #   added up, over 4, 6 and 4 links of two ways: 45-50, 90-100, 90-100 GB/s one way; the lower one is taken.
+# host_bandwidth: no maker's table tells it. 16 GB/s for v4 and 15 for v6e are what Google's engineers reckon with in
+#   jax-ml.github.io/scaling-book, part 2; the lower is taken for all, and both ways at once.
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip(
             name="v5e", peak_flops=PEAK_FLOPS["TPU v5e"], clock=1.5e9, hbm_bandwidth=8.1e11,
             hbm_bytes=int(15.75 * GIB), link_bandwidth=4.5e10, int8_speedup=2.0, matrix_side=128, axes=2, wraps_at=16,
-            chips_per_host=4, host_bytes=192 * 10**9,
+            chips_per_host=4, host_bytes=192 * 10**9, host_bandwidth=1.5e10,
         ),
         Chip(
             name="v5p", peak_flops=PEAK_FLOPS["TPU v5p"], clock=1.75e9, hbm_bandwidth=2.77e12,
             hbm_bytes=int(95.74 * GIB), link_bandwidth=9.0e10, int8_speedup=2.0, matrix_side=128, axes=3, wraps_at=4,
-            chips_per_host=4, host_bytes=448 * 10**9,
+            chips_per_host=4, host_bytes=448 * 10**9, host_bandwidth=1.5e10,
         ),
         Chip(
             name="v6e", peak_flops=PEAK_FLOPS["TPU v6e"], clock=1.75e9, hbm_bandwidth=1.64e12,
             hbm_bytes=int(31.25 * GIB), link_bandwidth=9.0e10, int8_speedup=2.0, matrix_side=256, axes=2, wraps_at=16,
-            chips_per_host=4, host_bytes=720 * 10**9,
+            chips_per_host=4, host_bytes=720 * 10**9, host_bandwidth=1.5e10,
         ),
     )
 }  # fmt: skip
@@ -77,10 +80,14 @@ ANALYTIC_ERROR = (
     "seconds and memory: from shapes alone, within 15 % of the compiled estimate on the cases compared, unless "
     "memory is crowded"
 )
-# A program that leaves less than this share of HBM free is crowded: the compiler then recomputes on its own, and steps
-# of 1.11 (medium on 16 v5p) and 1.35 times (mini on 16 v5e) the analytic seconds were seen.
+# A program that takes more than this share of HBM is crowded: unless told not to (compiler.profile=fill_memory) the
+# compiler then recomputes on its own and hides fewer gathers, and steps of 1.11 (medium on 16 v5p) and 1.35 times (mini
+# on 16 v5e) the analytic seconds were seen.
 CROWDED_FROM = 0.95
-CROWDED = 1.2
+CROWDED = (
+    "crowded: so near its limit the compiler recomputes on its own and hides fewer gathers, steps of 1.1 to 1.35 times "
+    "the seconds from shapes were seen; --config.compiler.profile=fill_memory keeps it from that"
+)
 
 
 def chip_of(topology: str) -> Chip:

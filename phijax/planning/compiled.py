@@ -79,13 +79,15 @@ def compile_step(
 def hbm_peak(memory: Any) -> int:
     """Bytes of HBM at the worst moment, out of the compiler's `CompiledMemoryStats`.
 
-    XLA's peak is that of whichever memory holds most, added to the arguments: for a small program that is VMEM's, and
-    the figure more than was ever placed in HBM. What was placed bounds it: by the compiler's own total or, where it
-    tells none, by arguments, results and temporaries.
+    XLA's peak is that of whichever memory holds most, added to the arguments, those in the host's memory too: for a
+    small program that is VMEM's, and the figure more than was ever placed in HBM. What was placed bounds it: by the
+    compiler's own total or, where it tells none, by arguments, results and temporaries.
     """
+    host = memory.host_argument_size_in_bytes + memory.host_output_size_in_bytes - memory.host_alias_size_in_bytes
+    host += memory.host_temp_size_in_bytes
     placed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     placed += memory.temp_size_in_bytes
-    return min(memory.peak_memory_in_bytes, getattr(memory, "total_allocation_bytes", 0) or placed)
+    return min(memory.peak_memory_in_bytes - host, getattr(memory, "total_allocation_bytes", 0) or placed)
 
 
 def argument_parts(recipe: Recipe, mesh: Mesh, shape: BatchShape) -> Sequence[str]:

@@ -1,13 +1,15 @@
-"""Seconds of a compiled TPU program, without a TPU: its schedule replayed on three clocks.
+"""Seconds of a compiled TPU program, without a TPU: its schedule replayed on several clocks.
 
 The matrix and vector core runs operation after operation, each for the cycles that the compiler itself expects. Links
-between chips and copies between HBM and VMEM run beside it: a start enqueues, a done waits for what is not finished.
+between chips, copies between HBM and VMEM, and those from and to the host's memory run beside it: a start enqueues, a
+done waits for what is not finished.
 What carries no cycles (collectives, Pallas kernels) is modelled in `interconnect.py` and `kernels.py`.
 """
 
 import collections
 import dataclasses
 import re
+from typing import Literal
 
 from phijax.parallel.program_text import Operation, Program, parse
 from phijax.planning import interconnect, kernels
@@ -28,7 +30,6 @@ FREE = frozenset(
         "add-dependency",
     }
 )
-COPIES = frozenset({"copy", "slice", "dynamic-slice"})  # with -start and -done: between memories of one chip
 
 
 @dataclasses.dataclass
@@ -42,7 +43,7 @@ class Traffic:
 
 @dataclasses.dataclass
 class Estimate:
-    """Seconds of one step. matrix + vector + attention + exposed + waiting = step."""
+    """Seconds of one step. matrix + vector + attention + exposed + waiting + host = step."""
 
     step: float = 0.0
     matrix: float = 0.0  # operations with a matrix product in them
@@ -51,6 +52,7 @@ class Estimate:
     exposed: float = 0.0  # collectives that the core waits for
     overlapped: float = 0.0  # collectives beside the core's work; not part of the sum
     waiting: float = 0.0  # for copies between HBM and VMEM
+    host: float = 0.0  # for copies from and to the host's memory
     kinds: dict[str, float] = dataclasses.field(default_factory=collections.Counter)  # kind of operation -> seconds
     operations: dict[str, float] = dataclasses.field(default_factory=collections.Counter)  # one by one
     collectives: dict[str, Traffic] = dataclasses.field(default_factory=lambda: collections.defaultdict(Traffic))
@@ -78,10 +80,8 @@ class _Replay:
 
     def run(self, computation: str, times: int) -> float:
         """Seconds of one run of a computation; adds those of `times` runs to the result. Each trip starts idle."""
-        core, copies, links = 0.0, 0.0, {"+": 0.0, "-": 0.0}
-        pending: dict[
-            str, tuple[float, bool]
-        ] = {}  # name or channel -> when it is finished, whether it is a collective
+        core, copies, links, host = 0.0, 0.0, {"+": 0.0, "-": 0.0}, {"in": 0.0, "out": 0.0}
+        pending: dict[str, tuple[float, str]] = {}  # name or channel -> when it is finished, what a wait for it is
         for o in self.program.computations[computation]:
             if o.opcode in FREE:
                 continue
@@ -92,7 +92,7 @@ class _Replay:
             elif o.opcode in ("call", "conditional"):
                 core += self.run(o.called[0], times) if o.called else 0.0
             elif o.opcode.endswith("-update"):
-                pending[o.name] = pending.get(o.operands[0], (core, True))
+                pending[o.name] = pending.get(o.operands[0], (core, "exposed"))
             elif o.opcode.endswith("-done"):
                 core = self._wait(core, pending.get(o.operands[0]), times)
             elif communication := self._communication(o, computation):
@@ -104,25 +104,25 @@ class _Replay:
                 finished = max(core, *(links[way] for way in ways)) + took
                 links.update(dict.fromkeys(ways, finished))
                 if stage == "start":
-                    pending[o.name] = pending[f"channel {collective.channel}"] = (finished, True)
+                    pending[o.name] = pending[f"channel {collective.channel}"] = (finished, "exposed")
                 else:
-                    core = self._wait(core, (finished, True), times)
+                    core = self._wait(core, (finished, "exposed"), times)
+            elif o.opcode.endswith("-start") and (way := _over_the_host(o)):
+                host[way] = max(host[way], core) + _crossing(o) / self.chip.host_bandwidth
+                pending[o.name] = (host[way], "host")
             elif o.opcode.endswith("-start"):
                 # The text names both ends of a copy: half the bytes move.
                 copies = max(copies, core) + o.bytes / 2 / self.chip.hbm_bandwidth
-                pending[o.name] = (copies, False)
+                pending[o.name] = (copies, "waiting")
             else:
                 core += self._work(o, times)
         return core
 
-    def _wait(self, core: float, awaited: tuple[float, bool] | None, times: int) -> float:
+    def _wait(self, core: float, awaited: tuple[float, str] | None, times: int) -> float:
         if awaited is None or awaited[0] <= core:
             return core
-        finished, is_collective = awaited
-        if is_collective:
-            self.result.exposed += (finished - core) * times
-        else:
-            self.result.waiting += (finished - core) * times
+        finished, field = awaited
+        setattr(self.result, field, getattr(self.result, field) + (finished - core) * times)
         return finished
 
     def _communication(self, o: Operation, computation: str) -> tuple[Operation, str, str] | None:
@@ -197,6 +197,20 @@ class _Replay:
     def _has_product(self, o: Operation) -> bool:
         inside = [c for called in o.called for _, c in self.program.within(called)]
         return any(c.opcode in ("convolution", "dot") for c in (o, *inside))
+
+
+def _over_the_host(o: Operation) -> Literal["in", "out"] | None:
+    """The way of a copy, or of a slice's, between HBM and the host's memory."""
+    arrays = [array for array in o.arrays if array.shape]
+    if not any(array.on_host for array in arrays):
+        return None
+    result = arrays[0] if o.opcode == "copy-start" else arrays[-1]  # a slice's operands stand before it
+    return "out" if result.on_host else "in"
+
+
+def _crossing(o: Operation) -> float:
+    """Bytes of such a copy: of a slice, or of what is written over one, and not of the whole that it is cut from."""
+    return min(array.bytes for array in o.arrays if array.shape)
 
 
 def _vector_kind(o: Operation) -> str:

@@ -67,10 +67,11 @@ class Found:
     def _what_was_not_done(self) -> str:
         compiled_ones = len({one.candidate for one in self.best})
         text = (
-            f"{self.looked_at:,} candidates (meshes x remat policies x micro-batches) were ranked from shapes, "
+            f"{self.looked_at:,} candidates (meshes x remat policies x micro-batches, Adam's moments on the "
+            "hosts where the chips are short of memory for them) were ranked from shapes, "
             f"{self.fitting:,} of them fit; {compiled_ones} were compiled, the other "
-            f"{self.looked_at - compiled_ones:,} were not. Compiler options were tried on the first that fits, "
-            "the rest has those that were best for it; offload to the host was not tried."
+            f"{self.looked_at - compiled_ones:,} were not. What fills the memory has compiler.profile=fill_memory; "
+            "other options were tried on the first that fits with room, the rest has those that were best for it."
         )
         fitting = [one for one in self.best if not one.refused]
         others = [one for one in self.rest if not search.twins(one, self.best)]

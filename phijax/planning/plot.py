@@ -17,6 +17,7 @@ SECONDS = {
     "vector work and copies": ("vector", "#d4a72c"),
     "exposed communication": ("exposed", "#cf222e"),
     "waiting for copies": ("waiting", "#8c959f"),
+    "waiting for the host": ("host", "#1a7f37"),
 }
 
 

@@ -13,18 +13,24 @@ DAY = 86400.0
 
 @dataclasses.dataclass(frozen=True)
 class HostMemory:
-    """Bytes that a save holds on one host, asynchronous or not, and what a host of this kind has."""
+    """Bytes that a save holds on one host, asynchronous or not, and what a host of this kind has.
+
+    moments: Adam's, where they lie there throughout; not part of the other two.
+    """
 
     asynchronous: int
     synchronous: int
     host: int
+    moments: int = 0
 
     def line(self, is_asynchronous: bool) -> str:
-        needed = self.asynchronous if is_asynchronous else self.synchronous
+        needed = self.moments + (self.asynchronous if is_asynchronous else self.synchronous)
         verdict = "fits" if needed < self.host else "DOES NOT FIT"
+        what = "Adam's moments and checkpoints" if self.moments else "checkpoints"
+        moments = f"moments {self.moments / 1e9:.1f}; a save " if self.moments else ""
         return (
-            f"host memory for checkpoints: {needed / 1e9:.1f} of {self.host / 1e9:.0f} GB a host as configured: "
-            f"{verdict} (asynchronous {self.asynchronous / 1e9:.1f}, synchronous {self.synchronous / 1e9:.1f})"
+            f"host memory for {what}: {needed / 1e9:.1f} of {self.host / 1e9:.0f} GB a host as configured: {verdict} "
+            f"({moments}asynchronous {self.asynchronous / 1e9:.1f}, synchronous {self.synchronous / 1e9:.1f})"
         )
 
 
@@ -142,6 +148,7 @@ def step_lines(step: StepPlan) -> list[str]:
         "attention kernels": e.attention,
         "exposed communication": e.exposed,
         "waiting for copies": e.waiting,
+        "waiting for the host": e.host,
     }
     out += [f"    {name:<23} {took:8.3f} s {took / e.step:6.1%}" for name, took in seconds.items()]
     out.append(f"    {'overlapped, beside':<23} {e.overlapped:8.3f} s of communication")

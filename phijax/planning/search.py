@@ -1,4 +1,4 @@
-"""Meshes, remat policies and micro-batches for a slice: all ranked from shapes, the best few compiled.
+"""Meshes, remat policies, micro-batches and places of Adam's moments: all ranked from shapes, the best few compiled.
 
 Compiling takes a minute or more each, so that the order matters: candidates that differ by less than the shapes can
 tell wait until it is known whose twins they are, and it ends when no other can win by what was seen so far.
@@ -6,23 +6,27 @@ tell wait until it is known whose twins they are, and it ends when no other can 
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 from phijax.errors import UserError
 from phijax.model import params
 from phijax.model.config import ModelConfig
 from phijax.model.decoder import REMAT_POLICIES
+from phijax.parallel.hardware import FILL_MEMORY
 from phijax.parallel.mesh import MeshConfig
 from phijax.parallel.sharding import MESH_AXES
 from phijax.planning import analytic
 from phijax.planning.analytic import Slice
-from phijax.planning.assumptions import CROWDED, CROWDED_FROM, GIB
+from phijax.planning.assumptions import CROWDED_FROM, GIB
 from phijax.planning.compiled import Compiled, DoesNotFit
 from phijax.training.program import BatchShape, Recipe
 
 LARGEST_TENSOR = 8  # beyond it every layer's all-reduces cross more links than they save products
 MARGIN = 1.05  # analytic memory may be this much over before a candidate is dropped: the compiler has the last word
 TWINS = 0.01  # of the seconds: policies of one mesh and number of micro-batches that the shapes cannot tell apart
+FILLED_FROM = 0.9  # of HBM by shapes: below CROWDED_FROM by what they err, since fill_memory changes nothing else
 SCATTER = 0.05  # of compiled over analytic seconds among the candidates of a search (benchmarks/plan_accuracy.py)
 POLICIES = tuple(name for name, saved in REMAT_POLICIES.items() if saved is not None)
 
@@ -32,11 +36,16 @@ class Candidate:
     mesh: MeshConfig
     remat: str
     micro_batches: int
+    moments: Literal["device", "host"] = "device"
 
     def overrides(self) -> dict[str, str]:
         """Config keys -> values."""
-        sizes = {f"mesh.{name}": str(getattr(self.mesh, name)) for name in MESH_AXES}
-        return {**sizes, "model.remat": self.remat, "data.micro_batches": str(self.micro_batches)}
+        return {
+            **{f"mesh.{name}": str(getattr(self.mesh, name)) for name in MESH_AXES},
+            "model.remat": self.remat,
+            "data.micro_batches": str(self.micro_batches),
+            "optimizer.moments": self.moments,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,23 +113,30 @@ def rank(
     found, looked_at = [], 0
     for mesh in options:
         where = analytic.make_slice(topology, mesh)
-        for remat in POLICIES:
-            for micro in micro_batches:
-                candidate = Candidate(mesh, remat, micro)
+        for remat, micro in itertools.product(POLICIES, micro_batches):
+            peak = 0.0
+            for moments in ("device", "host"):
+                if moments == "host" and peak <= CROWDED_FROM * where.chip.hbm_bytes:
+                    continue  # quicker on the device, which has the room
+                candidate = Candidate(mesh, remat, micro, moments)
                 try:
                     work = work_of(candidate, where)
                 except UserError:
                     continue
                 looked_at += 1
-                peak = max(sum(analytic.memory(work.recipe, where.sizes, shape).values()) for _, shape in work.phases)
-                if peak > MARGIN * where.chip.hbm_bytes:
-                    continue
-                seconds = sum(n * analytic.estimate(work.recipe, where, shape).step for n, shape in work.phases)
-                if peak > CROWDED_FROM * where.chip.hbm_bytes:
-                    seconds *= CROWDED
-                ragged = bool(params.check_mesh(work.recipe.model, where.sizes))
-                found.append(Ranked(candidate, work, seconds, peak, ragged, seconds))
+                ranked = by_shapes(candidate, work, where)
+                peak = ranked.peak
+                if peak <= MARGIN * where.chip.hbm_bytes:
+                    found.append(ranked)
     return sorted(found, key=lambda one: one.seconds), looked_at
+
+
+def by_shapes(candidate: Candidate, work: Work, where: Slice) -> Ranked:
+    peak = max(sum(analytic.memory(work.recipe, where.sizes, shape).values()) for _, shape in work.phases)
+    seconds = sum(n * analytic.estimate(work.recipe, where, shape).step for n, shape in work.phases)
+    profile = FILL_MEMORY if peak > FILLED_FROM * where.chip.hbm_bytes else ""
+    ragged = bool(params.check_mesh(work.recipe.model, where.sizes))
+    return Ranked(candidate, work, seconds, peak, ragged, seconds, profile=profile)
 
 
 CompileOne = Callable[[Ranked, BatchShape], Compiled | DoesNotFit]
@@ -131,33 +147,42 @@ def compile_in_turn(
 ) -> Iterator[Ranked]:
     """Each candidate with the compiler's answers as soon as they are there, refused ones too.
 
-    The best of `ranked` until `top` fit or no other can win, then the quickest's twins. The first that fits is compiled
-    under each profile of compiler options too, and the rest under what was best for it: options change the order.
-    No more than 2 x `top` refusals are taken.
+    The best of `ranked` until `top` fit or no other can win, then the quickest's twins. What has little room by shapes
+    is compiled with fill_memory; the first that fits with room is compiled under each other profile of compiler options
+    too, and what comes after it under what was best for it: options change the order. No more than 2 x `top` refusals
+    are taken.
     """
     done: list[Ranked] = []
-    profile = ""
+    options: str | None = None  # the best for what has room
     waiting = collections.deque(one for i, one in enumerate(ranked) if not twins(one, ranked[:i]))
     while waiting:
         fitting = [one for one in done if not one.refused]
         refusals = len(done) - len(fitting)
         if _candidates(fitting) >= top or refusals >= 2 * top or cannot_win(waiting[0], fitting):
             break
-        now = compile_all(dataclasses.replace(waiting.popleft(), profile=profile), compile_one)
+        now = compile_all(under(waiting.popleft(), options), compile_one)
         done.append(now)
         yield now
         if now.refused:
             smaller = [one for one in twins(now, ranked) if one.peak < now.peak]
             waiting.extendleft(reversed(smaller))
-        elif not fitting:
+        elif now.profile != FILL_MEMORY and options is None:
+            tried = [now]
             for name in profiles:
-                done.append(compile_all(dataclasses.replace(now, profile=name), compile_one))
-                yield done[-1]
-            profile = quickest(done).profile
+                if name != FILL_MEMORY:
+                    tried.append(compile_all(dataclasses.replace(now, profile=name), compile_one))
+                    yield tried[-1]
+            done += tried[1:]
+            options = quickest(tried).profile
     tried = {one.candidate for one in done}
     for one in twins(best, ranked) if (best := quickest(done)) else []:
         if one.candidate not in tried:
-            yield compile_all(dataclasses.replace(one, profile=profile), compile_one)
+            yield compile_all(under(one, options), compile_one)
+
+
+def under(one: Ranked, options: str | None) -> Ranked:
+    """With the profile of what has room, or its own."""
+    return one if one.profile == FILL_MEMORY else dataclasses.replace(one, profile=options or "")
 
 
 def cannot_win(one: Ranked, fitting: Sequence[Ranked]) -> bool:
@@ -202,12 +227,16 @@ def compile_all(one: Ranked, compile_one: CompileOne) -> Ranked:
 
 def table(rows: Sequence[Ranked]) -> list[str]:
     """Lines of a table."""
-    header = f"{'data x fsdp x context x tensor':<31}{'remat':<26}{'A':>4}{'GiB':>8}{'s a step':>10}{'by shapes':>11}"
+    settings = f"{'data x fsdp x context x tensor':<31}{'remat':<26}{'A':>4}{'moments':>9}"
+    header = f"{settings}{'GiB':>8}{'s a step':>10}{'by shapes':>11}"
     return [f"  {line}" for line in (header, *map(row, rows))]
 
 
 def row(one: Ranked) -> str:
-    """Mesh, policy, micro-batches, GiB, seconds of a step (the mean of the phases' steps), how they are known."""
+    """Mesh, policy, micro-batches, whose memory has the moments; GiB, seconds of a step, how they are known.
+
+    Seconds are the mean of the phases' steps.
+    """
     steps = sum(n for n, _ in one.work.phases)
     mesh = " x ".join(str(getattr(one.candidate.mesh, name)) for name in MESH_AXES)
     how = "refused by the compiler" if one.refused else "compiled" if one.answers else "analytic"
@@ -216,8 +245,9 @@ def row(one: Ranked) -> str:
     how += ", rows not a multiple of 8" if one.ragged else ""
     how += f", options {one.profile}" if one.profile else ""
     seconds = "-" if one.refused else f"{one.seconds / steps:.3f}"
+    candidate = one.candidate
     return (
-        f"{mesh:<31}{one.candidate.remat:<26}{one.candidate.micro_batches:>4}{one.peak / GIB:>8.2f}"
+        f"{mesh:<31}{candidate.remat:<26}{candidate.micro_batches:>4}{candidate.moments:>9}{one.peak / GIB:>8.2f}"
         f"{seconds:>10}{one.by_shapes / steps:>11.3f}  {how}"
     )
 

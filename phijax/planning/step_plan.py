@@ -5,9 +5,10 @@ import math
 from typing import Any, Literal
 
 from phijax.model.flops import train_flops_per_token
+from phijax.parallel.hardware import fills_memory
 from phijax.planning import analytic
 from phijax.planning.analytic import Slice
-from phijax.planning.assumptions import ANALYTIC_ERROR, COMPILED_ERROR, CROWDED_FROM, Chip
+from phijax.planning.assumptions import ANALYTIC_ERROR, COMPILED_ERROR, CROWDED, CROWDED_FROM, Chip
 from phijax.planning.compiled import Compiled, DoesNotFit
 from phijax.planning.estimator import Estimate
 from phijax.training.program import BatchShape, Recipe
@@ -73,6 +74,7 @@ class StepPlan:
                 "attention": e.attention,
                 "exposed_communication": e.exposed,
                 "waiting_for_copies": e.waiting,
+                "waiting_for_host": e.host,
                 "overlapped_communication_beside": e.overlapped,
             },
             "seconds_by_kind": dict(sorted(e.kinds.items(), key=lambda item: -item[1])),
@@ -112,8 +114,9 @@ def plan_step(
     """Args: compiled: what the compiler said; None where it was not asked, then all is analytic."""
     chip, chips = where.chip, math.prod(where.sizes.values())
     flops = train_flops_per_token(recipe.model, shape[2]) * math.prod(shape)
-    note = ""
+    fills = fills_memory(dict(recipe.compiler_options))
     if isinstance(compiled, Compiled):
+        note = CROWDED if compiled.hbm_peak > CROWDED_FROM * chip.hbm_bytes and not fills else ""
         if where.torus.slices:
             compiled, note = _with_slices(compiled, analytic.estimate(recipe, where, shape)), BETWEEN_SLICES
         return StepPlan(
@@ -122,11 +125,9 @@ def plan_step(
         )  # fmt: skip
     parts = analytic.memory(recipe, where.sizes, shape)
     peak, fits = sum(parts.values()), sum(parts.values()) <= chip.hbm_bytes
-    seconds = 0.0
-    if fits and peak > CROWDED_FROM * chip.hbm_bytes:
-        note = (
-            "crowded: so near its limit the compiler recomputes on its own, 1.1 to 1.35 times these seconds were seen"
-        )
+    note, seconds = "", 0.0
+    if fits and peak > CROWDED_FROM * chip.hbm_bytes and not fills:
+        note = CROWDED
     if isinstance(compiled, DoesNotFit):
         fits, seconds = False, compiled.compile_seconds
         peak = compiled.hbm_peak or peak

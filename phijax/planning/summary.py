@@ -38,9 +38,12 @@ def memory(recipe: Recipe, sizes: Mapping[str, int], shape: BatchShape) -> dict[
     gathered = layers_gathered * layer_rows * sizes["fsdp"] * compute
     head = c.padded_vocab_size // sizes["tensor"] * c.model_dim
     logits = min(cross_entropy.CHUNK, tokens) * c.padded_vocab_size // sizes["tensor"] * FLOAT32
+    moments = {"optimizer moments (float32)": 2 * weights}
+    if recipe.optimizer.moments_on_host:
+        moments = {f"optimizer moments (float32, {2 * weights / GIB:.3f} GiB on the host)": 0}
     return {
         "parameters (float32)": weights,
-        "optimizer moments (float32)": 2 * weights,
+        **moments,
         "gradients (float32)": weights * (2 if shape[0] > 1 else 1),  # the sum, and a micro-batch's own
         "saved activations (estimate)": tokens * saved_per_token(recipe, sizes["tensor"], shape[2]),
         "one layer's backward pass (estimate)": tokens * recomputed_per_token(recipe, sizes["tensor"], shape[2]),

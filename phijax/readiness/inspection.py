@@ -18,9 +18,10 @@ from phijax.readiness.limit import TimeLimit
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """Of the run on this process. memory: bytes held by a save; state_bytes: of a checkpoint; both None if not known.
+    """Of the run on this process. memory: bytes held by a save, and by moments on the host; None if not known.
 
-    kept: checkpoints that lie in the workdir at once. shards: files of data. checks: of what the config names.
+    state_bytes: of a checkpoint, None if not known. kept: checkpoints that lie in the workdir at once. shards: files of
+    data. checks: of what the config names.
     """
 
     memory: int | None = None

@@ -28,7 +28,11 @@ class OptimizerConfig:
     weight_decay: float = 0.1  # decoupled, on matrices
     clip_norm: float | None = 1.0  # of the whole gradient
     max_skipped_steps: int = 10  # not finite, in a row: then the run stops
-    moments: Literal["device", "host"] = "device"  # where Adam's two lie between updates, 8 bytes a parameter
+    moments: Literal["device", "host"] = "device"  # whose memory Adam's two lie in, 8 bytes a parameter
+
+    @property
+    def moments_on_host(self) -> bool:
+        return self.moments == "host"
 
     def check(self, total_steps: int) -> None:
         """Raises: UserError for numbers that make no schedule."""

@@ -49,7 +49,7 @@ def abstract_state(recipe: Recipe, mesh: Mesh) -> TrainState:
     """The state as ShapeDtypeStructs with shardings; takes no memory."""
     optimizer = recipe.make_optimizer()
     shapes = jax.eval_shape(lambda: new_state(params.init(recipe.model, recipe.seed), optimizer))
-    on_host = recipe.optimizer.moments == "host"
+    on_host = recipe.optimizer.moments_on_host
     whole = NamedSharding(mesh, PartitionSpec())
     return place(shapes, params.shardings(recipe.model, mesh), whole, moments_on_host=on_host)
 
@@ -76,7 +76,7 @@ def lower_train_step(recipe: Recipe, mesh: Mesh, shape: BatchShape) -> jax.stage
         objective=recipe.objective(shape[-1]),
         optimizer=optimizer,
         seed=recipe.seed,
-        moments_on_host=recipe.optimizer.moments == "host",
+        moments_on_host=recipe.optimizer.moments_on_host,
     )
 
     def program(state, batch):

@@ -168,6 +168,17 @@ def test_host_memory_too_small_is_an_error_and_scarce_is_a_warning():
         host_memory.check(tree, asynchronous=True, available=9 * 10**8)
 
 
+def test_moments_that_will_lie_on_the_host_are_counted_and_those_that_do_are_not():
+    sharding = rows(mesh_of(8)).with_memory_kind("pinned_host")
+    to_be = [jax.ShapeDtypeStruct((10**9,), jnp.int8, sharding=sharding)]
+    assert host_memory.bytes_on_host(to_be) == 10**9
+    with pytest.raises(UserError, match=r"needs 2\.0 GB .*, 1\.0 of them for the optimizer's moments .*; 1\.9 GB are"):
+        host_memory.check(to_be, asynchronous=True, available=19 * 10**8)
+    there = [jax.device_put(jnp.zeros((8, 4)), sharding)]
+    assert host_memory.bytes_on_host(there) == 0
+    assert host_memory.check(there, asynchronous=True, available=10**4) is None
+
+
 def test_first_save_asks_for_host_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 100)
     with writer(tmp_path) as (checkpoints, _):

@@ -3,7 +3,14 @@
 import pytest
 
 from phijax.errors import UserError
-from phijax.parallel.hardware import COMPILER_PROFILES, CompilerConfig, a_chip_with, compiler_options, generation
+from phijax.parallel.hardware import (
+    COMPILER_PROFILES,
+    CompilerConfig,
+    a_chip_with,
+    compiler_options,
+    fills_memory,
+    generation,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +32,19 @@ def test_device_kinds_belong_to_generations(device_kind, chip):
 
 def test_no_profile_is_no_options_anywhere():
     assert all(compiler_options(CompilerConfig(), chip) == () for chip in [*COMPILER_PROFILES, None, "v4"])
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
+def test_moments_on_the_host_let_tpus_fill_their_memory(chip):
+    filled = dict(compiler_options(CompilerConfig(), chip, moments_on_host=True))
+    assert set(filled.values()) == {"200"} and fills_memory(filled)
+    assert dict(compiler_options(CompilerConfig("fill_memory"), chip)).items() >= filled.items()
+    for profile in COMPILER_PROFILES[chip]:
+        both = dict(compiler_options(CompilerConfig(profile), chip, moments_on_host=True))
+        assert both == {**COMPILER_PROFILES[chip][profile], **filled}
+        assert fills_memory(COMPILER_PROFILES[chip][profile]) == (profile == "fill_memory")
+    assert compiler_options(CompilerConfig(), "gpu", moments_on_host=True) == ()
+    assert compiler_options(CompilerConfig(), None, moments_on_host=True) == ()
 
 
 def test_a_profile_gives_its_options():

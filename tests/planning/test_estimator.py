@@ -60,7 +60,7 @@ def test_our_program_takes_what_another_replay_says(ours):
 
 
 def test_parts_are_the_step(ours):
-    parts = ours.matrix + ours.vector + ours.attention + ours.exposed + ours.waiting
+    parts = ours.matrix + ours.vector + ours.attention + ours.exposed + ours.waiting + ours.host
     assert parts == pytest.approx(ours.step, rel=1e-9)
     work = ours.matrix + ours.vector + ours.attention
     assert sum(ours.kinds.values()) == pytest.approx(work, rel=1e-9)
@@ -117,6 +117,32 @@ def test_loops_overlap_and_exposure_by_hand():
     assert found.overlapped == pytest.approx(0.5e-3)
     assert found.step == pytest.approx(5e-3 + gather)
     assert found.core_cycles == 5 * 1_500_000 + 750_000
+
+
+# 30 MB of a layer cross at 15 GB/s in 2 ms. The second comes in while the first is worked on and goes out again.
+OFFLOADED = """HloModule small, is_scheduled=true, num_partitions=1
+
+ENTRY %main (m: f32[4,7500000], i: s32[]) -> f32[4,7500000] {
+  %m = f32[4,7500000]{1,0:T(8,128)S(5)} parameter(0)
+  %i = s32[] parameter(1)
+  %in.1 = ((f32[4,7500000]{1,0:S(5)}, s32[], s32[]), f32[1,7500000]{1,0}, u32[]{:S(2)}) dynamic-slice-start(%m, %i, %i)
+  %work.1 = f32[8]{0} fusion(%i), kind=kLoop, calls=%none, backend_config={"estimated_cycles":"750000"}
+  %done.1 = f32[1,7500000]{1,0} dynamic-slice-done(%in.1)
+  %in.2 = (f32[1,7500000]{1,0}, f32[1,7500000]{1,0:S(5)}, u32[]{:S(2)}) copy-start(%m)
+  %work.2 = f32[8]{0} fusion(%i), kind=kLoop, calls=%none, backend_config={"estimated_cycles":"1500000"}
+  %out.1 = ((f32[4,7500000]{1,0:S(5)}, f32[1,7500000]{1,0}, s32[], s32[]), f32[4,7500000]{1,0:S(5)}, u32[]{:S(2)}) dynamic-update-slice-start(%m, %done.1, %i, %i)
+  %done.2 = f32[1,7500000]{1,0} copy-done(%in.2)
+  ROOT %end = f32[4,7500000]{1,0:S(5)} dynamic-update-slice-done(%out.1)
+}
+"""  # noqa: E501
+
+
+def test_copies_from_and_to_the_host_by_hand():
+    found = estimate(OFFLOADED, V5E, Torus.in_order((1, 1)))
+    assert found.vector == pytest.approx(1.5e-3)
+    # In at 2 and 4 ms; the first goes out from 3 to 5 ms, at the same time, and the core waits 1.5, 1 and 1 ms.
+    assert found.host == pytest.approx(3.5e-3)
+    assert found.step == pytest.approx(5e-3) and found.waiting == 0
 
 
 def test_a_synchronous_collective_is_exposed_whole():

@@ -51,6 +51,34 @@ def test_an_analytic_plan_of_mini(capsys):
     assert answer["host_memory_bytes"]["asynchronous"] == pytest.approx(12 * 3.82e9 / 128 * 4, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    "compiling",
+    [
+        False,
+        pytest.param(True, marks=pytest.mark.skipif(not topology.has_compiler(), reason="libtpu is not installed")),
+    ],
+)
+def test_a_plan_with_moments_on_the_hosts(capsys, compiling):
+    """Of the tiny model: 8 bytes of each parameter leave the chips, cross once each way and lie on the host."""
+    on_host, how = [("optimizer.moments", "host")], [] if compiling else ["--analytic"]
+    code, out, _ = ask(capsys, "--topology=v5e:2x2", "--json", *how, overrides=on_host)
+    answer = json.loads(out)
+    (step,) = answer["steps"]
+    assert code == 0 and step["method"] == ("compiled" if compiling else "analytic")
+    moments = 8 * (3 * (4 * 384 * 384 + 3 * 1024 * 384) + 2 * 2048 * 384) / 4  # of a chip, but for the norms
+    assert step["hbm_parts_bytes"]["optimizer"] < 1e-3 * moments
+    assert sum(step["hbm_parts_bytes"].values()) == pytest.approx(step["hbm_peak_bytes"], rel=0.05)
+    parts = step["seconds"]
+    summed = math.fsum(took for name, took in parts.items() if "overlapped" not in name)
+    assert summed == pytest.approx(step["step_seconds"])
+    assert 0.5 < parts["waiting_for_host"] / (moments / 15e9) < 1.5
+    host = answer["host_memory_bytes"]
+    assert host["moments"] == pytest.approx(4 * moments, rel=0.02)
+    assert host["asynchronous"] == pytest.approx(1.5 * host["moments"], rel=0.02)
+    _, text, _ = ask(capsys, "--topology=v5e:2x2", "--analytic", overrides=on_host)
+    assert "Adam's moments and checkpoints" in text and "waiting for the host" in text
+
+
 def test_text_says_what_it_is_and_phases_of_one_step_are_told_once(capsys):
     code, out, _ = ask(capsys, "--topology=v5e:16x16", "--analytic", config=MINI)
     assert code == 0
@@ -93,7 +121,7 @@ def test_buckets_are_not_asked(capsys, monkeypatch, search):
     code, out, _ = ask(capsys, "--topology=v5p:4x4x8", "--analytic", *search, overrides=more, config=MINI_128K)
     assert code == 0 and not asked
     # Compiler options are not judged by shapes: the config's stay.
-    assert "compiler.profile" not in out
+    assert "--config.compiler.profile" not in out
 
 
 def test_without_the_compiler_it_says_so(capsys, monkeypatch):

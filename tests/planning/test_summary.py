@@ -54,6 +54,14 @@ def test_parameters_and_moments_are_the_bytes_on_every_device(shape):
     assert len(counts) == 1  # Adam's step count, 4 bytes
 
 
+def test_moments_on_the_host_take_nothing_of_a_device():
+    there = dataclasses.replace(recipe(), optimizer=OptimizerConfig(moments="host"))
+    here, gone = (summary.memory(r, sizes_of(1, 8, 1, 1), (1, 8, 32)) for r in (recipe(), there))
+    (line,) = set(gone) - set(here)
+    assert gone[line] == 0 and f"{here['optimizer moments (float32)'] / 2**30:.3f} GiB on the host" in line
+    assert sum(here.values()) - sum(gone.values()) == here["optimizer moments (float32)"]
+
+
 def bytes_per_device(tree) -> dict:
     held = {}
     for leaf in jax.tree.leaves(tree):
