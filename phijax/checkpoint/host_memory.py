@@ -24,9 +24,12 @@ def bytes_held_by_save(tree: Any, *, asynchronous: bool) -> int:
 
 
 def bytes_on_host(tree: Any) -> int:
-    """Of shapes whose shardings lie in the memory of this process's host: what they will take there."""
+    """Of shapes whose shardings lie in the memory of this process's host: what they will take there.
+
+    Every device keeps its own piece there, replicas too.
+    """
     return sum(
-        _distinct_bytes(leaf)
+        len(leaf.sharding.addressable_devices) * math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
         if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding.memory_kind == "pinned_host"
     )

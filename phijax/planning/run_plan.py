@@ -23,9 +23,15 @@ class HostMemory:
     host: int
     moments: int = 0
 
+    def needed(self, is_asynchronous: bool) -> int:
+        return self.moments + (self.asynchronous if is_asynchronous else self.synchronous)
+
+    def fits(self, is_asynchronous: bool) -> bool:
+        return self.needed(is_asynchronous) < self.host
+
     def line(self, is_asynchronous: bool) -> str:
-        needed = self.moments + (self.asynchronous if is_asynchronous else self.synchronous)
-        verdict = "fits" if needed < self.host else "DOES NOT FIT"
+        needed = self.needed(is_asynchronous)
+        verdict = "fits" if self.fits(is_asynchronous) else "DOES NOT FIT"
         what = "Adam's moments and checkpoints" if self.moments else "checkpoints"
         moments = f"moments {self.moments / 1e9:.1f}; a save " if self.moments else ""
         return (
@@ -50,7 +56,7 @@ class RunPlan:
 
     @property
     def fits(self) -> bool:
-        return all(step.fits for step in self.steps)
+        return all(step.fits for step in self.steps) and self.host_memory.fits(self.asynchronous)
 
     @property
     def chips(self) -> int:

@@ -41,7 +41,7 @@ def clocks(skew: float | None) -> Check:
 
 
 def memory(hosts: Sequence[Host], needed: Sequence[int | None]) -> Check:
-    """Args: needed: bytes that each process holds while it saves; None where no config was given."""
+    """Args: needed: bytes that each process holds while it saves, and by moments; None where no config was given."""
     known = [host.memory for host in hosts if host.memory is not None]
     if not known:
         return Check("memory", WARNING, "this system does not say how much memory is free")
@@ -54,7 +54,7 @@ def memory(hosts: Sequence[Host], needed: Sequence[int | None]) -> Check:
         free[host.name] = min(host.memory or max(known), free.get(host.name, host.memory or max(known)))
     tightest = max(by_host, key=lambda name: by_host[name] / max(free[name], 1))
     share = by_host[tightest] / max(free[tightest], 1)
-    text = f"a save takes {by_host[tightest] / 1e9:.2f} of {free[tightest] / 1e9:.1f} GB free on {tightest}"
+    text = f"saving, the run takes {by_host[tightest] / 1e9:.2f} of {free[tightest] / 1e9:.1f} GB free on {tightest}"
     if share > 1:
         return Check("memory", FAIL, text + ". Try --config.checkpoint.asynchronous=False, or more hosts.")
     return Check("memory", WARNING if share > TIGHT else OK, text)

@@ -174,6 +174,8 @@ def test_moments_that_will_lie_on_the_host_are_counted_and_those_that_do_are_not
     assert host_memory.bytes_on_host(to_be) == 10**9
     with pytest.raises(UserError, match=r"needs 2\.0 GB .*, 1\.0 of them for the optimizer's moments .*; 1\.9 GB are"):
         host_memory.check(to_be, asynchronous=True, available=19 * 10**8)
+    replicas = jax.sharding.NamedSharding(mesh_of(4, 2), jax.P("fsdp"), memory_kind="pinned_host")
+    assert host_memory.bytes_on_host([jax.ShapeDtypeStruct((8, 10), jnp.int8, sharding=replicas)]) == 2 * 80
     there = [jax.device_put(jnp.zeros((8, 4)), sharding)]
     assert host_memory.bytes_on_host(there) == 0
     assert host_memory.check(there, asynchronous=True, available=10**4) is None
