@@ -9,6 +9,7 @@ from phijax import config as configs
 from phijax import run
 from phijax.checkpoint.host_memory import SYNCHRONOUS_LIMIT_GB, bytes_held_by_save, bytes_on_host
 from phijax.config import Config
+from phijax.errors import UserError
 from phijax.model import params
 from phijax.model.config import resolve_model
 from phijax.model.presets import PRESETS
@@ -76,8 +77,11 @@ def host_memory(recipe: Recipe, where: analytic.Slice, mesh) -> HostMemory:
     """What lies, and what a save holds, on the first host; without the compiler's devices upper bounds from shapes."""
     chip = where.chip
     if mesh is None:
-        held = int(chip.chips_per_host * analytic.state_bytes(recipe, where.sizes))
-        moments = held * 2 // 3 if recipe.optimizer.moments_on_host else 0
+        chips = min(chip.chips_per_host, math.prod(where.sizes.values()))
+        of_chips = int(chips * analytic.state_bytes(recipe, where.sizes))
+        # A save holds each piece once, however many chips have it.
+        held = min(of_chips, int(analytic.state_bytes(recipe, dict.fromkeys(where.sizes, 1))))
+        moments = of_chips * 2 // 3 if recipe.optimizer.moments_on_host else 0
         return HostMemory(held, min(held, SYNCHRONOUS_LIMIT_GB * 10**9), chip.host_bytes, moments)
     state = abstract_state(recipe, mesh)
     held = (bytes_held_by_save(state, asynchronous=asynchronous) for asynchronous in (True, False))
@@ -92,6 +96,8 @@ def find(config: Config, slice_name: str, how: How, *, top: int) -> Found:
         changed = apply(config, candidate)
         shapes = run.shapes_by_phase(changed).values()
         recipe = run.make_recipe(changed, dict(where.sizes), "tpu", where.chip.name)
+        if not host_memory(recipe, where, None).fits(config.checkpoint.asynchronous):
+            raise UserError("Its hosts have not the memory.")
         return Work(recipe, tuple((phase.steps, shape) for phase, shape in zip(phases, shapes, strict=True)))
 
     chips = math.prod(topology.lengths_of(slice_name)) * slices
@@ -105,8 +111,11 @@ def find(config: Config, slice_name: str, how: How, *, top: int) -> Found:
     seen = {one.candidate for one in done}
     best = sorted(done, key=lambda one: (one.refused, one.seconds))
     rest = [one for one in ranked if one.candidate not in seen]
-    winner = search.quickest(best if compiling else rest[:1])
-    options = COMPILER_PROFILES[chip_of(slice_name).name].get(winner.profile, {}) if winner else {}
+    chip = chip_of(slice_name)
+    winner = search.quickest(best if compiling else [one for one in rest if one.peak <= chip.hbm_bytes])
+    options = {}
+    if winner:
+        options = {**dict(winner.work.recipe.compiler_options), **COMPILER_PROFILES[chip.name].get(winner.profile, {})}
     return Found(best, rest, winner, changes(config, winner), options, looked_at, len(ranked), interrupted)
 
 
@@ -137,7 +146,7 @@ def compile_some(slice_name: str, how: How, ranked: Sequence[Ranked], top: int) 
 
 
 def apply(config: Config, candidate: Candidate) -> Config:
-    """The candidate as a config, without compiler options: those are tried on the quickest."""
+    """The candidate as a config, without a profile of compiler options: the search adds it (Ranked.profile)."""
     return dataclasses.replace(
         config,
         compiler=CompilerConfig(),
@@ -149,7 +158,10 @@ def apply(config: Config, candidate: Candidate) -> Config:
 
 
 def changes(config: Config, winner: Ranked | None) -> list[str]:
-    """What the winner says otherwise than the config, as flags. Compiler options are judged by compiling alone."""
+    """What the winner says otherwise than the config, as flags.
+
+    Of profiles of compiler options shapes judge fill_memory alone: by them, a winner without it leaves the config's.
+    """
     if winner is None:
         return []
     old = configs.to_dict(config)

@@ -16,7 +16,8 @@ class Found:
     """best: compiled, quickest first, then those refused on the way; rest: ranked from shapes alone.
 
     winner: None where nothing fits. paste: what the winner changes in the config, as flags. options: the compiler's
-    that it was compiled with. fitting: by shapes. interrupted: before all was compiled that should have been.
+    that it has. fitting: by shapes, give or take search.MARGIN. interrupted: before all was compiled that should have
+    been.
     """
 
     best: list[Ranked]
@@ -69,10 +70,12 @@ class Found:
         text = (
             f"{self.looked_at:,} candidates (meshes x remat policies x micro-batches, Adam's moments on the "
             "hosts where the chips are short of memory for them) were ranked from shapes, "
-            f"{self.fitting:,} of them fit; {compiled_ones} were compiled, the other "
-            f"{self.looked_at - compiled_ones:,} were not. What fills the memory has compiler.profile=fill_memory; "
-            "other options were tried on the first that fits with room, the rest has those that were best for it."
+            f"{self.fitting:,} of them fit, or are over by less than shapes err; {compiled_ones} were compiled, the "
+            f"other {self.looked_at - compiled_ones:,} were not. What fills the memory has compiler.profile=fill_memory"
         )
+        if self.best:
+            text += "; other options were tried on the first that fits with room, the rest has what was best for it"
+        text += "."
         fitting = [one for one in self.best if not one.refused]
         others = [one for one in self.rest if not search.twins(one, self.best)]
         if others and not self.interrupted and search.cannot_win(others[0], fitting):

@@ -116,12 +116,13 @@ def plan_step(
     flops = train_flops_per_token(recipe.model, shape[2]) * math.prod(shape)
     fills = fills_memory(dict(recipe.compiler_options))
     if isinstance(compiled, Compiled):
-        note = CROWDED if compiled.hbm_peak > CROWDED_FROM * chip.hbm_bytes and not fills else ""
+        notes = [CROWDED] if compiled.hbm_peak > CROWDED_FROM * chip.hbm_bytes and not fills else []
         if where.torus.slices:
-            compiled, note = _with_slices(compiled, analytic.estimate(recipe, where, shape)), BETWEEN_SLICES
+            compiled = _with_slices(compiled, analytic.estimate(recipe, where, shape))
+            notes.append(BETWEEN_SLICES)
         return StepPlan(
             name, shape, steps, "compiled", chip, chips, True, compiled.hbm_peak, compiled.hbm_parts,
-            compiled.estimate, flops, COMPILED_ERROR, note, compiled.compile_seconds,
+            compiled.estimate, flops, COMPILED_ERROR, "; ".join(notes), compiled.compile_seconds,
         )  # fmt: skip
     parts = analytic.memory(recipe, where.sizes, shape)
     peak, fits = sum(parts.values()), sum(parts.values()) <= chip.hbm_bytes

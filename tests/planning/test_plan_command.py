@@ -8,15 +8,18 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
-from plan_case import MINI, ask
+from plan_case import CONFIG, MINI, ask
 
-from phijax import plan, planner
+from phijax import config as configs
+from phijax import plan, planner, run
 from phijax.errors import UserError
-from phijax.model import flops
+from phijax.model import flops, params
 from phijax.model.config import ModelSection, resolve_model
 from phijax.model.presets import PRESETS
-from phijax.planning import compiled, topology
+from phijax.parallel.mesh import make_mesh
+from phijax.planning import analytic, compiled, topology
 from phijax.planning.compiled import Compiled, DoesNotFit
 from phijax.planning.estimator import Estimate
 from phijax.planning.run_plan import HostMemory
@@ -128,6 +131,32 @@ def test_without_the_compiler_it_says_so(capsys, monkeypatch):
     monkeypatch.setattr("phijax.planning.topology.has_compiler", lambda: False)
     code, out, err = ask(capsys, "--topology=v5e:2x2")
     assert code == 0 and "ANALYTIC" in out and "The TPU compiler is not here" in err
+
+
+@pytest.mark.parametrize(("free", "code", "verdict"), [(12, 0, "fits"), (9, 3, "DOES NOT FIT")])
+def test_hosts_that_cannot_hold_moments_and_a_save_are_no_place_for_the_run(capsys, monkeypatch, free, code, verdict):
+    """As training refuses to start there."""
+    monkeypatch.setattr(planner, "host_memory", lambda *given: HostMemory(6 * 10**9, 10**9, free * 10**9, 4 * 10**9))
+    got, out, _ = ask(capsys, "--topology=v5e:2x2", "--analytic")
+    assert got == code and out.splitlines()[-1] == verdict
+    assert f"10.0 of {free} GB a host as configured: {verdict} (moments 4.0; a save" in out
+    got, out, _ = ask(capsys, "--topology=v5e:2x2", "--analytic", overrides=[("checkpoint.asynchronous", "False")])
+    assert got == 0 and "5.0 of" in out
+    got, _, _ = ask(capsys, "--topology=v5e:2x2", "--analytic", "--search")
+    assert got == code
+
+
+def test_host_memory_from_shapes_is_that_of_shardings():
+    """Halves of the tiny model lie on two of a host's four chips each: moments twice, but once in what a save holds."""
+    overrides = [("optimizer.moments", "host"), ("mesh.data", "2"), ("mesh.fsdp", "2")]
+    config = configs.load(CONFIG, overrides)
+    where = analytic.make_slice("v5e:2x2", config.mesh)
+    recipe = run.make_recipe(config, dict(where.sizes), "tpu", "v5e")
+    mesh = make_mesh(config.mesh, jax.devices()[:4])
+    expected = 12 * params.count(recipe.model)
+    for found in (planner.host_memory(recipe, where, None), planner.host_memory(recipe, where, mesh)):
+        assert found.asynchronous == pytest.approx(expected, rel=0.01)
+        assert found.moments == pytest.approx(2 * expected * 2 / 3, rel=0.01)
 
 
 def test_slices_pay_for_their_network(capsys, monkeypatch):

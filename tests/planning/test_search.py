@@ -171,6 +171,15 @@ def test_a_terminated_search_ends_at_once_and_shows_what_it_has():
     assert "INTERRUPTED" in out and "save_mid_gate_up" in out
 
 
+def test_the_winner_by_shapes_fits_by_shapes(capsys):
+    """What is a little over is worth the compiler's time, but no answer without it."""
+    _, out, _ = ask(capsys, "--topology=v6e:4x4", "--search", "--analytic", config=MINI)
+    assert float(out.splitlines()[2].split()[10]) > 31.25 > 0  # GiB of the quickest
+    pasted = [tuple(flag.removeprefix("--config.").split("=")) for flag in out.splitlines()[-1].split()[1:]]
+    code, out, _ = ask(capsys, "--topology=v6e:4x4", "--analytic", overrides=pasted, config=MINI)
+    assert code == 0 and out.rstrip().endswith("fits")
+
+
 def test_nothing_fits(capsys):
     code, out, _ = ask(capsys, "--topology=v5e:2x2", "--search", "--analytic", config=MEDIUM)
     assert code == plan.EXIT_DOES_NOT_FIT and "take more chips" in out and "winner" not in out
