@@ -130,7 +130,7 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
     for text in params.check_mesh(recipe.model, sizes):
         say(f"warning: {text}")
     if recipe.options:
-        say(f"compiler.profile={config.compiler.profile}: {recipe.options}")
+        say(f"options of the compiler: {recipe.options}")
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     identity = {"model": dataclasses.asdict(recipe.model), "data": loader.fingerprint(plan)}

@@ -98,9 +98,10 @@ def compile_with_options(lowered: jax.stages.Lowered, recipe: Recipe) -> jax.sta
         return lowered.compile()
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         if recipe.compiler_options and "INVALID_ARGUMENT" in str(error):
+            moments = " --config.optimizer.moments=device" if recipe.optimizer.moments_on_host else ""
             raise UserError(
-                f"The compiler refuses an option of compiler.profile, {recipe.options}: {str(error).splitlines()[0]}.  "
-                "Try --config.compiler.profile=none"
+                f"The compiler refuses an option of compiler.profile{' or optimizer.moments=host' if moments else ''}, "
+                f"{recipe.options}: {str(error).splitlines()[0]}.  Try --config.compiler.profile=none{moments}"
             ) from error
         raise
 

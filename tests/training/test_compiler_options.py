@@ -20,6 +20,18 @@ def with_options(**options):
     return dataclasses.replace(recipe(), compiler_options=tuple(options.items()))
 
 
+@pytest.mark.parametrize(
+    ("moments", "remedy"), [("device", "profile=none$"), ("host", r"profile=none --config\.optimizer\.moments=device$")]
+)
+def test_what_asked_for_a_refused_option_is_named(moments, remedy):
+    """With moments on the host TPUs get options without any profile."""
+    asked = with_options(xla_no_such_option="true")
+    asked = dataclasses.replace(asked, optimizer=dataclasses.replace(asked.optimizer, moments=moments))
+    lowered = program.lower_eval_step(asked, mesh_of(1, 1, 1, 1), SHAPE)
+    with pytest.raises(UserError, match=remedy):
+        program.compile_with_options(lowered, asked)
+
+
 @pytest.mark.parametrize("lower", [program.lower_train_step, program.lower_eval_step])
 def test_an_option_that_this_compiler_lacks_is_one_message(lower):
     asked = with_options(xla_backend_optimization_level="0", xla_no_such_option="true")
