@@ -25,7 +25,7 @@ from phijax.training.program import BatchShape, Recipe
 
 LARGEST_TENSOR = 8  # beyond it every layer's all-reduces cross more links than they save products
 MARGIN = 1.05  # analytic memory may be this much over before a candidate is dropped: the compiler has the last word
-TWINS = 0.01  # of the seconds: policies of one mesh and number of micro-batches that the shapes cannot tell apart
+TWINS = 0.01  # of the seconds: settings of one mesh and number of micro-batches that the shapes cannot tell apart
 FILLED_FROM = 0.9  # of HBM by shapes: below CROWDED_FROM by what they err, since fill_memory changes nothing else
 SCATTER = 0.05  # of compiled over analytic seconds among the candidates of a search (benchmarks/plan_accuracy.py)
 POLICIES = tuple(name for name, saved in REMAT_POLICIES.items() if saved is not None)
@@ -132,6 +132,7 @@ def rank(
 
 
 def by_shapes(candidate: Candidate, work: Work, where: Slice) -> Ranked:
+    """With fill_memory as its profile where it leaves little room."""
     peak = max(sum(analytic.memory(work.recipe, where.sizes, shape).values()) for _, shape in work.phases)
     seconds = sum(n * analytic.estimate(work.recipe, where, shape).step for n, shape in work.phases)
     profile = FILL_MEMORY if peak > FILLED_FROM * where.chip.hbm_bytes else ""
