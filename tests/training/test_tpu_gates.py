@@ -58,6 +58,7 @@ def test_two_micro_batches_of_a_small_model():
         Recorded(
             peak=0.0975,
             cycles=5_151_889,
+            exposed=0.777,
             megabytes={
                 "all-gather": 67.633,
                 "reduce-scatter": 15.729,
@@ -76,6 +77,7 @@ MINI, PODS = (
             Recorded(
                 peak=12.814,
                 cycles=1_028_736_886,
+                exposed=66.1,
                 megabytes={"all-gather": 14898.168, "reduce-scatter": 7650.410, "all-reduce": 61.741},
             ),
         ),
@@ -86,6 +88,7 @@ MINI, PODS = (
             Recorded(
                 peak=12.960,
                 cycles=2_108_250_361,
+                exposed=134.1,
                 megabytes={"all-gather": 29796.336, "reduce-scatter": 15300.821, "all-reduce": 121.135},
             ),
         ),
@@ -96,6 +99,7 @@ MINI, PODS = (
             Recorded(
                 peak=52.826,
                 cycles=3_588_542_529,
+                exposed=17.5,
                 megabytes={
                     "all-gather": 55197.041,
                     "reduce-scatter": 28143.780,
@@ -109,6 +113,7 @@ MINI, PODS = (
             Recorded(
                 peak=63.280,
                 cycles=3_001_949_298,
+                exposed=821.0,
                 megabytes={
                     "all-gather": 117994.684,
                     "reduce-scatter": 59344.159,
