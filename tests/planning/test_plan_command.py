@@ -174,6 +174,28 @@ def test_slices_pay_for_their_network(capsys, monkeypatch):
     assert step["step_seconds"] == 2.0 + crossing and "between slices" in step["note"]
 
 
+@pytest.mark.parametrize(
+    ("share", "overrides", "notes"),
+    [
+        (0.96, [], ["crowded"]),
+        (0.96, [("mesh.slices", "2"), ("mesh.data", "4"), ("data.micro_batches", "2")], ["crowded", "between slices"]),
+        (0.96, [("compiler.profile", "fill_memory")], []),
+        (0.96, [("optimizer.moments", "host")], []),
+        (0.94, [], []),
+    ],
+)
+def test_a_compiled_step_that_crowds_the_memory_is_told_how_not_to(capsys, monkeypatch, share, overrides, notes):
+    peak = int(share * 15.75 * GIB)
+    answer = Compiled(peak, {"workspace": peak}, Estimate(step=2.0, matrix=2.0), 1.0)
+    monkeypatch.setattr(compiled, "compile_step", lambda *given, options: answer)
+    monkeypatch.setattr(topology, "has_compiler", lambda: True)
+    monkeypatch.setattr(topology, "tpu_devices", topology.imaginary_devices)
+    monkeypatch.setattr(planner, "host_memory", lambda *given: HostMemory(1, 1, 2))
+    _, out, _ = ask(capsys, "--topology=v5e:16x16", "--json", overrides=overrides, config=MINI)
+    note = json.loads(out)["steps"][0]["note"]
+    assert [word for word in ("crowded", "between slices") if word in note] == notes and bool(note) == bool(notes)
+
+
 def test_a_refusal_of_the_compiler_is_told_with_its_words(capsys, monkeypatch):
     refusal = DoesNotFit("Used 16.91G of 15.75G hbm", compiled.needed_bytes("Used 16.91G of 15.75G hbm"), 2.0)
     monkeypatch.setattr(compiled, "compile_step", lambda *given, options: refusal)

@@ -13,6 +13,7 @@ from plan_case import MINI, ask
 
 from phijax import errors, plan
 from phijax.model.presets import PRESETS
+from phijax.parallel.hardware import fills_memory
 from phijax.planning import search
 from phijax.planning.compiled import Compiled, DoesNotFit
 from phijax.planning.estimator import Estimate
@@ -67,6 +68,13 @@ def test_moments_go_to_the_hosts_where_the_chips_are_short_of_memory(capsys):
             assert here["hbm_peak_bytes"] - there["hbm_peak_bytes"] == pytest.approx(moments, rel=0.01)
             more = there["run_seconds"] - here["run_seconds"]
             assert more == pytest.approx(800_000 * moments / 15e9, rel=0.01)
+
+
+def test_options_are_told_that_come_with_moments_on_the_hosts(capsys):
+    _, out, _ = ask(capsys, "--topology=v5p:2x2x1", "--search", "--analytic", "--json", config=MEDIUM)
+    answer = json.loads(out)
+    assert answer["winner"][-1] == "--config.optimizer.moments=host"  # with room, so that no profile is named
+    assert fills_memory(answer["compiler_options"])
 
 
 @pytest.fixture

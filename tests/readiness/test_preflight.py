@@ -9,6 +9,9 @@ import sys
 import pytest
 from synthetic_shards import write_synthetic
 
+from phijax import config as configs
+from phijax import preflight
+
 ROOT = pathlib.Path(__file__).parents[2]
 CHILD = pathlib.Path(__file__).with_name("preflight_child.py")
 TINY = """
@@ -76,6 +79,14 @@ def test_one_process_with_a_config(config, tmp_path):
         "a row read" in rows["data"] and "mesh fsdp 4" in rows["config"] and "4 devices is right" in rows["all-reduce"]
     )
     assert output.splitlines()[-1].startswith("READY: 11 checks")
+
+
+def test_moments_on_the_host_are_needed_beside_a_save(config):
+    there, here = (
+        preflight.needs_of(configs.load(str(config), [("optimizer.moments", place)])) for place in ("host", "device")
+    )
+    # Parameters and both moments are a checkpoint; two thirds of it stay on the host.
+    assert there.memory - here.memory == pytest.approx(there.state_bytes * 2 / 3, rel=0.05)
 
 
 def test_what_the_config_names_and_is_not_there(config, tmp_path):

@@ -10,8 +10,9 @@ from phijax.config import Config
 from phijax.data.loader import DataConfig
 from phijax.data.mixture import Phase, Source
 from phijax.errors import UserError
-from phijax.parallel.hardware import COMPILER_PROFILES, CompilerConfig
+from phijax.parallel.hardware import COMPILER_PROFILES, CompilerConfig, fills_memory
 from phijax.training import program
+from phijax.training.optimizer import OptimizerConfig
 
 SHAPE = (1, 8, LENGTH)
 
@@ -57,5 +58,7 @@ def test_the_config_names_the_profile_of_the_recipe():
     sizes = dict(data=1, fsdp=1, context=1, tensor=1)
     made = run.make_recipe(config, sizes, "tpu", "v5p")
     assert dict(made.compiler_options) == COMPILER_PROFILES["v5p"]["sparse_core"] == made.options
+    on_host = dataclasses.replace(config, optimizer=OptimizerConfig(moments="host"))
+    assert fills_memory(run.make_recipe(on_host, sizes, "tpu", "v5p").options) and not fills_memory(made.options)
     with pytest.raises(UserError, match="is not one of this device"):
         run.make_recipe(config, sizes, "cpu", None)
