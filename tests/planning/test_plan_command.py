@@ -174,6 +174,15 @@ def test_slices_pay_for_their_network(capsys, monkeypatch):
     assert step["step_seconds"] == 2.0 + crossing and "between slices" in step["note"]
 
 
+def test_crowding_by_shapes_is_told_unless_the_compiler_will_not_mind(capsys):
+    """Saving all but the activation on 16 v5e chips takes 97 % of HBM."""
+    full = [("mesh.data", "1"), ("mesh.fsdp", "16"), ("data.micro_batches", "64")]
+    full += [("model.remat", "save_all_but_activation")]
+    for more, told in (([], True), ([("compiler.profile", "fill_memory")], False)):
+        code, out, _ = ask(capsys, "--topology=v5e:4x4", "--analytic", overrides=full + more, config=MINI)
+        assert code == 0 and ("note: crowded" in out) == told
+
+
 @pytest.mark.parametrize(
     ("share", "overrides", "notes"),
     [
