@@ -40,6 +40,7 @@ class Case:
 
 
 POD, SIXTEEN, LONG = MeshConfig(data=2, fsdp=64), MeshConfig(fsdp=16), MeshConfig(fsdp=16, context=8)
+HOSTED = Case("phi3_medium", "v6e:2x4", MeshConfig(fsdp=8), moments="host")
 CASES = (
     Case("phi3_mini", "v5e:16x16", MeshConfig(data=2, fsdp=128)),
     Case("phi3_mini", "v5e:16x16", MeshConfig(data=2, fsdp=128), micro_batches=4),
@@ -54,7 +55,8 @@ CASES = (
     Case("phi3_mini", "v5p:2x2x2", MeshConfig(fsdp=4, tensor=2), rows=2),
     Case("phi3_mini", "v6e:16x16", MeshConfig(data=2, fsdp=128), rows=2),
     Case("phi3_medium", "v6e:16x16", MeshConfig(data=4, fsdp=64), remat="save_mid_gate_up", profile="sparse_core"),
-    Case("phi3_medium", "v6e:2x4", MeshConfig(fsdp=8), rows=2, micro_batches=64, remat="full", moments="host"),
+    dataclasses.replace(HOSTED, rows=2, micro_batches=64, remat="full"),
+    dataclasses.replace(HOSTED, micro_batches=128, remat="save_attention", profile="sparse_core"),
     Case("phi3_mini", "v5p:4x4x8", LONG, length=131_072),
     Case("phi3_mini", "v5p:4x4x8", LONG, length=131_072, profile="sparse_core"),
 )

@@ -111,8 +111,10 @@ def estimate(recipe: Recipe, where: Slice, shape: BatchShape) -> Estimate:
 
 def _beside(recipe: Recipe, where: Slice) -> tuple[str, ...]:
     """The collectives that run beside the core's work."""
-    # By SparseCores where axes are rings; on 2 x 2 x 4 chips the compiler was seen to pass pieces on and wait for them.
-    if dict(recipe.compiler_options).get(OFFLOAD) == "true" and where.torus.wraps(where.groups["fsdp"], where.chip):
+    # By SparseCores where axes are rings, and in a plane without; on 2 x 2 x 4 chips the compiler was seen to pass
+    # pieces on and wait for them.
+    hidden = where.chip.axes == 2 or where.torus.wraps(where.groups["fsdp"], where.chip)
+    if dict(recipe.compiler_options).get(OFFLOAD) == "true" and hidden:
         return GATHERED, SCATTERED
     return (GATHERED,) if FITTED[where.chip.name].hides_gathers else ()
 

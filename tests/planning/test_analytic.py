@@ -69,6 +69,31 @@ def test_compiled_programs_are_met(model, topology, mesh, rows, micro, length, r
     assert sum(held.values()) / 2**30 == pytest.approx(gib, rel=0.15)
 
 
+# The same with Adam's moments on the hosts.
+MOMENTS_ON_HOST = [
+    ("phi3_mini", "v5e:4x4", SIXTEEN, 1, 64, "save_all_but_activation", "none", 63.992, 13.59),
+    ("phi3_mini", "v5e:2x2", MeshConfig(fsdp=4), 1, 256, "full", "none", 297.866, 14.35),
+    ("phi3_medium", "v5p:2x2x1", MeshConfig(fsdp=4), 2, 128, "save_all_but_activation", "sparse_core", 335.015, 84.02),
+    ("phi3_medium", "v6e:2x4", MeshConfig(fsdp=8), 2, 64, "full", "none", 168.778, 28.20),
+    ("phi3_medium", "v6e:2x4", MeshConfig(fsdp=8), 1, 128, "save_attention", "sparse_core", 147.102, 28.17),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "topology", "mesh", "rows", "micro", "remat", "profile", "seconds", "gib"), MOMENTS_ON_HOST
+)
+def test_compiled_programs_with_moments_on_the_hosts_are_met(
+    model, topology, mesh, rows, micro, remat, profile, seconds, gib
+):
+    options = compiler_options(CompilerConfig(profile), topology.split(":")[0], moments_on_host=True)
+    r = recipe(model, remat=remat)
+    r = dataclasses.replace(r, compiler_options=options, optimizer=OptimizerConfig(moments="host"))
+    found, held = estimate(r, topology, mesh, rows, micro)
+    assert found.step == pytest.approx(seconds, rel=0.15)
+    assert sum(held.values()) / 2**30 == pytest.approx(gib, rel=0.15)
+    assert held["optimizer"] == 0 and found.host > 0
+
+
 def test_sparse_cores_hide_the_layers_collectives_on_rings():
     def exposed(profile, topology, mesh):
         options = compiler_options(CompilerConfig(profile), "v5p")
