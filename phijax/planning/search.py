@@ -168,16 +168,16 @@ def compile_in_turn(
             smaller = [one for one in twins(now, ranked) if one.peak < now.peak]
             waiting.extendleft(reversed(smaller))
         elif now.profile != FILL_MEMORY and options is None:
-            tried = [now]
+            under_each = [now]
             for name in profiles:
                 if name != FILL_MEMORY:
-                    tried.append(compile_all(dataclasses.replace(now, profile=name), compile_one))
-                    yield tried[-1]
-            done += tried[1:]
-            options = quickest(tried).profile
-    tried = {one.candidate for one in done}
+                    under_each.append(compile_all(dataclasses.replace(now, profile=name), compile_one))
+                    yield under_each[-1]
+            done += under_each[1:]
+            options = quickest(under_each).profile
+    compiled = {one.candidate for one in done}
     for one in twins(best, ranked) if (best := quickest(done)) else []:
-        if one.candidate not in tried:
+        if one.candidate not in compiled:
             yield compile_all(under(one, options), compile_one)
 
 

@@ -36,7 +36,11 @@ def train_step(
     seed: int,
     moments_on_host: bool = False,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step over `batch`, leaves (A, B, T): A micro-batches, gradients summed in float32."""
+    """One optimizer step over `batch`, leaves (A, B, T): A micro-batches, gradients summed in float32.
+
+    Args:
+      moments_on_host: those of state.opt_state lie in the hosts' memory, before and after (state.place).
+    """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     grads, loss_sum, weight_sum, auxiliary = accumulate(objective, state, batch, key)
     # Divided once at the end: packed rows hold unequal counts, so a mean of means would favour short rows.

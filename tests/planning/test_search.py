@@ -49,7 +49,11 @@ def test_moments_go_to_the_hosts_where_the_chips_are_short_of_memory(capsys):
     """By shapes 16 v5e chips are quickest with all saved, which does not fit beside the moments."""
     code, out, _ = ask(capsys, "--topology=v5e:4x4", "--search", "--analytic", "--json", config=MINI)
     answer = json.loads(out)
-    assert code == 0 and answer["winner"][-2:] == [
+    assert code == 0 and answer["winner"] == [
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=16",
+        "--config.model.remat=save_all",
+        "--config.data.micro_batches=64",
         "--config.optimizer.moments=host",
         "--config.compiler.profile=fill_memory",
     ]
@@ -63,7 +67,7 @@ def test_moments_go_to_the_hosts_where_the_chips_are_short_of_memory(capsys):
         here = found["device"].get(key)  # not offered at all where it is more than 5 % over
         if here is not None:
             assert here["hbm_peak_bytes"] > 0.95 * limit  # with room it is quicker
-            # Two moments in float32 of 3.82 G parameters, over fsdp x tensor chips, at 15 GB/s in 102,400 steps.
+            # Two moments in float32 of 3.82 G parameters, over fsdp x tensor chips, at 15 GB/s in 800,000 steps.
             moments = 8 * 3.82e9 / int(there["mesh.fsdp"]) / int(there["mesh.tensor"])
             assert here["hbm_peak_bytes"] - there["hbm_peak_bytes"] == pytest.approx(moments, rel=0.01)
             more = there["run_seconds"] - here["run_seconds"]
@@ -182,7 +186,7 @@ def test_a_terminated_search_ends_at_once_and_shows_what_it_has():
 def test_the_winner_by_shapes_fits_by_shapes(capsys):
     """What is a little over is worth the compiler's time, but no answer without it."""
     _, out, _ = ask(capsys, "--topology=v6e:4x4", "--search", "--analytic", config=MINI)
-    assert float(out.splitlines()[2].split()[10]) > 31.25 > 0  # GiB of the quickest
+    assert float(out.splitlines()[2].split()[10]) > 31.25  # GiB of the quickest
     pasted = [tuple(flag.removeprefix("--config.").split("=")) for flag in out.splitlines()[-1].split()[1:]]
     code, out, _ = ask(capsys, "--topology=v6e:4x4", "--analytic", overrides=pasted, config=MINI)
     assert code == 0 and out.rstrip().endswith("fits")
