@@ -1,23 +1,20 @@
 """One run, assembled out of the rooms: checked before device memory is taken, then restored, then trained."""
 
-import contextlib
 import dataclasses
 import functools
 import json
-import reprlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 from etils import epath
 
 from phijax import config as configs
+from phijax import start
 from phijax.checkpoint import durable
 from phijax.checkpoint.lock import WriterLock
-from phijax.checkpoint.open import load_params, open_checkpoint
-from phijax.checkpoint.opened import Opened
-from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER
+from phijax.checkpoint.open import load_params
+from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, START, TOKENIZER_FOLDER, model_of
 from phijax.checkpoint.run_state import RunCheckpoints
 from phijax.config import Config
 from phijax.data import loader, mixture
@@ -29,10 +26,9 @@ from phijax.errors import UserError
 from phijax.evaluation.held_out import HeldOut, check_sets
 from phijax.model import params
 from phijax.model.backend import choose_backend
-from phijax.model.config import ModelConfig, resolve_model
+from phijax.model.config import ModelConfig, model_to_dict
 from phijax.model.flops import train_flops_per_token
 from phijax.model.kernels.splash import check_splash
-from phijax.model.presets import PRESETS
 from phijax.parallel.hardware import compiler_options, generation, peak_flops
 from phijax.parallel.mesh import make_mesh
 from phijax.parallel.processes import StopSignal, Watchdog
@@ -41,15 +37,10 @@ from phijax.report import config as logging
 from phijax.report import report as reports
 from phijax.report.report import Report
 from phijax.report.summary import summarise
-from phijax.text.tokenizer import TextTokenizer
+from phijax.start import Start
 from phijax.training import loop, program
 from phijax.training.program import BatchShape, Recipe
 from phijax.training.state import TrainState
-
-# Longer context is trained from weights of a shorter one: these may differ between start weights and the run.
-CHANGED_BY_CONTEXT = ("max_position", "rope_theta", "sliding_window", "long_rope", "requires_long_rope")
-
-MadeWith = Callable[[TextTokenizer], bool]  # whether the data were made with a tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +51,17 @@ class EvaluationSet:
     shape: BatchShape
 
 
-def make_recipe(config: Config, sizes: dict[str, int], platform: str, chip: str | None) -> Recipe:
+def make_recipe(
+    config: Config, sizes: dict[str, int], platform: str, chip: str | None, model: ModelConfig | None = None
+) -> Recipe:
     """Checks what can be checked without data.
 
     Args:
       platform, chip: of the devices that it will run on, "tpu" and "v5p", say (hardware.generation).
+      model: that of the config, where it is resolved already (start.resolve).
     Raises: UserError.
     """
-    model = resolve_model(config.model, PRESETS)
+    model = model or start.resolve(config)
     phases = config.data.phases
     mixture.check_phases(phases)
     total = mixture.total_steps(phases)
@@ -122,7 +116,8 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
     mesh = make_mesh(config.mesh, jax.devices())
     sizes = dict(mesh.shape)
     device = mesh.devices.flat[0]
-    recipe = make_recipe(config, sizes, device.platform, generation(device.device_kind))
+    model = start.resolve(config, workdir)
+    recipe = make_recipe(config, sizes, device.platform, generation(device.device_kind), model)
     plan = open_plan(config, recipe.model)
     sets = open_evaluation(config, recipe.model, plan, sizes)
     batches = Loader(plan, config.data, mesh)
@@ -133,19 +128,27 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         say(f"options of the compiler: {recipe.options}")
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    identity = {"model": dataclasses.asdict(recipe.model), "data": loader.fingerprint(plan)}
+    identity = {"model": model_to_dict(recipe.model), "data": loader.fingerprint(plan)}
     with WriterLock(workdir, break_lock=config.checkpoint.break_lock, log=say) as lock:
         checkpoints = RunCheckpoints(
             workdir / CHECKPOINTS_FOLDER, config.checkpoint, identity=identity, lock=lock, log=say
         )
         first_step = checkpoints.latest_verified() or 0
+        begun, began = None, None
         if first_step:
-            check_identity(checkpoints.manifest(first_step)["identity"], identity, first_step)
+            before = checkpoints.manifest(first_step)["identity"]
+            check_identity(before, identity, first_step)
+            began = before.get(START)
+        elif config.init_from:
+            begun = start.open_start(config, recipe.model, next(iter(plan.sources.values())))
+            began = begun.facts
+        if began:
+            checkpoints.add_identity(**{START: began})
         if jax.process_index() == 0:
             keep_config(config, workdir, first_step, say)
             next(iter(plan.sources.values())).tokenizer().save(workdir / TOKENIZER_FOLDER)
         checkpoints.check_host_memory(program.abstract_state(recipe, mesh))
-        state = begin(config, recipe, mesh, checkpoints, first_step, next(iter(plan.sources.values())).made_with, say)
+        state = begin(recipe, mesh, checkpoints, first_step, begun, say)
         with open_report(config, workdir, recipe, plan, sets, first_step, mesh) as report:
             outcome = run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step)
         if not outcome.stopped and jax.process_index() == 0:
@@ -155,46 +158,16 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         return outcome
 
 
-def begin(
-    config: Config, recipe: Recipe, mesh, checkpoints: RunCheckpoints, first_step: int, made_with: MadeWith, say
-) -> TrainState:
-    """The state to go on with: restored, or started from `init_from`, or from the seed."""
+def begin(recipe: Recipe, mesh, checkpoints: RunCheckpoints, first_step: int, begun: Start | None, say) -> TrainState:
+    """The state to go on with: restored, or started from the weights of `begun`, or from the seed."""
     if first_step:
         say(f"going on from step {first_step}")
         return checkpoints.restore(first_step, program.abstract_state(recipe, mesh))
-    if config.init_from:
-        opened = open_checkpoint(config.init_from)
-        for line in check_start(opened, recipe.model, made_with):
-            say(line)
-        say(f"weights of {config.init_from}; step, optimizer and data begin anew")
-        return program.initial_state(recipe, mesh, load_params(opened, mesh))
-    return program.initial_state(recipe, mesh)
-
-
-def check_start(opened: Opened, model: ModelConfig, made_with: MadeWith) -> list[str]:
-    """Whether the weights of `opened` can start `model`. -> lines about what differs and may.
-
-    Raises: UserError naming every field that differs and is not of CHANGED_BY_CONTEXT.
-    """
-    changed = configs.differences(dataclasses.asdict(opened.model), dataclasses.asdict(model))
-    wanted = {key: pair for key, pair in changed.items() if key.split(".")[0] in CHANGED_BY_CONTEXT}
-    refused = [
-        f"model.{key} is {old!r} there, {new!r} here" for key, (old, new) in changed.items() if key not in wanted
-    ]
-    if refused:
-        raise UserError(
-            f"init_from={opened.path} is the checkpoint of another model:\n  "
-            + "\n  ".join(refused)
-            + "\nNothing is cast, cut or reshaped: set the config to the checkpoint's, or take other weights."
-        )
-    lines = [
-        f"init_from: model.{key} was {reprlib.repr(old)}, goes on with {reprlib.repr(new)}"
-        for key, (old, new) in wanted.items()
-    ]
-    with contextlib.suppress(UserError):  # a checkpoint without a tokenizer is no mistake: the data have one
-        if not made_with(opened.tokenizer()):
-            lines.append(f"warning: the tokenizer of {opened.path} is not the one that the data were made with")
-    return lines
+    if begun is None:
+        return program.initial_state(recipe, mesh)
+    for line in begun.lines:
+        say(line)
+    return program.initial_state(recipe, mesh, load_params(begun.opened, mesh))
 
 
 def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step) -> loop.Outcome:
@@ -301,8 +274,8 @@ def tokens_before(plan: Plan, step: int) -> int:
 
 def check_identity(before: dict[str, Any], now: dict[str, Any], step: int) -> None:
     """Whether the run in this workdir is this run. Raises: UserError naming the first difference."""
-    now = json.loads(json.dumps(now))
-    changed = configs.differences(before["model"], now["model"])
+    old, new = (start.computed(model_of(f"The checkpoint of step {step}", one)) for one in (before, now))
+    changed = configs.differences(old, new)
     if changed:
         key, (old, new) = next(iter(changed.items()))
         raise UserError(
@@ -310,7 +283,7 @@ def check_identity(before: dict[str, Any], now: dict[str, Any], step: int) -> No
             + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")
             + ".\nSet it back, or take another --workdir (--config.init_from takes over weights of an equal model)."
         )
-    loader.check_resume(before["data"], now["data"], step)
+    loader.check_resume(before["data"], json.loads(json.dumps(now["data"])), step)
 
 
 def keep_config(config: Config, workdir: epath.Path, step: int, say) -> None:
@@ -322,7 +295,8 @@ def keep_config(config: Config, workdir: epath.Path, step: int, say) -> None:
         except ValueError:
             before = {}
             say(f"{path} cannot be read; written anew")
-        changed = configs.differences(before, now) if before else {}
+        # A key that an older version did not know was at its default.
+        changed = configs.differences(configs.filled(before), now) if before else {}
         for key, (old, new) in changed.items():
             say(f"config: {key} was {old!r}, from step {step} on {new!r}")
         if changed:

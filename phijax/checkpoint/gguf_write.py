@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from phijax.checkpoint import durable, gguf_names, gguf_small, small_matrices
+from phijax.checkpoint import durable, gguf_names, gguf_sampling, gguf_small, small_matrices
 from phijax.checkpoint.gguf_config import exact_lists, keys_of, lacks
 from phijax.checkpoint.gguf_file import gguf_library
 from phijax.checkpoint.gguf_tokenizer import PREFIX
@@ -179,6 +179,7 @@ def _header(opened: Opened, architecture: str, kind: str, name: str | None) -> d
     header |= {key: np.asarray(values, np.float64) for key, values in exact_lists(opened.model).items()}
     arrays = vocabulary(opened.tokenizer(), opened.model.vocab_size, opened.extra)
     header |= {PREFIX + key: value for key, value in arrays.items()}
+    header |= gguf_sampling.keys_of(opened.extra.get("generation") or {})
     if opened.chat_template:
         header["tokenizer.chat_template"] = opened.chat_template
     return header

@@ -11,6 +11,8 @@ from phijax.model.config import ModelConfig
 from phijax.text.tokenizer import TextTokenizer
 
 Kind = Literal["phijax", "huggingface", "gguf"]
+# Keys of `extra` that stay true of weights that are written out again, or trained on with the same tokenizer.
+TRAVELLING = ("architecture", "bos_id", "eos_id", "pad_id", "add_bos", "generation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Opened:
     stop_ids: every id that ends a text, of generation_config.json or GGUF's eos and end-of-turn; () if it says none.
     extra: facts for whoever writes it out again; keys that all kinds share: "architecture" (transformers' name of
       the class), "tokenizer_folder" (a path, or absent), "bos_id", "eos_id", "pad_id", "name",
-      "add_bos" (whether bos goes before a text).
+      "add_bos" (whether bos goes before a text), "generation" (what generation_config.json says, as it stands there).
     """
 
     path: epath.Path
