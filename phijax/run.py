@@ -13,7 +13,8 @@ import jax
 from etils import epath
 
 from phijax import config as configs
-from phijax.checkpoint import durable
+from phijax.checkpoint import durable, reading
+from phijax.checkpoint.agreement import from_process_zero
 from phijax.checkpoint.lock import WriterLock
 from phijax.checkpoint.open import load_params, open_checkpoint
 from phijax.checkpoint.opened import Opened
@@ -91,9 +92,13 @@ def make_recipe(config: Config, sizes: dict[str, int], platform: str, chip: str 
 
 
 def open_plan(config: Config, model: ModelConfig) -> Plan:
-    """The rows of the run. Raises: UserError for what is missing, damaged, too short, or of another tokenizer."""
+    """The rows of the run, their segments beginning with end-of-text; `begin_of` says with what a run's do.
+
+    Raises: UserError for what is missing, damaged, too short, or of another tokenizer.
+    """
     sources = loader.open_sources(config.data.phases, vocab_size=model.vocab_size)
-    return Plan(config.data.phases, sources, seed=config.seed)
+    begin = next(iter(sources.values())).manifest.end_of_text
+    return Plan(config.data.phases, sources, seed=config.seed, begin=begin)
 
 
 def open_evaluation(config: Config, model: ModelConfig, plan: Plan, sizes: dict[str, int]) -> list[EvaluationSet]:
@@ -108,7 +113,9 @@ def open_evaluation(config: Config, model: ModelConfig, plan: Plan, sizes: dict[
         shards = loader.open_for_model(held_out.path, vocab_size=model.vocab_size)
         if shards.tokenizer_fingerprint != tokenizer:
             raise UserError(f"evaluation.sets: {held_out.path} was made with another tokenizer than the training data.")
-        RowIndex(shards, length, "evaluation", held_out.path)  # refuses a length that these shards cannot give
+        RowIndex(
+            shards, length, "evaluation", held_out.path, begin=plan.begin
+        )  # refuses a length that these shards cannot give
         sets.append(EvaluationSet(held_out.name, held_out.path, shards, (1, rows, length)))
     return sets
 
@@ -125,7 +132,6 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
     recipe = make_recipe(config, sizes, device.platform, generation(device.device_kind))
     plan = open_plan(config, recipe.model)
     sets = open_evaluation(config, recipe.model, plan, sizes)
-    batches = Loader(plan, config.data, mesh)
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda text: None
     for text in params.check_mesh(recipe.model, sizes):
         say(f"warning: {text}")
@@ -133,8 +139,12 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         say(f"options of the compiler: {recipe.options}")
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    identity = {"model": dataclasses.asdict(recipe.model), "data": loader.fingerprint(plan)}
     with WriterLock(workdir, break_lock=config.checkpoint.break_lock, log=say) as lock:
+        before = from_process_zero(lambda: reading.newest_identity(workdir / CHECKPOINTS_FOLDER))
+        start = open_checkpoint(config.init_from) if config.init_from and before is None else None
+        plan = plan.beginning_with(begin_of(plan, before, start))
+        batches = Loader(plan, config.data, mesh)
+        identity = {"model": dataclasses.asdict(recipe.model), "data": loader.fingerprint(plan)}
         checkpoints = RunCheckpoints(
             workdir / CHECKPOINTS_FOLDER, config.checkpoint, identity=identity, lock=lock, log=say
         )
@@ -145,7 +155,8 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
             keep_config(config, workdir, first_step, say)
             next(iter(plan.sources.values())).tokenizer().save(workdir / TOKENIZER_FOLDER)
         checkpoints.check_host_memory(program.abstract_state(recipe, mesh))
-        state = begin(config, recipe, mesh, checkpoints, first_step, next(iter(plan.sources.values())).made_with, say)
+        made_with = next(iter(plan.sources.values())).made_with
+        state = begin(config, recipe, mesh, checkpoints, first_step, start, made_with, say)
         with open_report(config, workdir, recipe, plan, sets, first_step, mesh) as report:
             outcome = run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step)
         if not outcome.stopped and jax.process_index() == 0:
@@ -155,19 +166,39 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         return outcome
 
 
+def begin_of(plan: Plan, before: dict[str, Any] | None, start: Opened | None) -> int | None:
+    """The id that segments begin with (rows.make_row): as the run's own steps say, else as texts of `start` begin.
+
+    Where neither says anything it is end-of-text. Args: before: the identity that the newest step was saved with.
+    """
+    if before is not None:
+        return before["data"].get("begin")
+    if start is not None and len(start.begin) == 1:
+        with contextlib.suppress(UserError):  # a checkpoint without a tokenizer has no say in what its ids mean
+            if next(iter(plan.sources.values())).made_with(start.tokenizer()):
+                return start.begin[0]
+    return plan.begin
+
+
 def begin(
-    config: Config, recipe: Recipe, mesh, checkpoints: RunCheckpoints, first_step: int, made_with: MadeWith, say
+    config: Config,
+    recipe: Recipe,
+    mesh,
+    checkpoints: RunCheckpoints,
+    first_step: int,
+    start: Opened | None,
+    made_with: MadeWith,
+    say,
 ) -> TrainState:
     """The state to go on with: restored, or started from `init_from`, or from the seed."""
     if first_step:
         say(f"going on from step {first_step}")
         return checkpoints.restore(first_step, program.abstract_state(recipe, mesh))
-    if config.init_from:
-        opened = open_checkpoint(config.init_from)
-        for line in check_start(opened, recipe.model, made_with):
+    if start is not None:
+        for line in check_start(start, recipe.model, made_with):
             say(line)
         say(f"weights of {config.init_from}; step, optimizer and data begin anew")
-        return program.initial_state(recipe, mesh, load_params(opened, mesh))
+        return program.initial_state(recipe, mesh, load_params(start, mesh))
     return program.initial_state(recipe, mesh)
 
 
@@ -211,7 +242,10 @@ def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, fi
             batches.starting_at(first_step),
             Programs(recipe, mesh, batches, report),
             pace,
-            evaluators=[make_evaluator(recipe, mesh, held_out, config.evaluation.max_rows) for held_out in sets],
+            evaluators=[
+                make_evaluator(recipe, mesh, held_out, config.evaluation.max_rows, batches.plan.begin)
+                for held_out in sets
+            ],
             report=report,
             checkpoints=checkpoints,
             stop=stop,
@@ -239,7 +273,7 @@ class Programs:
         return self._compiled[shape]
 
 
-def make_evaluator(recipe: Recipe, mesh, held_out: EvaluationSet, max_rows: int | None) -> HeldOut:
+def make_evaluator(recipe: Recipe, mesh, held_out: EvaluationSet, max_rows: int | None, begin: int | None) -> HeldOut:
     _, rows, length = held_out.shape
     compiled = _compiled_eval(recipe, mesh, held_out.shape)
     batches = functools.partial(
@@ -250,6 +284,7 @@ def make_evaluator(recipe: Recipe, mesh, held_out: EvaluationSet, max_rows: int 
         batch_size=rows,
         max_rows=max_rows,
         mesh=mesh,
+        begin=begin,
     )
     return HeldOut(held_out.name, compiled, batches)
 
@@ -284,7 +319,7 @@ def guessing(model: ModelConfig, sets: list[EvaluationSet]) -> dict[str, float]:
     uniform = baselines.uniform(model.vocab_size)
     if not sets:
         return uniform
-    rows = RowIndex(sets[0].shards, sets[0].shape[-1], "evaluation", sets[0].path)
+    rows = RowIndex(sets[0].shards, sets[0].shape[-1], "evaluation", sets[0].path, begin=None)
     counted = (rows.read(i)["targets"] for i in range(min(len(rows), 512)))
     return uniform | baselines.unigram(counted, model.vocab_size)
 
