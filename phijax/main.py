@@ -71,6 +71,8 @@ def dry_run(config) -> int:
     from etils import epath
 
     from phijax import run, start
+    from phijax.checkpoint import reading
+    from phijax.checkpoint.ours import CHECKPOINTS_FOLDER
     from phijax.parallel.hardware import a_chip_with, generation
     from phijax.parallel.mesh import mesh_shape
     from phijax.parallel.sharding import MESH_AXES
@@ -96,7 +98,7 @@ def dry_run(config) -> int:
         unused = plan.unused_records(path)
         tails = f"; {unused:,} at the ends of shards fill no row" if unused else ""
         print(f"data: {path}: {plan.sources[path].num_records:,} records, seen {epochs:.3g} times{tails}")
-    if config.init_from and not start.has_begun(workdir):
+    if config.init_from and not (workdir and reading.newest_identity(workdir / CHECKPOINTS_FOLDER)):
         for line in start.open_start(config, recipe.model, next(iter(plan.sources.values())), verify=False).lines:
             print(line)
     phase = plan.phases[0]

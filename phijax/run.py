@@ -1,5 +1,6 @@
 """One run, assembled out of the rooms: checked before device memory is taken, then restored, then trained."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -11,10 +12,12 @@ from etils import epath
 
 from phijax import config as configs
 from phijax import start
-from phijax.checkpoint import durable
+from phijax.checkpoint import durable, reading
+from phijax.checkpoint.agreement import from_process_zero
 from phijax.checkpoint.lock import WriterLock
 from phijax.checkpoint.open import load_params
-from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, START, TOKENIZER_FOLDER, model_of
+from phijax.checkpoint.opened import Opened
+from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, model_of
 from phijax.checkpoint.run_state import RunCheckpoints
 from phijax.config import Config
 from phijax.data import loader, mixture
@@ -85,9 +88,13 @@ def make_recipe(
 
 
 def open_plan(config: Config, model: ModelConfig) -> Plan:
-    """The rows of the run. Raises: UserError for what is missing, damaged, too short, or of another tokenizer."""
+    """The rows of the run, their segments beginning with end-of-text; `begin_of` says with what a run's do.
+
+    Raises: UserError for what is missing, damaged, too short, or of another tokenizer.
+    """
     sources = loader.open_sources(config.data.phases, vocab_size=model.vocab_size)
-    return Plan(config.data.phases, sources, seed=config.seed)
+    begin = next(iter(sources.values())).manifest.end_of_text
+    return Plan(config.data.phases, sources, seed=config.seed, begin=begin)
 
 
 def open_evaluation(config: Config, model: ModelConfig, plan: Plan, sizes: dict[str, int]) -> list[EvaluationSet]:
@@ -102,7 +109,9 @@ def open_evaluation(config: Config, model: ModelConfig, plan: Plan, sizes: dict[
         shards = loader.open_for_model(held_out.path, vocab_size=model.vocab_size)
         if shards.tokenizer_fingerprint != tokenizer:
             raise UserError(f"evaluation.sets: {held_out.path} was made with another tokenizer than the training data.")
-        RowIndex(shards, length, "evaluation", held_out.path)  # refuses a length that these shards cannot give
+        RowIndex(
+            shards, length, "evaluation", held_out.path, begin=plan.begin
+        )  # refuses a length that these shards cannot give
         sets.append(EvaluationSet(held_out.name, held_out.path, shards, (1, rows, length)))
     return sets
 
@@ -120,7 +129,6 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
     recipe = make_recipe(config, sizes, device.platform, generation(device.device_kind), model)
     plan = open_plan(config, recipe.model)
     sets = open_evaluation(config, recipe.model, plan, sizes)
-    batches = Loader(plan, config.data, mesh)
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda text: None
     for text in params.check_mesh(recipe.model, sizes):
         say(f"warning: {text}")
@@ -128,22 +136,20 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         say(f"options of the compiler: {recipe.options}")
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    identity = {"model": model_to_dict(recipe.model), "data": loader.fingerprint(plan)}
     with WriterLock(workdir, break_lock=config.checkpoint.break_lock, log=say) as lock:
+        before = from_process_zero(lambda: reading.newest_identity(workdir / CHECKPOINTS_FOLDER))
+        fresh = config.init_from and before is None
+        begun = start.open_start(config, recipe.model, next(iter(plan.sources.values()))) if fresh else None
+        plan = plan.beginning_with(begin_of(plan, before, begun and begun.opened))
+        batches = Loader(plan, config.data, mesh)
+        identity = {"model": model_to_dict(recipe.model), "data": loader.fingerprint(plan)}
+        identity |= start.kept(before, begun)
         checkpoints = RunCheckpoints(
             workdir / CHECKPOINTS_FOLDER, config.checkpoint, identity=identity, lock=lock, log=say
         )
         first_step = checkpoints.latest_verified() or 0
-        begun, began = None, None
         if first_step:
-            before = checkpoints.manifest(first_step)["identity"]
-            check_identity(before, identity, first_step)
-            began = before.get(START)
-        elif config.init_from:
-            begun = start.open_start(config, recipe.model, next(iter(plan.sources.values())))
-            began = begun.facts
-        if began:
-            checkpoints.add_identity(**{START: began})
+            check_identity(checkpoints.manifest(first_step)["identity"], identity, first_step)
         if jax.process_index() == 0:
             keep_config(config, workdir, first_step, say)
             next(iter(plan.sources.values())).tokenizer().save(workdir / TOKENIZER_FOLDER)
@@ -156,6 +162,20 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
             for line in summarise(workdir / "metrics.jsonl", guessing(recipe.model, sets)):
                 say(line)
         return outcome
+
+
+def begin_of(plan: Plan, before: dict[str, Any] | None, start: Opened | None) -> int | None:
+    """The id that segments begin with (rows.make_row): as the run's own steps say, else as texts of `start` begin.
+
+    Where neither says anything it is end-of-text. Args: before: the identity that the newest step was saved with.
+    """
+    if before is not None:
+        return before["data"].get("begin")
+    if start is not None and len(start.begin) == 1:
+        with contextlib.suppress(UserError):  # a checkpoint without a tokenizer has no say in what its ids mean
+            if next(iter(plan.sources.values())).made_with(start.tokenizer()):
+                return start.begin[0]
+    return plan.begin
 
 
 def begin(recipe: Recipe, mesh, checkpoints: RunCheckpoints, first_step: int, begun: Start | None, say) -> TrainState:
@@ -184,7 +204,10 @@ def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, fi
             batches.starting_at(first_step),
             Programs(recipe, mesh, batches, report),
             pace,
-            evaluators=[make_evaluator(recipe, mesh, held_out, config.evaluation.max_rows) for held_out in sets],
+            evaluators=[
+                make_evaluator(recipe, mesh, held_out, config.evaluation.max_rows, batches.plan.begin)
+                for held_out in sets
+            ],
             report=report,
             checkpoints=checkpoints,
             stop=stop,
@@ -212,7 +235,7 @@ class Programs:
         return self._compiled[shape]
 
 
-def make_evaluator(recipe: Recipe, mesh, held_out: EvaluationSet, max_rows: int | None) -> HeldOut:
+def make_evaluator(recipe: Recipe, mesh, held_out: EvaluationSet, max_rows: int | None, begin: int | None) -> HeldOut:
     _, rows, length = held_out.shape
     compiled = _compiled_eval(recipe, mesh, held_out.shape)
     batches = functools.partial(
@@ -223,6 +246,7 @@ def make_evaluator(recipe: Recipe, mesh, held_out: EvaluationSet, max_rows: int 
         batch_size=rows,
         max_rows=max_rows,
         mesh=mesh,
+        begin=begin,
     )
     return HeldOut(held_out.name, compiled, batches)
 
@@ -257,7 +281,7 @@ def guessing(model: ModelConfig, sets: list[EvaluationSet]) -> dict[str, float]:
     uniform = baselines.uniform(model.vocab_size)
     if not sets:
         return uniform
-    rows = RowIndex(sets[0].shards, sets[0].shape[-1], "evaluation", sets[0].path)
+    rows = RowIndex(sets[0].shards, sets[0].shape[-1], "evaluation", sets[0].path, begin=None)
     counted = (rows.read(i)["targets"] for i in range(min(len(rows), 512)))
     return uniform | baselines.unigram(counted, model.vocab_size)
 

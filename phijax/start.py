@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from phijax import config as configs
-from phijax.checkpoint import manifest, steps
+from phijax.checkpoint import reading
 from phijax.checkpoint.open import open_checkpoint
 from phijax.checkpoint.opened import TRAVELLING, Opened
 from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, START, model_of
@@ -44,23 +44,10 @@ def resolve(config: Config, workdir: epath.Path | None = None) -> ModelConfig:
     return resolve_model(config.model, {**PRESETS, CHECKPOINT: model})
 
 
-def has_begun(workdir: epath.Path | None) -> bool:
-    """Whether there is a run to go on with, which asks for no start weights."""
-    return workdir is not None and bool(steps.list_folders(workdir / CHECKPOINTS_FOLDER).steps)
-
-
 def _begun_with(workdir: epath.Path | None) -> ModelConfig | None:
     """The model of the start weights of the run in `workdir`, which may be gone by now; of an old run, its own."""
-    if workdir is None:
-        return None
-    folder = workdir / CHECKPOINTS_FOLDER
-    for step in reversed(steps.list_folders(folder).steps):
-        try:
-            identity = manifest.read(folder / str(step))["identity"]
-        except manifest.DamagedManifest:
-            continue
-        return model_of(folder / str(step), identity.get(START) or identity)
-    return None
+    before = workdir and reading.newest_identity(workdir / CHECKPOINTS_FOLDER)
+    return model_of(workdir, before.get(START) or before) if before else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +67,18 @@ def open_start(config: Config, model: ModelConfig, shards: Shards, *, verify: bo
     opened = open_checkpoint(config.init_from, verify=verify)
     lines = check_model(opened, config.model, model)
     theirs, same, said = check_tokenizer(opened, shards, config.init_from_other_tokenizer)
-    kept, lost = facts_of(opened, theirs, shards.tokenizer(), same)
+    facts, lost = facts_of(opened, theirs, shards.tokenizer(), same)
     lines += said
     if lost:
         lines.append(f"init_from: {', '.join(lost)}: of the checkpoint's tokenizer alone, and not taken over")
     lines.append(f"weights of {config.init_from}; step, optimizer and data begin anew")
-    return Start(opened, kept, lines)
+    return Start(opened, facts, lines)
+
+
+def kept(before: dict[str, Any] | None, begun: Start | None) -> dict[str, Any]:
+    """What goes on into the identity of a run's steps, from the start on."""
+    facts = begun.facts if begun else (before or {}).get(START)
+    return {START: facts} if facts else {}
 
 
 def check_model(opened: Opened, section: ModelSection, model: ModelConfig) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -16,12 +16,15 @@ from phijax.text.tokenizer import MODEL_FILE, TextTokenizer
 _ADDED_SCORE, _PADDING_SCORE = -1000.0, -10000.0  # as llama.cpp's converter gives them
 
 
-def vocabulary(tokenizer: TextTokenizer, rows: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+def vocabulary(
+    tokenizer: TextTokenizer, rows: int, facts: Mapping[str, Any], begin: Sequence[int] = ()
+) -> dict[str, Any]:
     """Keys behind "tokenizer.ggml." -> values; lists of float are float32, of int are int32.
 
     Args:
       rows: of the embedding; ids without a token become unused ones.
-      facts: of the checkpoint: bos_id, eos_id, pad_id, where it says them; add_bos.
+      facts: of the checkpoint: bos_id, eos_id, pad_id, where it says them.
+      begin: ids that stand before every text.
     Raises: UserError for a tokenizer that a GGUF file cannot hold, with the reason.
     """
     if tokenizer.vocab_size > rows:
@@ -35,7 +38,7 @@ def vocabulary(tokenizer: TextTokenizer, rows: int, facts: Mapping[str, Any]) ->
             arrays = _of_sentencepiece((saved / MODEL_FILE).read_bytes(), tokenizer, rows)
         else:
             arrays = _of_json(json.loads((saved / "tokenizer.json").read_text()), rows)
-    return arrays | _ids(tokenizer, facts)
+    return arrays | _ids(tokenizer, facts, begin)
 
 
 def _of_sentencepiece(model: bytes, tokenizer: TextTokenizer, rows: int) -> dict[str, Any]:
@@ -102,9 +105,12 @@ def _pre_name(part: Any) -> str | None:
     return next(found, None) if bytes_last else None
 
 
-def _ids(tokenizer: TextTokenizer, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _ids(tokenizer: TextTokenizer, facts: Mapping[str, Any], begin: Sequence[int]) -> dict[str, Any]:
+    if len(begin) > 1:
+        raise UserError(f"Its texts begin with {len(begin)} tokens, {list(begin)}; a GGUF file can name one.")
     names, end = tokenizer.specials.ids, tokenizer.end_of_text
     bos, eos, pad = (facts.get(f"{name}_id") for name in ("bos", "eos", "pad"))
+    bos = begin[0] if begin else bos
     out: dict[str, Any] = {
         "bos_token_id": names.get("<s>") if bos is None else bos,
         "eos_token_id": end if eos is None else eos,
@@ -112,8 +118,8 @@ def _ids(tokenizer: TextTokenizer, facts: Mapping[str, Any]) -> dict[str, Any]:
         "padding_token_id": end if pad is None else pad,
         # Without it llama.cpp takes <|end|> by its name, with a warning, and others not at all.
         "eot_token_id": next((names[name] for name in END_OF_TURN if name in names), None),
-        # Ours puts nothing around a text, and llama.cpp would put bos before SentencePiece's.
-        "add_bos_token": bool(facts.get("add_bos", False)),
+        # Said even where it is false: llama.cpp would put bos before SentencePiece's.
+        "add_bos_token": bool(begin),
         "add_eos_token": False,
     }
     return {key: value for key, value in out.items() if value is not None}

@@ -17,6 +17,7 @@ from phijax.checkpoint.gguf_file import gguf_library
 from phijax.checkpoint.gguf_tokenizer import PREFIX
 from phijax.checkpoint.gguf_vocabulary import vocabulary
 from phijax.checkpoint.opened import Opened
+from phijax.checkpoint.tokenizer_files import chat_template_of
 from phijax.errors import UserError
 
 Kind = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0"]
@@ -177,11 +178,12 @@ def _header(opened: Opened, architecture: str, kind: str, name: str | None) -> d
     }
     header |= {f"{architecture}.{key}": value for key, value in keys_of(opened.model, architecture).items()}
     header |= {key: np.asarray(values, np.float64) for key, values in exact_lists(opened.model).items()}
-    arrays = vocabulary(opened.tokenizer(), opened.model.vocab_size, opened.extra)
+    tokenizer = opened.tokenizer()
+    arrays = vocabulary(tokenizer, opened.model.vocab_size, opened.extra, opened.begin)
     header |= {PREFIX + key: value for key, value in arrays.items()}
     header |= gguf_sampling.keys_of(opened.extra.get("generation") or {})
-    if opened.chat_template:
-        header["tokenizer.chat_template"] = opened.chat_template
+    if template := chat_template_of(opened, tokenizer):
+        header["tokenizer.chat_template"] = template
     return header
 
 

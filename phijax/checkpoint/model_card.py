@@ -139,6 +139,7 @@ def facts(opened: Opened) -> dict[str, Any]:
     kept |= {
         "source": opened.kind,
         "scores": scores(opened),
+        "begin": list(opened.begin),
         "stop_ids": list(opened.stop_ids),
         "chat_template": opened.chat_template,
     }

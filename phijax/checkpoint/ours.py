@@ -155,7 +155,8 @@ def open_ours(path: epath.Path, *, verify: bool = True) -> Opened:
     # What an export of another kind of checkpoint wrote down; of a run, what its start weights brought with them.
     carried = extra.get("weights_only") or content["identity"].get(START) or {}
     tokenizer = _tokenizer_folder(folder)
-    facts = {key: value for key, value in carried.items() if key not in ("chat_template", "stop_ids", "model")}
+    elsewhere = ("chat_template", "stop_ids", "begin", "model")
+    facts = {key: value for key, value in carried.items() if key not in elsewhere}
     facts |= {"step": content["step"], "identity": content["identity"]}
     if QUANTIZATION in extra:
         facts[QUANTIZATION] = extra[QUANTIZATION]
@@ -168,9 +169,18 @@ def open_ours(path: epath.Path, *, verify: bool = True) -> Opened:
         weights=OursSource(folder, model, content["leaves"], _schemes_of(folder, extra)),
         tokenizer=functools.partial(_open_tokenizer, folder, tokenizer),
         chat_template=carried.get("chat_template"),
+        begin=_begin(content["identity"], carried),
         stop_ids=tuple(carried.get("stop_ids", ())),
         extra=facts,
     )
+
+
+def _begin(identity: Mapping[str, Any], carried: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of a run: as its rows' segments begin. Of an export: as the checkpoint that it was made of."""
+    if "begin" in carried:
+        return tuple(carried["begin"])
+    begin = (identity.get("data") or {}).get("begin")
+    return () if begin is None else (begin,)
 
 
 def _whole_step(path: epath.Path) -> epath.Path:

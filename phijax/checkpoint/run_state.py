@@ -83,10 +83,6 @@ class RunCheckpoints:
         for line in from_process_zero(lambda: upkeep.tidy(self._directory)):
             self._log(line)
 
-    def add_identity(self, **facts: Any) -> None:
-        """More of what the checkpoints belong to, for manifests from now on. Facts are JSON."""
-        self._identity |= json.loads(json.dumps(facts))
-
     def steps(self) -> list[int]:
         """Saved steps, ascending; not verified."""
         return steps.list_folders(self._directory).steps

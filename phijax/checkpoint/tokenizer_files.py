@@ -10,7 +10,8 @@ from phijax.checkpoint import durable
 from phijax.checkpoint.huggingface_config import ARCHITECTURES
 from phijax.checkpoint.opened import Opened
 from phijax.errors import UserError
-from phijax.text.chat_formats import PHI3
+from phijax.text.beginning import write_beginning
+from phijax.text.chat_formats import BOS, PHI3
 from phijax.text.huggingface_files import keep_tokenizer_json
 from phijax.text.tokenizer import ADDED_TOKENS_FILE, MODEL_FILE, TextTokenizer
 
@@ -59,6 +60,7 @@ class Ids:
 def ids_of(opened: Opened, tokenizer: TextTokenizer | None) -> Ids:
     """As the checkpoint says; of one of ours, as its tokenizer's names say."""
     bos, eos, pad = (opened.extra.get(f"{name}_id") for name in ("bos", "eos", "pad"))
+    bos = opened.begin[0] if opened.begin else bos
     stops = opened.stop_ids
     if tokenizer is not None:
         eos = tokenizer.end_of_text if eos is None else eos
@@ -108,17 +110,22 @@ def write_huggingface(opened: Opened, output: epath.Path, layout: str, say: Call
         tokenizer = open_or_none(opened, say)
         ids = ids_of(opened, tokenizer)
         if tokenizer is not None:
-            template = opened.chat_template or _own_template(tokenizer)
-            tokenizer.save_huggingface(output, chat_template=template, eos=ids.eos)
+            tokenizer.save_huggingface(output, chat_template=chat_template_of(opened, tokenizer), eos=ids.eos)
+            write_beginning(output, opened.begin)
     generation = ids.in_generation_config(opened.extra.get("generation") or {})
     if generation and not (output / GENERATION_FILE).exists():
         durable.write_json(output / GENERATION_FILE, generation)
     return ids
 
 
-def _own_template(tokenizer: TextTokenizer) -> str | None:
-    """phi-3's, for a tokenizer with its names, as every tokenizer trained here has them."""
-    return PHI3.template if PHI3.special_names() <= set(tokenizer.added_tokens) else None
+def chat_template_of(opened: Opened, tokenizer: TextTokenizer) -> str | None:
+    """The checkpoint's own, else phi-3's for a tokenizer with its names, as every tokenizer trained here has them.
+
+    Ours begins as texts do: a segment of training begins with that token, whatever stands in it.
+    """
+    if opened.chat_template or not PHI3.special_names() <= set(tokenizer.added_tokens):
+        return opened.chat_template
+    return (BOS if opened.begin else "") + PHI3.template
 
 
 def write_ours(opened: Opened, output: epath.Path, say: Callable[[str], None]) -> None:

@@ -8,6 +8,8 @@ from types import MappingProxyType
 
 _NAME = re.compile(r"<\|\w+\|>|<s>")
 
+BOS = "{{ bos_token }}"  # in a template: the token that begins a text
+
 ROLES = ("system", "user", "assistant")
 
 

@@ -44,10 +44,10 @@ class FolderTokens:
 
 def read_folder_tokens(folder: epath.Path) -> FolderTokens | None:
     """None where the folder says nothing at all of special tokens. Raises UserError for files that cannot be meant."""
-    added = _object(folder / ADDED_TOKENS_FILE)
-    config = _object(folder / CONFIG_FILE)
-    whole = _object(folder / JSON_FILE)
-    ours = _object(folder / OURS_FILE)
+    added = read_object(folder / ADDED_TOKENS_FILE)
+    config = read_object(folder / CONFIG_FILE)
+    whole = read_object(folder / JSON_FILE)
+    ours = read_object(folder / OURS_FILE)
     if added is None and config is None and whole is None:
         return None
     names: dict[int, str] = {}
@@ -77,7 +77,8 @@ def read_folder_tokens(folder: epath.Path) -> FolderTokens | None:
     return FolderTokens(names, right if said else None, left, end, dummy_space, _vocab_size(whole))
 
 
-def _object(path: epath.Path) -> dict[str, Any] | None:
+def read_object(path: epath.Path) -> dict[str, Any] | None:
+    """None where there is no such file. Raises: UserError for what is not one object of JSON."""
     if not path.exists():
         return None
     try:

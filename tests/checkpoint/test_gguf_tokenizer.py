@@ -252,11 +252,20 @@ def test_damaged_tokenizers_are_refused_when_asked_for(case, written):
 
 def test_whether_bos_goes_in_front_is_kept(written, tmp_path):
     """llama.cpp's rule: before SentencePiece's ids it does, where a file does not say."""
-    assert open_gguf(written).extra["add_bos"] is False
+    assert open_gguf(written).begin == ()
     silent = open_gguf(rewritten(written, add_bos_token=None))
-    assert silent.extra["add_bos"] is True and silent.extra["bos_id"] == 1
+    assert silent.begin == (1,)
     again = write_gguf(silent, tmp_path / "m.gguf", kind="F32")
-    assert arrays(again)["add_bos_token"] is True and open_gguf(again).extra["add_bos"] is True
+    assert arrays(again)["add_bos_token"] is True and open_gguf(again).begin == (1,)
+
+
+def test_texts_that_begin_with_end_of_text_say_so(tmp_path):
+    end = tokenizer().end_of_text
+    path = write_gguf(dataclasses.replace(opened(PHI3), begin=(end,)), tmp_path / "m.gguf", kind="F32")
+    assert (arrays(path)["bos_token_id"], arrays(path)["add_bos_token"]) == (end, True)
+    assert open_gguf(path).begin == (end,)
+    with pytest.raises(UserError, match="begin with 2 tokens"):
+        write_gguf(dataclasses.replace(opened(PHI3), begin=(1, end)), tmp_path / "other.gguf", kind="F32")
 
 
 def test_ids_that_are_no_tokens_are_refused(written):

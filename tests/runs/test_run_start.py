@@ -6,6 +6,7 @@ import pathlib
 import shutil
 
 import pytest
+from etils import epath
 from synthetic_shards import small_tokenizer, write_synthetic
 
 import phijax
@@ -20,6 +21,7 @@ from phijax.checkpoint.reading import read_manifest
 from phijax.data.shards import Shards
 from phijax.errors import UserError
 from phijax.quantization import policy
+from phijax.text.beginning import write_beginning
 from phijax.text.chat_formats import PHI4
 from phijax.text.train_tokenizer import train_tokenizer
 
@@ -33,7 +35,8 @@ def published(as_llama, tmp_path_factory) -> pathlib.Path:
     """Weights as somebody publishes them: another base, a chat template, two ids that end an answer, how to sample."""
     folder = shutil.copytree(as_llama, tmp_path_factory.mktemp("published") / "model")
     edit(folder / "config.json", {"rope_theta": 100_000.0, "bos_token_id": 1, "eos_token_id": END})
-    edit(folder / "tokenizer_config.json", {"chat_template": PHI4.template, "add_bos_token": True})
+    edit(folder / "tokenizer_config.json", {"chat_template": PHI4.template})
+    write_beginning(epath.Path(folder), [1])  # <s>, as Llama's
     (folder / "generation_config.json").write_text(json.dumps(SETTINGS))
     return folder
 
@@ -110,7 +113,7 @@ SIZES = [(f"model.{name}", str(value)) for name, value in dict(
 def assert_travelled(opened, *, ids=(END, USER, TOKENIZER.end_of_text)) -> None:
     assert set(opened.stop_ids) == set(ids)  # the data's documents end as they do there
     assert opened.chat_template == PHI4.template
-    assert opened.extra["bos_id"] == 1 and opened.extra["eos_id"] == END
+    assert opened.begin == (1,) and opened.extra["bos_id"] == 1 and opened.extra["eos_id"] == END
     assert {k: opened.extra["generation"][k] for k in ("do_sample", "temperature", "top_p")} == {
         k: SETTINGS[k] for k in ("do_sample", "temperature", "top_p")
     }
@@ -130,7 +133,6 @@ def small(opened, folder: pathlib.Path) -> pathlib.Path:
 def test_what_came_with_the_weights_goes_into_every_export(went_on, tmp_path):
     opened = open_checkpoint(went_on)
     assert_travelled(opened)
-    assert opened.extra["add_bos"] is True
     assert huggingface_export.choose_layout(opened, "hf") == "llama"  # the class that the weights came from
     alone = shutil.copytree(went_on / "checkpoints" / "6", tmp_path / "alone")  # a step without its run
     assert open_checkpoint(alone).stop_ids == opened.stop_ids
@@ -138,7 +140,6 @@ def test_what_came_with_the_weights_goes_into_every_export(went_on, tmp_path):
     ours_export.write(opened, again, dtype=None)
     for number, each in enumerate((opened, open_checkpoint(again), open_checkpoint(small(opened, tmp_path / "small")))):
         assert_travelled(each)
-        assert each.extra["add_bos"] is True
         for layout in ("llama", "phi3"):
             if huggingface_export.huggingface_config.unwritable(each.model, layout) is None:
                 folder = exported(each, tmp_path / f"{layout}{number}", layout)
@@ -148,7 +149,6 @@ def test_what_came_with_the_weights_goes_into_every_export(went_on, tmp_path):
         file = write_gguf(each, tmp_path / f"{number}.gguf", kind="F32")
         # One eos and one end of turn is what the format names; the tokenizer's names say the rest.
         assert_travelled(open_gguf(file), ids=set(open_gguf(file).stop_ids))
-        assert open_gguf(file).extra["add_bos"] is True
 
 
 def test_load_chats_with_it(went_on, published):
