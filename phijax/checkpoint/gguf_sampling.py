@@ -1,6 +1,5 @@
 """How a model wants to be sampled: generation_config.json's settings <-> keys of a GGUF file."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ def settings_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for key, name in _NAMES.items():
         value = metadata.get(PREFIX + key)
-        if type(value) in (int, float) and 0 <= value < math.inf:
+        if _is_of_use(value):
             found[name] = value if type(value) is int else shortest(value)
     if not found:
         return {}
@@ -38,6 +37,10 @@ def keys_of(generation: Mapping[str, Any]) -> dict[str, int | float]:
     found: dict[str, int | float] = {}
     for key, name in _NAMES.items():
         value = generation.get(name)
-        if type(value) in (int, float) and 0 <= value < (1 << 31):
+        if _is_of_use(value):
             found[PREFIX + key] = int(value) if key == "top_k" else float(value)
     return found
+
+
+def _is_of_use(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1 << 31

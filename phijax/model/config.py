@@ -96,6 +96,7 @@ FIRST_FIELDS = frozenset(
     "vocab_size model_dim num_layers num_heads num_kv_heads head_dim ffn_dim max_position rope_theta "
     "partial_rotary_factor sliding_window tied_head norm_eps long_rope requires_long_rope".split()
 )
+FIRST_LONG_ROPE_FIELDS = frozenset(("short_factor", "long_factor", "original_max_position"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +196,8 @@ def model_to_dict(model: ModelConfig) -> dict[str, Any]:
 
 def fields_version(data: Mapping[str, Any]) -> int:
     """The first version of files whose readers understand all that `data`, as of `model_to_dict`, says: 1 or 2."""
-    return 1 if set(data) <= FIRST_FIELDS else 2
+    rope = data.get("long_rope") or {}
+    return 1 if set(data) <= FIRST_FIELDS and set(rope) <= FIRST_LONG_ROPE_FIELDS else 2
 
 
 def model_from_dict(data: Mapping[str, Any]) -> ModelConfig:
