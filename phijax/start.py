@@ -70,7 +70,7 @@ def open_start(config: Config, model: ModelConfig, shards: Shards, *, verify: bo
     facts, lost = facts_of(opened, theirs, shards.tokenizer(), same)
     lines += said
     if lost:
-        lines.append(f"init_from: {', '.join(lost)}: of the checkpoint's tokenizer alone, and not taken over")
+        lines.append(f"init_from: not taken over, since the data's tokenizer lacks the tokens: {', '.join(lost)}")
     lines.append(f"weights of {config.init_from}; step, optimizer and data begin anew")
     return Start(opened, facts, lines)
 
@@ -200,7 +200,8 @@ def facts_of(
     if same is False:
         facts["generation"] = {k: v for k, v in facts.get("generation", {}).items() if not _is_of_ids(k)}
         names = theirs.specials.ids if theirs else [""]
-        if any(name in (opened.chat_template or "") and name not in ours.specials.ids for name in names):
+        template = opened.chat_template
+        if template and any(name in template and name not in ours.specials.ids for name in names):
             lost.append("the chat template")
             facts["chat_template"] = None
     if facts.get("eos_id") is not None and facts["eos_id"] not in ours.specials.names:
