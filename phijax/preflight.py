@@ -53,14 +53,15 @@ def run_checks(config) -> int:
     started, half = time.monotonic(), FLAGS.time_limit / 2
     limits = config.processes if config else processes.ProcessConfig()
     limits = dataclasses.replace(limits, initialization_timeout=max(1, min(limits.initialization_timeout, int(half))))
-    durable.prepare_store(epath.Path(FLAGS.workdir))
+    workdir = epath.Path(FLAGS.workdir)
+    durable.prepare_store(workdir)
     limit = TimeLimit(FLAGS.time_limit)
     limit.doing("processes")
     try:
         world = processes.start(limits, FLAGS.coordinator_address, FLAGS.process_count, FLAGS.process_id)
         limit.restart(half, world.index, world.count)  # a moment that is the same for all
         checks = inspection.inspect(
-            world, limit, epath.Path(FLAGS.workdir), config_digest(config), lambda: needs_of(config), FLAGS.devices
+            world, limit, workdir, config_digest(config), lambda: needs_of(config, workdir), FLAGS.devices
         )
         if world.index == 0:
             print("\n".join(check.table(checks, time.monotonic() - started)), flush=True)
@@ -83,10 +84,9 @@ def config_digest(config) -> str:
     return hashlib.sha256(json.dumps(configs.to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def needs_of(config):
+def needs_of(config, workdir=None):
     """What the run of this config takes on this process, and whether mesh and data are right here."""
     import jax
-    from etils import epath
 
     from phijax import run, start
     from phijax.checkpoint.host_memory import bytes_held_by_save, bytes_on_host
@@ -101,7 +101,7 @@ def needs_of(config):
     needs = Needs(kept=config.checkpoint.keep_last + 1)  # the oldest goes after the newest is written
     try:
         mesh, device = make_mesh(config.mesh, jax.devices()), jax.devices()[0]
-        model = start.resolve(config, epath.Path(FLAGS.workdir))
+        model = start.resolve(config, workdir)
         recipe = run.make_recipe(config, dict(mesh.shape), device.platform, generation(device.device_kind), model)
         state = abstract_state(recipe, mesh)
     except UserError as error:
