@@ -13,10 +13,11 @@ import jax
 from etils import epath
 
 import phijax
+from phijax import distribution
 from phijax.checkpoint import durable, host_memory
 
 # libtpu is absent on machines without TPUs, which is equal there too.
-PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "phijax")
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain")
 # Of jax, from the environment: what decides numbers and programs.
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_default_prng_impl")
 SOURCES = (".py", ".cc", ".h")
@@ -53,7 +54,7 @@ def versions() -> dict[str, str]:
             found[package] = "absent"
     found |= {name: str(getattr(jax.config, name, "absent")) for name in SETTINGS}
     # A checkout of another commit has the same version number.
-    return {**found, "code": code_digest(pathlib.Path(phijax.__file__).parent)}
+    return {**found, "phijax": distribution.version(), "code": code_digest(pathlib.Path(phijax.__file__).parent)}
 
 
 def code_digest(package: pathlib.Path) -> str:
