@@ -29,19 +29,30 @@ flags.DEFINE_integer("process_id", None, "Number of this process, where JAX cann
 def main(arguments: list[str], overrides: list[tuple[str, str]]) -> int:
     from phijax import config as configs
 
+    if FLAGS.print_config or FLAGS.dry_run:  # these meet no other process
+        config = checked_config(arguments, overrides)
+        if FLAGS.print_config:
+            print(json.dumps(configs.to_dict(config), indent=2))
+            return EXIT_DONE
+        return dry_run(config)
+    from phijax.parallel import failure
+
+    with failure.told_to_all(FLAGS.coordinator_address, FLAGS.process_count, FLAGS.process_id):
+        config = checked_config(arguments, overrides)
+        if not FLAGS.workdir:
+            raise UserError("Where to? --workdir=DIR keeps checkpoints and metrics, and is where a run goes on.")
+    return train(config)
+
+
+def checked_config(arguments: list[str], overrides: list[tuple[str, str]]):
+    """The config that the command line gives. Raises: UserError."""
+    from phijax import config as configs
+
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag. --help lists them.")
     if not FLAGS.config:
         raise UserError("Which experiment? --config=experiments/tiny.py, say. --help lists all flags.")
-    config = configs.load(FLAGS.config, overrides)
-    if FLAGS.print_config:
-        print(json.dumps(configs.to_dict(config), indent=2))
-        return EXIT_DONE
-    if FLAGS.dry_run:
-        return dry_run(config)
-    if not FLAGS.workdir:
-        raise UserError("Where to? --workdir=DIR keeps checkpoints and metrics, and is where a run goes on.")
-    return train(config)
+    return configs.load(FLAGS.config, overrides)
 
 
 def train(config) -> int:

@@ -20,6 +20,7 @@ from phijax.checkpoint.open import load_params, open_checkpoint
 from phijax.checkpoint.opened import Opened
 from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER
 from phijax.checkpoint.run_state import RunCheckpoints
+from phijax.checkpoint.sampled import sampled_digest
 from phijax.config import Config
 from phijax.data import loader, mixture
 from phijax.data.batch import batch_shape, check_batch
@@ -37,6 +38,8 @@ from phijax.model.presets import PRESETS
 from phijax.parallel.hardware import compiler_options, generation, peak_flops
 from phijax.parallel.mesh import make_mesh
 from phijax.parallel.processes import StopSignal, Watchdog
+from phijax.readiness import agreement, host
+from phijax.readiness.agreement import Facts
 from phijax.report import baselines
 from phijax.report import config as logging
 from phijax.report import report as reports
@@ -120,18 +123,29 @@ def open_evaluation(config: Config, model: ModelConfig, plan: Plan, sizes: dict[
     return sets
 
 
+def data_facts(plan: Plan, sets: list[EvaluationSet]) -> Facts:
+    """What must be the same on all processes of the data, wherever each has them."""
+    return agreement.of_data(loader.fingerprint(plan), [(one.path, one.shards.digest) for one in sets])
+
+
 def train(config: Config, workdir: epath.Path) -> loop.Outcome:
     """Trains to the end, or until asked to stop. Collective: every process calls it.
 
     Raises: UserError before device memory is taken; loop.Diverged, SaveFailed while it runs.
     """
-    durable.prepare_store(workdir)
-    mesh = make_mesh(config.mesh, jax.devices())
-    sizes = dict(mesh.shape)
-    device = mesh.devices.flat[0]
-    recipe = make_recipe(config, sizes, device.platform, generation(device.device_kind))
-    plan = open_plan(config, recipe.model)
-    sets = open_evaluation(config, recipe.model, plan, sizes)
+    alike = functools.partial(agreement.alike, seconds=config.processes.initialization_timeout)
+    with alike("config") as facts:
+        durable.prepare_store(workdir)
+        facts.add({f"version of {name}": version for name, version in host.versions().items()})
+        facts.add(agreement.of_config(configs.to_dict(config)))
+    with alike("data") as facts:
+        mesh = make_mesh(config.mesh, jax.devices())
+        sizes = dict(mesh.shape)
+        device = mesh.devices.flat[0]
+        recipe = make_recipe(config, sizes, device.platform, generation(device.device_kind))
+        plan = open_plan(config, recipe.model)
+        sets = open_evaluation(config, recipe.model, plan, sizes)
+        facts.update(data_facts(plan, sets))
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda text: None
     for text in params.check_mesh(recipe.model, sizes):
         say(f"warning: {text}")
@@ -140,8 +154,11 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     with WriterLock(workdir, break_lock=config.checkpoint.break_lock, log=say) as lock:
+        with alike("workdir") as facts:
+            seen = lock.is_seen(config.processes.initialization_timeout / 2)
+            facts.add({"--workdir": "holds the run's lock" if seen else "does not"}, {"--workdir": str(workdir)})
         before = from_process_zero(lambda: reading.newest_identity(workdir / CHECKPOINTS_FOLDER))
-        start = open_checkpoint(config.init_from) if config.init_from and before is None else None
+        start = open_start(config) if config.init_from and before is None else None
         plan = plan.beginning_with(begin_of(plan, before, start))
         batches = Loader(plan, config.data, mesh)
         identity = {"model": dataclasses.asdict(recipe.model), "data": loader.fingerprint(plan)}
@@ -178,6 +195,13 @@ def begin_of(plan: Plan, before: dict[str, Any] | None, start: Opened | None) ->
             if next(iter(plan.sources.values())).made_with(start.tokenizer()):
                 return start.begin[0]
     return plan.begin
+
+
+def open_start(config: Config) -> Opened:
+    """The weights to start from, the same on all processes. Collective. Raises: UserError."""
+    with agreement.alike("start weights", config.processes.initialization_timeout) as facts:
+        facts.add({"init_from": sampled_digest(config.init_from)}, {"init_from": config.init_from})
+    return open_checkpoint(config.init_from)
 
 
 def begin(

@@ -146,7 +146,9 @@ def open_ours(path: epath.Path) -> Opened:
     A newer step that is damaged is a warning. Raises: UserError where there is none that is whole (of one step: the
     file that is damaged is named).
     """
-    folder = epath.Path(from_process_zero(lambda: str(_whole_step(path))))
+    # Which step process 0 says, but each where it has them: the folder's path may differ from host to host.
+    within = from_process_zero(lambda: str(_whole_step(path).relative_to(path)))
+    folder = path if within == "." else path / within
     content = reading.read_manifest(folder)
     model = _model_of(folder, content)
     extra = dict(content["extra"])

@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from phijax.distribution import install_hint
 from phijax.errors import UserError
 from phijax.text.bpe_arrays import spec_of_arrays
 from phijax.text.byte_level import bytes_of_token
@@ -246,7 +247,7 @@ def _load(spec: str, where: str) -> Any:
         import tokenizers
     except ImportError as error:
         raise UserError(
-            f"{where} needs the package tokenizers: pip install 'phijax[tokenizers]'.\n"
+            f"{where} needs the package tokenizers: {install_hint('tokenizers')}.\n"
             "phi-3 and Llama-2 do without it where a tokenizer.model lies in the folder."
         ) from error
     try:

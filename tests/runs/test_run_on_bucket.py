@@ -186,4 +186,4 @@ def test_preflight_writes_and_reads_through_both_clients(command, bucket):
 def test_a_machine_without_the_client_says_what_to_install(command, tmp_path):
     (tmp_path / "gcsfs.py").write_text("raise ImportError('not here')")
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    assert "pip install 'phijax[gcs]'" in end(command("main", "--workdir=gs://bucket/x", PYTHONPATH=path), 2)
+    assert "pip install -e '.[gcs]'" in end(command("main", "--workdir=gs://bucket/x", PYTHONPATH=path), 2)
