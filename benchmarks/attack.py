@@ -33,10 +33,10 @@ import phijax.config
 
 def get_config():
     c = phijax.config.defaults()
-    sizes = dict(vocab_size=512, num_layers=2, model_dim=64, num_heads=4, num_kv_heads=4, head_dim=16, ffn_dim=128)
+    sizes = dict(vocab_size=512, num_layers=1, model_dim=64, num_heads=4, num_kv_heads=4, head_dim=16, ffn_dim=128)
     c.model.update(sizes)
     c.data.phases = [
-        dict(steps=4, sequence_length=64, global_batch_size=8, mixture=[dict(path="DATA", weight=1)])
+        dict(steps=3, sequence_length=64, global_batch_size=8, mixture=[dict(path="DATA", weight=1)])
     ]
     c.optimizer.warmup_steps = 1
     c.logging.every_steps, c.logging.tensorboard, c.logging.plot = 1, False, False
@@ -78,8 +78,13 @@ def compile_cache(folder: pathlib.Path) -> int:
         if code or not same:
             print(f"flip {number}, {where}: exit code {code}, {'the same' if same else 'other'} losses\n{said[-2000:]}")
         shutil.rmtree(workdir)
-    seconds = (time.monotonic() - began) / FLAGS.flips
-    print(f"{FLAGS.flips} flips, {seconds:.1f} s each: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+        done = number - FLAGS.first + 1
+        if done % 20 == 0 or done == FLAGS.flips:
+            each = (time.monotonic() - began) / done
+            print(
+                f"{done} flips, {each:.1f} s each: " + ", ".join(f"{n} {what}" for what, n in counts.items()),
+                flush=True,
+            )
     return counts["crashed twice"] + counts["other losses"]
 
 
