@@ -63,12 +63,17 @@ def train(config) -> int:
 
         from phijax import run
         from phijax.checkpoint import lock
+        from phijax.training import compile_cache
 
         workdir = epath.Path(FLAGS.workdir)
         world = processes.start(config.processes, FLAGS.coordinator_address, FLAGS.process_count, FLAGS.process_id)
+
         # Several processes have JAX's own handler from here on: they stop together at the loop's first step.
-        alone = command.left_on_sigterm(lambda: lock.abandon(workdir)) if world.count == 1 else contextlib.nullcontext()
-        with alone:
+        def abandon() -> None:
+            compile_cache.abandon(workdir)
+            lock.abandon(workdir)
+
+        with command.left_on_sigterm(abandon) if world.count == 1 else contextlib.nullcontext():
             outcome = run.train(config, workdir)
         processes.finish(config.processes.shutdown_timeout)
         return EXIT_RESTART if outcome.stopped else EXIT_DONE

@@ -46,7 +46,8 @@ from phijax.report import report as reports
 from phijax.report.report import Report
 from phijax.report.summary import summarise
 from phijax.text.tokenizer import TextTokenizer
-from phijax.training import loop, program
+from phijax.training import compile_cache, loop, program
+from phijax.training.compile_cache import CompileCache
 from phijax.training.program import BatchShape, Recipe
 from phijax.training.state import TrainState
 
@@ -151,9 +152,10 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         say(f"warning: {text}")
     if recipe.options:
         say(f"options of the compiler: {recipe.options}")
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    with WriterLock(workdir, break_lock=config.checkpoint.break_lock, log=say) as lock:
+    with (
+        WriterLock(workdir, break_lock=config.checkpoint.break_lock, log=say) as lock,
+        compile_cache.opened(workdir, log=say) as programs,
+    ):
         with alike("workdir") as facts:
             seen = lock.is_seen(config.processes.initialization_timeout / 2)
             facts.add({"--workdir": "holds the run's lock" if seen else "does not"}, {"--workdir": str(workdir)})
@@ -175,7 +177,7 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         made_with = next(iter(plan.sources.values())).made_with
         state = begin(config, recipe, mesh, checkpoints, first_step, start, made_with, say)
         with open_report(config, workdir, recipe, plan, sets, first_step, mesh) as report:
-            outcome = run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step)
+            outcome = run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, programs, first_step)
         if not outcome.stopped and jax.process_index() == 0:
             say(f"done: {outcome.step} steps")
             for line in summarise(workdir / "metrics.jsonl", guessing(recipe.model, sets)):
@@ -252,7 +254,7 @@ def check_start(opened: Opened, model: ModelConfig, made_with: MadeWith) -> list
     return lines
 
 
-def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step) -> loop.Outcome:
+def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, programs, first_step) -> loop.Outcome:
     pace = loop.Pace(
         recipe.total_steps,
         config.evaluation.every_steps,
@@ -264,11 +266,11 @@ def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, fi
         return loop.train(
             state,
             batches.starting_at(first_step),
-            Programs(recipe, mesh, batches, report),
+            Programs(recipe, mesh, batches, report, programs),
             pace,
             evaluators=[
-                make_evaluator(recipe, mesh, held_out, config.evaluation.max_rows, batches.plan.begin)
-                for held_out in sets
+                make_evaluator(recipe, mesh, one, config.evaluation.max_rows, batches.plan.begin, programs)
+                for one in sets
             ],
             report=report,
             checkpoints=checkpoints,
@@ -283,8 +285,8 @@ def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, fi
 class Programs:
     """step -> the compiled train step of its phase, compiled when the phase begins, outside of any step's time."""
 
-    def __init__(self, recipe: Recipe, mesh, batches: Loader, report: Report):
-        self._recipe, self._mesh, self._batches, self._report = recipe, mesh, batches, report
+    def __init__(self, recipe: Recipe, mesh, batches: Loader, report: Report, cache: CompileCache):
+        self._recipe, self._mesh, self._batches, self._report, self._cache = recipe, mesh, batches, report, cache
         self._compiled: dict[BatchShape, Any] = {}
 
     def __call__(self, step: int):
@@ -293,13 +295,15 @@ class Programs:
         if shape not in self._compiled:
             with self._report.pause():
                 lowered = program.lower_train_step(self._recipe, self._mesh, shape)
-                self._compiled[shape] = program.compile_with_options(lowered, self._recipe)
+                self._compiled[shape] = self._cache.tried(program.compile_with_options(lowered, self._recipe))
         return self._compiled[shape]
 
 
-def make_evaluator(recipe: Recipe, mesh, held_out: EvaluationSet, max_rows: int | None, begin: int | None) -> HeldOut:
+def make_evaluator(
+    recipe: Recipe, mesh, held_out: EvaluationSet, max_rows: int | None, begin: int | None, cache: CompileCache
+) -> HeldOut:
     _, rows, length = held_out.shape
-    compiled = _compiled_eval(recipe, mesh, held_out.shape)
+    compiled = cache.tried(_compiled_eval(recipe, mesh, held_out.shape))
     batches = functools.partial(
         loader.validation_batches,
         held_out.path,
