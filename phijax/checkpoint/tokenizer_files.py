@@ -10,7 +10,7 @@ from phijax.checkpoint import durable
 from phijax.checkpoint.huggingface_config import ARCHITECTURES
 from phijax.checkpoint.opened import Opened
 from phijax.errors import UserError
-from phijax.text.chat_formats import PHI3
+from phijax.text.chat_formats import PHI3, stops_by_names
 from phijax.text.huggingface_files import keep_tokenizer_json
 from phijax.text.tokenizer import ADDED_TOKENS_FILE, MODEL_FILE, TextTokenizer
 
@@ -62,7 +62,8 @@ def ids_of(opened: Opened, tokenizer: TextTokenizer | None) -> Ids:
     stops = opened.stop_ids
     if tokenizer is not None:
         eos = tokenizer.end_of_text if eos is None else eos
-        named = tuple(tokenizer.added_tokens[name] for name in PHI3.stops if name in tokenizer.added_tokens)
+        names = tokenizer.specials.ids
+        named = tuple(names[name] for name in stops_by_names(names))
         stops = stops or named or (eos,)
         pad = eos if pad is None else pad
         bos = tokenizer.specials.ids.get("<s>") if bos is None else bos  # named, as in phi-3; no text begins with it

@@ -1,6 +1,7 @@
 """The tokenizer files of a Hugging Face folder, written so that AutoTokenizer gives our ids."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from phijax.errors import UserError
 from phijax.text.sentencepiece_model import Piece, PieceKind, take_apart
 from phijax.text.specials import SPACE_MARK, DummySpace, Specials
 
+_NONE = Specials({})
 _GENERIC = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is; LlamaTokenizer of transformers 5 remakes parts
 
 
@@ -19,6 +21,7 @@ def write_sentencepiece(
     model: bytes,
     added_tokens: Mapping[str, int],
     specials: Specials,
+    symbols: Specials,
     dummy_space: DummySpace,
     eos: str,
     pad: str,
@@ -38,12 +41,12 @@ def write_sentencepiece(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model)
     _write(folder / "added_tokens.json", dict(added_tokens))
-    spec = sentencepiece_json(parts.pieces, specials, dummy_space if parts.dummy_space else "never")
+    spec = sentencepiece_json(parts.pieces, specials, dummy_space if parts.dummy_space else "never", symbols)
     (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n")
     kinds = {PieceKind.UNKNOWN: "unk_token", PieceKind.CONTROL: "bos_token"}
     names = {kinds[p.kind]: p.text for p in parts.pieces if p.text in ("<unk>", "<s>") and p.kind in kinds}
     names |= {"eos_token": eos, "pad_token": pad}
-    write_names(folder, names, specials, chat_template)
+    write_names(folder, names, specials, symbols, chat_template)
 
 
 def keep_tokenizer_json(folder: str | epath.PathLike) -> bool:
@@ -67,13 +70,14 @@ def write_names(
     folder: epath.Path,
     names: Mapping[str, str],
     specials: Specials,
+    symbols: Specials,
     chat_template: str | None,
 ) -> None:
     """tokenizer_config.json and special_tokens_map.json. `names`: bos_token and the like -> the token."""
     config = {
         "add_bos_token": False,
         "add_eos_token": False,
-        "added_tokens_decoder": {str(i): token_entry(name, specials) for name, i in _in_order(specials)},
+        "added_tokens_decoder": {str(i): entry for i, entry in token_entries(specials, symbols).items()},
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",  # prompts of a batch end together
         **names,
@@ -105,22 +109,32 @@ def _write(path: epath.Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
-def token_entry(name: str, specials: Specials) -> dict[str, Any]:
+def token_entry(name: str, found: Specials, special: bool = True) -> dict[str, Any]:
     """An entry of added_tokens_decoder."""
     return {
         "content": name,
-        "lstrip": name in specials.strips_left,
-        "normalized": False,
-        "rstrip": name in specials.strips_right,
-        "single_word": False,
-        "special": True,
+        "lstrip": name in found.strips_left,
+        "normalized": not special and name in found.normalized,
+        "rstrip": name in found.strips_right,
+        "single_word": name in found.whole_words,
+        "special": special,
     }
 
 
-def sentencepiece_json(pieces: Sequence[Piece], specials: Specials, dummy_space: DummySpace) -> dict[str, Any]:
+def token_entries(specials: Specials, symbols: Specials) -> dict[int, dict[str, Any]]:
+    """Id -> entry of every added token, in order."""
+    entries = {i: token_entry(name, specials) for name, i in specials.ids.items()}
+    entries |= {i: token_entry(name, symbols, special=False) for name, i in symbols.ids.items()}
+    return dict(sorted(entries.items()))
+
+
+def sentencepiece_json(
+    pieces: Sequence[Piece], specials: Specials, dummy_space: DummySpace, symbols: Specials = _NONE
+) -> dict[str, Any]:
     """tokenizer.json of a SentencePiece BPE model: the same ids, computed from merges instead of scores.
 
-    As Hugging Face publishes Llama's and phi-3's.
+    As Hugging Face publishes Llama's and phi-3's. Pieces that the model itself takes out of text whole are words there,
+    which are looked up before anything is merged.
     """
     vocab = {piece.text: i for i, piece in enumerate(pieces)}
     to_mark = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
@@ -128,15 +142,20 @@ def sentencepiece_json(pieces: Sequence[Piece], specials: Specials, dummy_space:
     unknown = next((piece.text for piece in pieces if piece.kind == PieceKind.UNKNOWN), None)
     bytes_known = any(piece.kind == PieceKind.BYTE for piece in pieces)
     dummy = [{"type": "Prepend", "prepend": SPACE_MARK}] if dummy_space == "each" else []
+    added = specials.ids.keys() | symbols.ids.keys()
+    whole = [piece.text for piece in pieces if piece.kind == PieceKind.USER_DEFINED and piece.text not in added]
+    whole.sort(key=len, reverse=True)
+    pattern = {"Regex": "|".join(map(re.escape, whole))}
+    split = [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}] if whole else []
     metaspace = {"type": "Metaspace", "replacement": SPACE_MARK, "prepend_scheme": dummy_space, "split": False}
     undummy = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if dummy_space != "never" else []
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, **token_entry(name, specials)} for name, i in _in_order(specials)],
+        "added_tokens": [{"id": i, **entry} for i, entry in token_entries(specials, symbols).items()],
         "normalizer": {"type": "Sequence", "normalizers": [*dummy, to_mark]},
-        "pre_tokenizer": metaspace if dummy_space in ("always", "first") else None,
+        "pre_tokenizer": _sequence([*([metaspace] if dummy_space in ("always", "first") else []), *split]),
         "post_processor": None,
         "decoder": {
             "type": "Sequence",
@@ -150,11 +169,15 @@ def sentencepiece_json(pieces: Sequence[Piece], specials: Specials, dummy_space:
             "end_of_word_suffix": None,
             "fuse_unk": True,
             "byte_fallback": bytes_known,
-            "ignore_merges": False,
+            "ignore_merges": bool(whole),
             "vocab": vocab,
             "merges": merges_of(pieces),
         },
     }
+
+
+def _sequence(steps: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else next(iter(steps), None)
 
 
 def merges_of(pieces: Sequence[Piece]) -> list[str]:

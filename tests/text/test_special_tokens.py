@@ -224,11 +224,6 @@ def test_saved_by_an_earlier_version_opens_alike(pieces, tmp_path):
         ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "must be an object of ids"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<|a|>"}}}, "names and ids"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"1489": "<|a|>"}}, "must be an object with its content"),
-        (
-            "tokenizer_config.json",
-            {"added_tokens_decoder": {"1490": {"content": "<|assistant|>", "single_word": True}}},
-            "only as a whole word",
-        ),
         ("tokenizer.json", {"model": {"vocab": {"a": 0}}, "added_tokens": []}, "holds two tokenizers that differ"),
         ("tokenizer.json", [], "must hold one object"),
         ("special_tokens.json", "x", "must hold one object"),
