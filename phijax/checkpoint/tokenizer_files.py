@@ -7,11 +7,10 @@ from typing import Any
 from etils import epath
 
 from phijax.checkpoint import durable
-from phijax.checkpoint.huggingface_config import ARCHITECTURES
 from phijax.checkpoint.opened import Opened
 from phijax.errors import UserError
 from phijax.text.chat_formats import PHI3, stops_by_names
-from phijax.text.huggingface_files import keep_tokenizer_json
+from phijax.text.huggingface_files import begins_with, take_as_it_is
 from phijax.text.tokenizer import ADDED_TOKENS_FILE, MODEL_FILE, TextTokenizer
 
 GENERATION_FILE = "generation_config.json"
@@ -93,20 +92,32 @@ def open_or_none(opened: Opened, say: Callable[[str], None]) -> TextTokenizer | 
         return None
 
 
-def write_huggingface(opened: Opened, output: epath.Path, layout: str, say: Callable[[str], None]) -> Ids:
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """tokenizer: what the files are of, or None. ours: whether tokenizer.json is as we say, not only copied."""
+
+    ids: Ids
+    tokenizer: TextTokenizer | None
+    ours: bool
+
+
+def write_huggingface(opened: Opened, output: epath.Path, say: Callable[[str], None]) -> Written:
     """Writes what AutoTokenizer reads and generation_config.json, by copying where the source has such files.
 
-    Args: layout: of the weights beside them. transformers reads the files of one class otherwise beside another.
+    tokenizer.json is always there and gives our ids, under the class that takes it as it is: transformers reads the
+    files of other classes otherwise from version to version, and beside weights of another class.
     """
     folder = opened.extra.get("tokenizer_folder")
+    tokenizer, ours = open_or_none(opened, say), True
     if has_huggingface_files(folder):
         copied = copy(folder, output)
         say(f"copied {', '.join(copied)}")
-        if ARCHITECTURES.get(opened.extra.get("architecture", "")) != layout and keep_tokenizer_json(output):
-            say(f"{TOKENIZER_CONFIG_FILE}: tokenizer_class is changed, so that tokenizer.json is taken as it is")
+        spec = None if tokenizer is None else tokenizer.huggingface_json()
+        ours = spec is not None
+        if changed := take_as_it_is(output, spec, _begin(opened, tokenizer)):
+            say(f"{' and '.join(changed)}: changed, so that transformers takes tokenizer.json as it is")
         ids = ids_of(opened, None)
     else:
-        tokenizer = open_or_none(opened, say)
         ids = ids_of(opened, tokenizer)
         if tokenizer is not None:
             template = opened.chat_template or _own_template(tokenizer)
@@ -114,7 +125,14 @@ def write_huggingface(opened: Opened, output: epath.Path, layout: str, say: Call
     generation = ids.in_generation_config()
     if generation and not (output / GENERATION_FILE).exists():
         durable.write_json(output / GENERATION_FILE, generation)
-    return ids
+    return Written(ids, tokenizer, ours)
+
+
+def _begin(opened: Opened, tokenizer: TextTokenizer | None) -> dict[str, Any] | None:
+    """The post_processor for a checkpoint whose settings put its bos before a text."""
+    bos = opened.extra.get("bos_id") if opened.extra.get("add_bos") else None
+    name = tokenizer.specials.names.get(bos) if tokenizer is not None else None
+    return None if name is None else begins_with(name, bos)
 
 
 def _own_template(tokenizer: TextTokenizer) -> str | None:

@@ -187,6 +187,10 @@ class BpeTokenizer:
         if self._end_of_text not in _END_OF_TEXT_NAMES:
             (folder / OURS_FILE).write_text(json.dumps({"end_of_text": self._end_of_text}) + "\n")
 
+    def huggingface_json(self) -> dict[str, Any] | None:
+        """The file that was opened, without what cuts a text short or draws lots."""
+        return json.loads(self._spec)
+
     def save_huggingface(
         self, folder: str | epath.PathLike, *, chat_template: str | None = None, eos: int | None = None
     ) -> None:

@@ -9,9 +9,12 @@ from etils import epath
 
 from phijax.errors import UserError
 from phijax.text.sentencepiece_model import Piece, PieceKind, take_apart
+from phijax.text.special_files import CONFIG_FILE, JSON_FILE
 from phijax.text.specials import SPACE_MARK, DummySpace, Specials
 
 _NONE = Specials({})
+# What has transformers make a tokenizer of its own, or one that takes names of special tokens for text.
+_REMAKES = ("auto_map", "from_slow", "tokenizer_file", "split_special_tokens", "fix_mistral_regex")
 _GENERIC = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is; LlamaTokenizer of transformers 5 remakes parts
 
 
@@ -33,7 +36,8 @@ def write_sentencepiece(
     characters. transformers would convert it by itself and give other ids for some texts.
     """
     parts = take_apart(model)
-    if not parts.joins or parts.changes_text:
+    spec = spec_of_model(model, specials, symbols, dummy_space)
+    if spec is None:
         raise UserError(
             f"The SentencePiece model {'folds characters or spaces' if parts.joins else 'is no BPE model (unigram)'}, "
             "so that no tokenizer.json gives its ids. phi-3's, Llama's and those trained here are BPE and fold nothing."
@@ -41,29 +45,66 @@ def write_sentencepiece(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model)
     _write(folder / "added_tokens.json", dict(added_tokens))
-    spec = sentencepiece_json(parts.pieces, specials, dummy_space if parts.dummy_space else "never", symbols)
-    (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n")
+    (folder / JSON_FILE).write_text(_as_text(spec))
     kinds = {PieceKind.UNKNOWN: "unk_token", PieceKind.CONTROL: "bos_token"}
     names = {kinds[p.kind]: p.text for p in parts.pieces if p.text in ("<unk>", "<s>") and p.kind in kinds}
     names |= {"eos_token": eos, "pad_token": pad}
     write_names(folder, names, specials, symbols, chat_template)
 
 
-def keep_tokenizer_json(folder: str | epath.PathLike) -> bool:
-    """Makes transformers read a copied folder's tokenizer.json as it is. Returns whether anything had to be changed.
+def spec_of_model(
+    model: bytes, specials: Specials, symbols: Specials, dummy_space: DummySpace
+) -> dict[str, Any] | None:
+    """tokenizer.json of a SentencePiece model; None for one that merges cannot stand for."""
+    parts = take_apart(model)
+    if not parts.joins or parts.changes_text:
+        return None
+    return sentencepiece_json(parts.pieces, specials, dummy_space if parts.dummy_space else "never", symbols)
 
-    phi-3's files name LlamaTokenizer. For model type phi3 transformers 5 still takes tokenizer.json as it is; for llama
-    it remakes parts of it, and gives other ids behind special tokens and before spaces.
+
+def begins_with(name: str, i: int) -> dict[str, Any]:
+    """tokenizer.json's `post_processor` that puts one token before every text."""
+    token, text = {"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [token, text],
+        "pair": [token, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]}},
+    }
+
+
+def take_as_it_is(
+    folder: str | epath.PathLike, spec: Mapping[str, Any] | None, begin: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Makes transformers read a copied folder's tokenizer.json as it is; returns the files that had to be changed.
+
+    phi-3's and Llama's files name LlamaTokenizer, of which transformers 5 remakes parts: other ids behind special
+    tokens and before spaces. Without tokenizer.json it makes one by rules of its own.
+
+    Args:
+      spec: the tokenizer.json that gives our ids. None: the folder's own, if it has one.
+      begin: what goes around a text, as a post_processor, where the folder has no tokenizer.json to say it: beside one
+        transformers passes over add_bos_token.
     """
-    folder = epath.Path(folder)
-    path = folder / "tokenizer_config.json"
-    if not path.exists() or not (folder / "tokenizer.json").exists():
-        return False
+    folder, changed = epath.Path(folder), []
+    path, whole = folder / CONFIG_FILE, folder / JSON_FILE
+    there = json.loads(whole.read_bytes()) if whole.exists() else None
+    if spec is not None:
+        spec = {**spec, "post_processor": begin if there is None else there.get("post_processor")}
+        if spec != there:
+            whole.write_text(_as_text(spec))
+            changed.append(JSON_FILE)
+    elif there is None:
+        return []
     config = json.loads(path.read_bytes())
-    if config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
-        return False
-    _write(path, config | {"tokenizer_class": _GENERIC})
-    return True
+    new = {key: value for key, value in config.items() if key not in _REMAKES} | {"tokenizer_class": _GENERIC}
+    if spec is not None:
+        entries = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in spec["added_tokens"]}
+        new |= {"added_tokens_decoder": entries} if entries or "added_tokens_decoder" in new else {}
+    if new != config:
+        _write(path, new)
+        changed.append(CONFIG_FILE)
+    return changed
 
 
 def write_names(
@@ -85,7 +126,7 @@ def write_names(
     }
     if chat_template is not None:
         config["chat_template"] = chat_template
-    _write(folder / "tokenizer_config.json", config)
+    _write(folder / CONFIG_FILE, config)
     entries = {kind: token_entry(name, specials) for kind, name in names.items()}
     _write(
         folder / "special_tokens_map.json",
@@ -103,6 +144,10 @@ def name_of_special(specials: Specials, i: int) -> str:
 
 def _in_order(specials: Specials) -> list[tuple[str, int]]:
     return sorted(specials.ids.items(), key=lambda entry: entry[1])
+
+
+def _as_text(spec: Mapping[str, Any]) -> str:
+    return json.dumps(spec, ensure_ascii=False, indent=1) + "\n"
 
 
 def _write(path: epath.Path, content: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What every tokenizer has, whichever library is behind it."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from etils import epath
 
@@ -56,6 +56,10 @@ class TextTokenizer(Protocol):
 
     def save(self, folder: str | epath.PathLike) -> None:
         """Writes what `phijax.text.open.open_tokenizer` reads."""
+        ...
+
+    def huggingface_json(self) -> dict[str, Any] | None:
+        """The tokenizer.json that gives our ids; None where there can be none."""
         ...
 
     def save_huggingface(

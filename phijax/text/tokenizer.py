@@ -11,7 +11,7 @@ from etils import epath
 
 from phijax.errors import UserError
 from phijax.text.decoding import decode_text
-from phijax.text.huggingface_files import name_of_special, write_sentencepiece
+from phijax.text.huggingface_files import name_of_special, spec_of_model, write_sentencepiece
 from phijax.text.pieces import (
     END_OF_TEXT,
     PHI3_ADDED_TOKENS,
@@ -160,6 +160,10 @@ class Tokenizer:
         (folder / ADDED_TOKENS_FILE).write_text(json.dumps(dict(self.added_tokens), indent=2) + "\n")
         if self._unlike_phi3:
             (folder / OURS_FILE).write_text(json.dumps(self._unlike_phi3, indent=2) + "\n")
+
+    def huggingface_json(self) -> dict[str, Any] | None:
+        """None for a model that is unigram or folds characters: merges cannot stand for it."""
+        return spec_of_model(self._model, self.specials, self.symbols, self._dummy_space)
 
     def save_huggingface(
         self, folder: str | epath.PathLike, *, chat_template: str | None = None, eos: int | None = None
