@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from etils import epath
 
 from phijax.errors import UserError
+from phijax.text.special_files import CONFIG_FILE
 from phijax.text.tokenizer import TextTokenizer
 
 # What tokenizers differ in: whitespace of every kind, beginnings, digits, scripts, joined characters, code, names.
@@ -50,7 +51,7 @@ print(json.dumps({"version": transformers.__version__, "ids": ids}))
 
 
 def compare(folder: epath.Path, tokenizer: TextTokenizer | None, *, strict: bool, say: Callable[[str], None]) -> str:
-    """A sentence for the model card; "" where there is no tokenizer.
+    """A sentence for the model card; "" where there is no tokenizer. `tokenizer`: None: one that is not read here.
 
     Args:
       strict: whether a difference is an error. It is where tokenizer.json was written by us: who uses the folder would
@@ -58,7 +59,8 @@ def compare(folder: epath.Path, tokenizer: TextTokenizer | None, *, strict: bool
     Raises: UserError for a difference, with the first text.
     """
     if tokenizer is None:
-        return ""
+        copied = (folder / CONFIG_FILE).exists()
+        return "Its ids were not compared: phijax does not read its files, which are copied." if copied else ""
     texts = [*TEXTS, *_with_names(tokenizer)]
     try:
         version, theirs = _read(folder, texts)

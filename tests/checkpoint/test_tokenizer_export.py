@@ -186,3 +186,10 @@ def test_a_model_without_a_tokenizer_says_nothing_of_one(tmp_path):
     to = export(opened(PHI3, tokenizer=no_tokenizer), tmp_path / "to")
     assert "Tokenizer" not in (to / "README.md").read_text().replace("AutoTokenizer", "")
     assert not (to / "tokenizer.json").exists()
+
+
+def test_a_tokenizer_that_is_not_read_here_is_copied_and_not_compared(exported, tmp_path):
+    unread = dataclasses.replace(open_checkpoint(exported), tokenizer=no_tokenizer)
+    to = export(unread, tmp_path / "to")
+    assert (to / "tokenizer.json").read_bytes() == (exported / "tokenizer.json").read_bytes()
+    assert "not compared: phijax does not read" in (to / "README.md").read_text()
