@@ -13,7 +13,6 @@ import jax
 from etils import epath
 
 import phijax
-from phijax import distribution
 from phijax.checkpoint import durable, host_memory
 
 # libtpu is absent on machines without TPUs, which is equal there too.
@@ -53,8 +52,8 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "absent"
     found |= {name: str(getattr(jax.config, name, "absent")) for name in SETTINGS}
-    # A checkout of another commit has the same version number.
-    return {**found, "phijax": distribution.version(), "code": code_digest(pathlib.Path(phijax.__file__).parent)}
+    # Instead of our version, which a checkout of another commit has too.
+    return {**found, "code": code_digest(pathlib.Path(phijax.__file__).parent)}
 
 
 def code_digest(package: pathlib.Path) -> str:
