@@ -5,9 +5,9 @@ import shutil
 
 import jax.numpy as jnp
 import pytest
-from checkpoint_case import mesh_of, save_steps, writer
+from checkpoint_case import writer
 
-from phijax.checkpoint import durable, going_back, good, manifest, reading, steps
+from phijax.checkpoint import durable, going_back, good, manifest, ours, reading, steps
 from phijax.errors import UserError
 
 
@@ -196,6 +196,17 @@ def test_after_divergence_the_step_that_nothing_good_came_of_is_no_step(tmp_path
     assert start(tmp_path, restore_step=6)[:2] == (6, []), "the command of the message, as often as it is typed"
     assert start(tmp_path, restore_step=3)[1][0]["set_aside"] == [6, 9]
     assert names(tmp_path) == {"3", "6.aside1", "9.aside1"}
+
+
+def test_who_opens_a_workdir_gets_the_newest_good_step(tmp_path):
+    checkpoints = tmp_path / ours.CHECKPOINTS_FOLDER
+    save(checkpoints, {3: GOOD, 6: BAD})
+    with pytest.warns(UserWarning, match=r"Step 6 is not called good.*\nUsing step 3 instead"):
+        assert ours._whole_step(durable.absolute(tmp_path)).name == "3"
+    shutil.rmtree(checkpoints / "3")
+    with pytest.warns(UserWarning, match="6 is not called good, but there is no other"):
+        assert ours._whole_step(durable.absolute(tmp_path)).name == "6"
+    assert ours._whole_step(durable.absolute(checkpoints / "6")).name == "6", "asked for by its own path"
 
 
 def test_old_readers_and_describe(tmp_path):
