@@ -34,6 +34,11 @@ def is_good(folder: epath.Path) -> bool:
         return False
 
 
+def is_of_training(folder: epath.Path) -> bool:
+    """Whether a step's manifest says what update led to it."""
+    return manifest.called_good(_manifest(folder) or {}) is not None
+
+
 def best(directory: epath.Path, saved: Iterable[int], metric: str) -> tuple[int, float] | None:
     """(step, score) of the good step with the lowest `metric`, of equal ones the newest; None: none has a score."""
     found = {}

@@ -127,14 +127,15 @@ def _count_interrupted(directory: epath.Path, listing: steps.Listing) -> list[st
 
 
 def _delete_old(directory: epath.Path, config: CheckpointConfig) -> list[str]:
-    """Applies keep_last, keep_every and keep_best; the newest good step before the one just saved always stays.
+    """Applies keep_last, keep_every and keep_best; the newest good step always stays.
 
-    Whether the newest is worth anything, only the next update will tell: the one that made it may have been finite
-    and have ruined the weights.
+    Of a training run that is the one before the step just saved: whether that is worth anything, only the next update
+    will tell, since the one that led to it may have been finite and have ruined the weights.
     """
     saved = steps.list_folders(directory).steps
     kept, lines = set(saved[-config.keep_last :]), []
-    kept.add(next((step for step in reversed(saved[:-1]) if good.is_good(directory / str(step))), None))
+    known = saved[:-1] if good.is_of_training(directory / str(saved[-1])) else saved
+    kept.add(next((step for step in reversed(known) if good.is_good(directory / str(step))), None))
     if config.keep_best is not None and (found := good.best(directory, saved, config.keep_best)):
         kept.add(found[0])
         if found[0] == saved[-1]:
