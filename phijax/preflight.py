@@ -97,7 +97,7 @@ def needs_of(config):
 
     if config is None:
         return Needs()
-    needs = Needs(kept=config.checkpoint.keep_last + 1)  # the oldest goes after the newest is written
+    needs = Needs(kept=config.checkpoint.most_kept)
     try:
         mesh, device = make_mesh(config.mesh, jax.devices()), jax.devices()[0]
         recipe = run.make_recipe(config, dict(mesh.shape), device.platform, generation(device.device_kind))

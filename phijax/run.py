@@ -28,7 +28,7 @@ from phijax.data.loader import Loader
 from phijax.data.rows import Plan, RowIndex
 from phijax.data.shards import Shards
 from phijax.errors import UserError
-from phijax.evaluation.held_out import HeldOut, check_sets
+from phijax.evaluation.held_out import HeldOut, check_sets, score_name
 from phijax.model import params
 from phijax.model.backend import choose_backend
 from phijax.model.config import ModelConfig, resolve_model
@@ -43,6 +43,7 @@ from phijax.readiness.agreement import Facts
 from phijax.report import baselines
 from phijax.report import config as logging
 from phijax.report import report as reports
+from phijax.report.again import same_command
 from phijax.report.report import Report
 from phijax.report.summary import summarise
 from phijax.text.tokenizer import TextTokenizer
@@ -91,6 +92,7 @@ def make_recipe(config: Config, sizes: dict[str, int], platform: str, chip: str 
             raise UserError(f"{where}: {reason}.")
     params.check_mesh(model, sizes)
     check_sets(config.evaluation)
+    score_name(config.evaluation, config.checkpoint.keep_best)
     options = compiler_options(config.compiler, chip, moments_on_host=config.optimizer.moments_on_host)
     return Recipe(model, backend, config.optimizer, config.loss, total, config.seed, options)
 
@@ -164,12 +166,14 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         plan = plan.beginning_with(begin_of(plan, before, start))
         batches = Loader(plan, config.data, mesh)
         identity = {"model": dataclasses.asdict(recipe.model), "data": loader.fingerprint(plan)}
-        checkpoints = RunCheckpoints(
-            workdir / CHECKPOINTS_FOLDER, config.checkpoint, identity=identity, lock=lock, log=say
-        )
-        first_step = checkpoints.latest_verified() or 0
+        best = score_name(config.evaluation, config.checkpoint.keep_best)
+        policy = dataclasses.replace(config.checkpoint, keep_best=best)
+        checkpoints = RunCheckpoints(workdir / CHECKPOINTS_FOLDER, policy, identity=identity, lock=lock, log=say)
+        first_step = checkpoints.latest_verified(recipe.total_steps, lambda: changes(config, workdir) == {}) or 0
+        went_back: list[dict] = []
         if first_step:
             check_identity(checkpoints.manifest(first_step)["identity"], identity, first_step)
+            checkpoints.go_on_from(first_step, functools.partial(note_going_back, workdir, went_back))
         if jax.process_index() == 0:
             keep_config(config, workdir, first_step, say)
             next(iter(plan.sources.values())).tokenizer().save(workdir / TOKENIZER_FOLDER)
@@ -177,7 +181,12 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         made_with = next(iter(plan.sources.values())).made_with
         state = begin(config, recipe, mesh, checkpoints, first_step, start, made_with, say)
         with open_report(config, workdir, recipe, plan, sets, first_step, mesh) as report:
+            for fields in went_back:
+                report.event("went_back", **fields)
             outcome = run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, programs, first_step)
+        if outcome.stopped and not outcome.saved:
+            newest = max(checkpoints.steps(), default=0)
+            say(f"stopped after step {outcome.step - 1}, not saved: the same command goes on from step {newest}")
         if not outcome.stopped and jax.process_index() == 0:
             say(f"done: {outcome.step} steps")
             for line in summarise(workdir / "metrics.jsonl", guessing(recipe.model, sets)):
@@ -260,6 +269,7 @@ def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, pr
         config.evaluation.every_steps,
         config.checkpoint.every_steps,
         config.optimizer.max_skipped_steps,
+        score_saves=config.checkpoint.keep_best is not None,
     )
     stop, watchdog = StopSignal(), Watchdog(config.processes.watchdog_seconds)
     try:
@@ -277,9 +287,24 @@ def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, pr
             stop=stop,
             watchdog=watchdog,
         )
+    except loop.Diverged as error:
+        if jax.process_index() != 0:
+            raise
+        raise loop.Diverged(f"{error}\n{way_back(config, *checkpoints.after_divergence(error.last_good))}") from None
     finally:
         watchdog.close()
         stop.close()
+
+
+def way_back(config: Config, saved: int | None, known: bool) -> str:
+    """What to do after a divergence. `saved`: the step to go back to, if there is one; `known`: to be good."""
+    change = f"Lower optimizer.learning_rate (it is {config.optimizer.learning_rate:g}), or look at those steps' data"
+    if saved is None:
+        return f"Nothing was saved before. {change}, and start the same command again."
+    several = "\n(That is process 0's; all processes take the last argument.)" if jax.process_count() > 1 else ""
+    known_or_not = "is from before" if known else "is the only one, and may be where it began"
+    command = same_command("checkpoint.restore_step", saved)
+    return f"Saved step {saved} {known_or_not}. {change}, and go on from there:\n  {command}{several}"
 
 
 class Programs:
@@ -380,19 +405,34 @@ def keep_config(config: Config, workdir: epath.Path, step: int, say) -> None:
     """Writes config.json; what differs from the last start is said, and added to config_history.jsonl."""
     path, now = workdir / "config.json", configs.to_dict(config)
     if path.exists():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError:
-            before = {}
+        changed = changes(config, workdir)
+        if changed is None:
             say(f"{path} cannot be read; written anew")
-        changed = configs.differences(before, now) if before else {}
-        for key, (old, new) in changed.items():
+        for key, (old, new) in (changed or {}).items():
             say(f"config: {key} was {old!r}, from step {step} on {new!r}")
         if changed:
-            line = {"time": time.time(), "step": step, "changed": {k: list(v) for k, v in changed.items()}}
-            history = workdir / "config_history.jsonl"
-            history.write_text((history.read_text() if history.exists() else "") + json.dumps(line) + "\n")
+            add_to_history(workdir, {"step": step, "changed": {k: list(v) for k, v in changed.items()}})
     durable.write_json(path, now)
+
+
+def changes(config: Config, workdir: epath.Path) -> dict[str, tuple[Any, Any]] | None:
+    """What differs from the config of the last start: key -> (old, new). None if that cannot be read."""
+    try:
+        return configs.differences(json.loads((workdir / "config.json").read_text()), configs.to_dict(config))
+    except (OSError, ValueError):
+        return None
+
+
+def note_going_back(workdir: epath.Path, went_back: list[dict], fields: dict) -> None:
+    """Before a step is set aside: what config_history.jsonl, and later events.jsonl, say of it."""
+    went_back.append(fields)
+    add_to_history(workdir, {"step": fields["went_back_to"], **fields})
+
+
+def add_to_history(workdir: epath.Path, fields: dict) -> None:
+    history = workdir / "config_history.jsonl"
+    line = json.dumps({"time": time.time(), **fields}) + "\n"
+    history.write_text((history.read_text() if history.exists() else "") + line)
 
 
 def shapes_by_phase(config: Config) -> dict[str, BatchShape]:
