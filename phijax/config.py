@@ -37,6 +37,7 @@ class Config:
     task: Literal["pretrain"] = "pretrain"
     seed: int = 0
     init_from: str | None = None  # start weights: any checkpoint (checkpoint/open.py); all else begins anew
+    init_from_other_tokenizer: bool = False  # they go on with data of another tokenizer than theirs
     model: ModelSection = ModelSection()
     mesh: MeshConfig = MeshConfig()
     compiler: CompilerConfig = CompilerConfig()
@@ -121,6 +122,21 @@ def from_dict(tree: dict[str, Any], where: str = "config") -> Config:
 def to_dict(config: Config) -> dict[str, Any]:
     """JSON-ready; `from_dict` is its inverse."""
     return _plain(dataclasses.asdict(config))
+
+
+def filled(tree: dict[str, Any], kind: type = Config) -> dict[str, Any]:
+    """A plain tree that an older version wrote, with the keys that it lacks at their defaults; else as it is."""
+    hints, out = typing.get_type_hints(kind), dict(tree)
+    for field in dataclasses.fields(kind):
+        section, record = hints[field.name], _record_of(hints[field.name])
+        if field.name not in tree:
+            if field.default is not dataclasses.MISSING:
+                out[field.name] = _plain(field.default)
+        elif dataclasses.is_dataclass(section) and isinstance(tree[field.name], dict):
+            out[field.name] = filled(tree[field.name], section)
+        elif dataclasses.is_dataclass(record) and isinstance(tree[field.name], list):
+            out[field.name] = [filled(x, record) if isinstance(x, dict) else x for x in tree[field.name]]
+    return out
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

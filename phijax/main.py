@@ -84,8 +84,11 @@ def train(config) -> int:
 def dry_run(config) -> int:
     """The plan for the config's own mesh, whatever devices are here."""
     import jax
+    from etils import epath
 
-    from phijax import run
+    from phijax import run, start
+    from phijax.checkpoint import reading
+    from phijax.checkpoint.ours import CHECKPOINTS_FOLDER
     from phijax.parallel.hardware import a_chip_with, generation
     from phijax.parallel.mesh import mesh_shape
     from phijax.parallel.sharding import MESH_AXES
@@ -97,7 +100,8 @@ def dry_run(config) -> int:
     # A mesh that is not here is planned as the pod it is for.
     platform = jax.default_backend() if here else "tpu"
     chip = generation(jax.devices()[0].device_kind) if here else a_chip_with(config.compiler)
-    recipe = run.make_recipe(config, sizes, platform, chip)
+    workdir = epath.Path(FLAGS.workdir) if FLAGS.workdir else None
+    recipe = run.make_recipe(config, sizes, platform, chip, start.resolve(config, workdir))
     shapes = run.shapes_by_phase(config)
     print("\n".join(summary.describe(recipe, sizes, shapes)))
     try:
@@ -110,6 +114,9 @@ def dry_run(config) -> int:
         unused = plan.unused_records(path)
         tails = f"; {unused:,} at the ends of shards fill no row" if unused else ""
         print(f"data: {path}: {plan.sources[path].num_records:,} records, seen {epochs:.3g} times{tails}")
+    if config.init_from and not (workdir and reading.newest_identity(workdir / CHECKPOINTS_FOLDER)):
+        for line in start.open_start(config, recipe.model, next(iter(plan.sources.values())), verify=False).lines:
+            print(line)
     phase = plan.phases[0]
     weight = sum(
         float(plan.read(plan.place(0, index), phase.sequence_length)["weights"].sum())

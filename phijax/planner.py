@@ -6,14 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from phijax import config as configs
-from phijax import run
+from phijax import run, start
 from phijax.checkpoint.host_memory import SYNCHRONOUS_LIMIT_GB, bytes_held_by_save, bytes_on_host
 from phijax.config import Config
 from phijax.distribution import install_hint
 from phijax.errors import UserError
 from phijax.model import params
-from phijax.model.config import resolve_model
-from phijax.model.presets import PRESETS
 from phijax.parallel.hardware import COMPILER_PROFILES, NO_PROFILE, CompilerConfig
 from phijax.parallel.mesh import make_mesh
 from phijax.planning import analytic, compiled, search, topology
@@ -92,18 +90,19 @@ def host_memory(recipe: Recipe, where: analytic.Slice, mesh) -> HostMemory:
 def find(config: Config, slice_name: str, how: How, *, top: int) -> Found:
     """Meshes, remat, micro-batches, place of moments for the config's batch and phases, which stay as they are."""
     phases, slices = config.data.phases, config.mesh.slices
+    model = start.resolve(config)
 
     def work_of(candidate: Candidate, where: analytic.Slice) -> Work:
         changed = apply(config, candidate)
         shapes = run.shapes_by_phase(changed).values()
-        recipe = run.make_recipe(changed, dict(where.sizes), "tpu", where.chip.name)
+        recipe = run.make_recipe(changed, dict(where.sizes), "tpu", where.chip.name, model)
         if not host_memory(recipe, where, None).fits(config.checkpoint.asynchronous):
             raise UserError("Its hosts have not the memory.")
         return Work(recipe, tuple((phase.steps, shape) for phase, shape in zip(phases, shapes, strict=True)))
 
     chips = math.prod(topology.lengths_of(slice_name)) * slices
     longest = max(phase.sequence_length for phase in phases)
-    meshes = list(search.meshes(chips, slices, resolve_model(config.model, PRESETS), longest))
+    meshes = list(search.meshes(chips, slices, model, longest))
     batch = math.gcd(*(phase.global_batch_size for phase in phases))
     micro_batches = [n for n in range(1, batch + 1) if batch % n == 0]
     ranked, looked_at = search.rank(slice_name, meshes, micro_batches, work_of)

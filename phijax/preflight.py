@@ -85,8 +85,9 @@ def run_checks(config) -> int:
 def needs_of(config):
     """What the run of this config takes on this process, and whether mesh and data are right here."""
     import jax
+    from etils import epath
 
-    from phijax import run
+    from phijax import run, start
     from phijax.checkpoint.host_memory import bytes_held_by_save, bytes_on_host
     from phijax.parallel.hardware import generation
     from phijax.parallel.mesh import make_mesh
@@ -100,7 +101,8 @@ def needs_of(config):
     needs = Needs(kept=config.checkpoint.most_kept)
     try:
         mesh, device = make_mesh(config.mesh, jax.devices()), jax.devices()[0]
-        recipe = run.make_recipe(config, dict(mesh.shape), device.platform, generation(device.device_kind))
+        model = start.resolve(config, epath.Path(FLAGS.workdir))
+        recipe = run.make_recipe(config, dict(mesh.shape), device.platform, generation(device.device_kind), model)
         state = abstract_state(recipe, mesh)
     except UserError as error:
         return dataclasses.replace(needs, checks=(Check("config", FAIL, str(error)),))

@@ -4,21 +4,20 @@ import contextlib
 import dataclasses
 import functools
 import json
-import reprlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 from etils import epath
 
 from phijax import config as configs
+from phijax import start
 from phijax.checkpoint import durable, reading
 from phijax.checkpoint.agreement import from_process_zero
 from phijax.checkpoint.lock import WriterLock
-from phijax.checkpoint.open import load_params, open_checkpoint
+from phijax.checkpoint.open import load_params
 from phijax.checkpoint.opened import Opened
-from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER
+from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, model_of
 from phijax.checkpoint.run_state import RunCheckpoints
 from phijax.checkpoint.sampled import sampled_digest
 from phijax.config import Config
@@ -31,10 +30,9 @@ from phijax.errors import UserError
 from phijax.evaluation.held_out import HeldOut, check_sets, score_name
 from phijax.model import params
 from phijax.model.backend import choose_backend
-from phijax.model.config import ModelConfig, resolve_model
+from phijax.model.config import ModelConfig, model_to_dict
 from phijax.model.flops import train_flops_per_token
 from phijax.model.kernels.splash import check_splash
-from phijax.model.presets import PRESETS
 from phijax.parallel.hardware import compiler_options, generation, peak_flops
 from phijax.parallel.mesh import make_mesh
 from phijax.parallel.processes import StopSignal, Watchdog
@@ -46,16 +44,11 @@ from phijax.report import report as reports
 from phijax.report.again import same_command
 from phijax.report.report import Report
 from phijax.report.summary import summarise
-from phijax.text.tokenizer import TextTokenizer
+from phijax.start import Start
 from phijax.training import compile_cache, loop, program
 from phijax.training.compile_cache import CompileCache
 from phijax.training.program import BatchShape, Recipe
 from phijax.training.state import TrainState
-
-# Longer context is trained from weights of a shorter one: these may differ between start weights and the run.
-CHANGED_BY_CONTEXT = ("max_position", "rope_theta", "sliding_window", "long_rope", "requires_long_rope")
-
-MadeWith = Callable[[TextTokenizer], bool]  # whether the data were made with a tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +59,17 @@ class EvaluationSet:
     shape: BatchShape
 
 
-def make_recipe(config: Config, sizes: dict[str, int], platform: str, chip: str | None) -> Recipe:
+def make_recipe(
+    config: Config, sizes: dict[str, int], platform: str, chip: str | None, model: ModelConfig | None = None
+) -> Recipe:
     """Checks what can be checked without data.
 
     Args:
       platform, chip: of the devices that it will run on, "tpu" and "v5p", say (hardware.generation).
+      model: that of the config, where it is resolved already (start.resolve).
     Raises: UserError.
     """
-    model = resolve_model(config.model, PRESETS)
+    model = model or start.resolve(config)
     phases = config.data.phases
     mixture.check_phases(phases)
     total = mixture.total_steps(phases)
@@ -145,7 +141,8 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         mesh = make_mesh(config.mesh, jax.devices())
         sizes = dict(mesh.shape)
         device = mesh.devices.flat[0]
-        recipe = make_recipe(config, sizes, device.platform, generation(device.device_kind))
+        model = start.resolve(config, workdir)
+        recipe = make_recipe(config, sizes, device.platform, generation(device.device_kind), model)
         plan = open_plan(config, recipe.model)
         sets = open_evaluation(config, recipe.model, plan, sizes)
         facts.update(data_facts(plan, sets))
@@ -162,10 +159,11 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
             seen = lock.is_seen(config.processes.initialization_timeout / 2)
             facts.add({"--workdir": "holds the run's lock" if seen else "does not"}, {"--workdir": str(workdir)})
         before = from_process_zero(lambda: reading.newest_identity(workdir / CHECKPOINTS_FOLDER))
-        start = open_start(config) if config.init_from and before is None else None
-        plan = plan.beginning_with(begin_of(plan, before, start))
+        begun = open_start(config, recipe, plan) if config.init_from and before is None else None
+        plan = plan.beginning_with(begin_of(plan, before, begun and begun.opened))
         batches = Loader(plan, config.data, mesh)
-        identity = {"model": dataclasses.asdict(recipe.model), "data": loader.fingerprint(plan)}
+        identity = {"model": model_to_dict(recipe.model), "data": loader.fingerprint(plan)}
+        identity |= start.kept(before, begun)
         best = score_name(config.evaluation, config.checkpoint.keep_best)
         policy = dataclasses.replace(config.checkpoint, keep_best=best)
         checkpoints = RunCheckpoints(workdir / CHECKPOINTS_FOLDER, policy, identity=identity, lock=lock, log=say)
@@ -178,8 +176,7 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
             keep_config(config, workdir, first_step, say)
             next(iter(plan.sources.values())).tokenizer().save(workdir / TOKENIZER_FOLDER)
         checkpoints.check_host_memory(program.abstract_state(recipe, mesh))
-        made_with = next(iter(plan.sources.values())).made_with
-        state = begin(config, recipe, mesh, checkpoints, first_step, start, made_with, say)
+        state = begin(recipe, mesh, checkpoints, first_step, begun, say)
         with open_report(config, workdir, recipe, plan, sets, first_step, mesh) as report:
             for fields in went_back:
                 report.event("went_back", **fields)
@@ -208,59 +205,23 @@ def begin_of(plan: Plan, before: dict[str, Any] | None, start: Opened | None) ->
     return plan.begin
 
 
-def open_start(config: Config) -> Opened:
+def open_start(config: Config, recipe: Recipe, plan: Plan) -> Start:
     """The weights to start from, the same on all processes. Collective. Raises: UserError."""
     with agreement.alike("start weights", config.processes.initialization_timeout) as facts:
         facts.add({"init_from": sampled_digest(config.init_from)}, {"init_from": config.init_from})
-    return open_checkpoint(config.init_from)
+    return start.open_start(config, recipe.model, next(iter(plan.sources.values())))
 
 
-def begin(
-    config: Config,
-    recipe: Recipe,
-    mesh,
-    checkpoints: RunCheckpoints,
-    first_step: int,
-    start: Opened | None,
-    made_with: MadeWith,
-    say,
-) -> TrainState:
-    """The state to go on with: restored, or started from `init_from`, or from the seed."""
+def begin(recipe: Recipe, mesh, checkpoints: RunCheckpoints, first_step: int, begun: Start | None, say) -> TrainState:
+    """The state to go on with: restored, or started from the weights of `begun`, or from the seed."""
     if first_step:
         say(f"going on from step {first_step}")
         return checkpoints.restore(first_step, program.abstract_state(recipe, mesh))
-    if start is not None:
-        for line in check_start(start, recipe.model, made_with):
-            say(line)
-        say(f"weights of {config.init_from}; step, optimizer and data begin anew")
-        return program.initial_state(recipe, mesh, load_params(start, mesh))
-    return program.initial_state(recipe, mesh)
-
-
-def check_start(opened: Opened, model: ModelConfig, made_with: MadeWith) -> list[str]:
-    """Whether the weights of `opened` can start `model`. -> lines about what differs and may.
-
-    Raises: UserError naming every field that differs and is not of CHANGED_BY_CONTEXT.
-    """
-    changed = configs.differences(dataclasses.asdict(opened.model), dataclasses.asdict(model))
-    wanted = {key: pair for key, pair in changed.items() if key.split(".")[0] in CHANGED_BY_CONTEXT}
-    refused = [
-        f"model.{key} is {old!r} there, {new!r} here" for key, (old, new) in changed.items() if key not in wanted
-    ]
-    if refused:
-        raise UserError(
-            f"init_from={opened.path} is the checkpoint of another model:\n  "
-            + "\n  ".join(refused)
-            + "\nNothing is cast, cut or reshaped: set the config to the checkpoint's, or take other weights."
-        )
-    lines = [
-        f"init_from: model.{key} was {reprlib.repr(old)}, goes on with {reprlib.repr(new)}"
-        for key, (old, new) in wanted.items()
-    ]
-    with contextlib.suppress(UserError):  # a checkpoint without a tokenizer is no mistake: the data have one
-        if not made_with(opened.tokenizer()):
-            lines.append(f"warning: the tokenizer of {opened.path} is not the one that the data were made with")
-    return lines
+    if begun is None:
+        return program.initial_state(recipe, mesh)
+    for line in begun.lines:
+        say(line)
+    return program.initial_state(recipe, mesh, load_params(begun.opened, mesh))
 
 
 def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, programs, first_step) -> loop.Outcome:
@@ -389,8 +350,8 @@ def tokens_before(plan: Plan, step: int) -> int:
 
 def check_identity(before: dict[str, Any], now: dict[str, Any], step: int) -> None:
     """Whether the run in this workdir is this run. Raises: UserError naming the first difference."""
-    now = json.loads(json.dumps(now))
-    changed = configs.differences(before["model"], now["model"])
+    old, new = (start.computed(model_of(f"The checkpoint of step {step}", one)) for one in (before, now))
+    changed = configs.differences(old, new)
     if changed:
         key, (old, new) = next(iter(changed.items()))
         raise UserError(
@@ -398,7 +359,7 @@ def check_identity(before: dict[str, Any], now: dict[str, Any], step: int) -> No
             + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")
             + ".\nSet it back, or take another --workdir (--config.init_from takes over weights of an equal model)."
         )
-    loader.check_resume(before["data"], now["data"], step)
+    loader.check_resume(before["data"], json.loads(json.dumps(now["data"])), step)
 
 
 def keep_config(config: Config, workdir: epath.Path, step: int, say) -> None:
@@ -416,11 +377,15 @@ def keep_config(config: Config, workdir: epath.Path, step: int, say) -> None:
 
 
 def changes(config: Config, workdir: epath.Path) -> dict[str, tuple[Any, Any]] | None:
-    """What differs from the config of the last start: key -> (old, new). None if that cannot be read."""
+    """What differs from the config of the last start: key -> (old, new). None if that cannot be read.
+
+    A key that an older version did not know was at its default.
+    """
     try:
-        return configs.differences(json.loads((workdir / "config.json").read_text()), configs.to_dict(config))
+        before = json.loads((workdir / "config.json").read_text())
     except (OSError, ValueError):
         return None
+    return configs.differences(configs.filled(before), configs.to_dict(config)) if isinstance(before, dict) else None
 
 
 def note_going_back(workdir: epath.Path, went_back: list[dict], fields: dict) -> None:

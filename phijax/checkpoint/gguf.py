@@ -7,6 +7,7 @@ from etils import epath
 from phijax.checkpoint import durable, model_card
 from phijax.checkpoint.gguf_config import architecture_of, model_of
 from phijax.checkpoint.gguf_file import read_file
+from phijax.checkpoint.gguf_sampling import settings_of
 from phijax.checkpoint.gguf_source import GgufSource
 from phijax.checkpoint.gguf_tokenizer import open_tokenizer, stop_ids
 from phijax.checkpoint.gguf_write import architecture_for, write_gguf
@@ -40,6 +41,8 @@ def open_gguf(path: epath.PathLike) -> Opened:
     # llama.cpp puts bos before SentencePiece's ids where a file does not say.
     default = file.metadata.get("tokenizer.ggml.model") == "llama"
     begins = file.metadata.get("tokenizer.ggml.add_bos_token", default) is True and "bos_id" in extra
+    if generation := settings_of(file.metadata):
+        extra["generation"] = generation
     if isinstance(name := file.metadata.get("general.name"), str):
         extra["name"] = name
     return Opened(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from phijax.checkpoint import durable, gguf_names, gguf_small, small_matrices, tokenizer_files
+from phijax.checkpoint import durable, gguf_names, gguf_sampling, gguf_small, small_matrices, tokenizer_files
 from phijax.checkpoint.gguf_config import exact_lists, keys_of, lacks
 from phijax.checkpoint.gguf_file import gguf_library
 from phijax.checkpoint.gguf_tokenizer import NAMED_STOPS, PHI3_NAMES, PREFIX, STOPS_KEY
@@ -188,6 +188,7 @@ def _header(
     if not said.issuperset(stops):
         header[STOPS_KEY] = list(stops)
         say(f"warning: {len(stops)} tokens end a text; llama.cpp ends it at {', '.join(map(str, sorted(said)))} alone")
+    header |= gguf_sampling.keys_of(opened.extra.get("generation") or {})
     if template := tokenizer_files.chat_template_of(opened, tokenizer):
         header["tokenizer.chat_template"] = template
     return header

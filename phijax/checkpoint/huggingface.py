@@ -91,6 +91,8 @@ def open_huggingface(folder: epath.Path) -> Opened:
     ids = {name: generation.get(name, config.get(name)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     stops = _ids(ids["eos_token_id"], where)
     extra: dict[str, Any] = {"architecture": architecture, "tokenizer_folder": folder}
+    if generation:
+        extra["generation"] = generation
     for name in ("bos", "pad"):
         if known := _ids(ids[f"{name}_token_id"], where):
             extra[f"{name}_id"] = known[0]

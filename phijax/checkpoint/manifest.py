@@ -17,10 +17,11 @@ from etils import epath
 
 from phijax.checkpoint import durable
 from phijax.errors import UserError
+from phijax.model.config import fields_version
 
 MANIFEST_FILE = "manifest.json"
 STATE_FOLDER = "state"  # what Orbax writes, inside a step's folder
-FORMAT = 1
+FORMAT = 2  # the newest that is read; written is 1 wherever its readers would not be misled
 READ_BYTES = 8 * 2**20
 DIFFERENCES_SHOWN = 8
 
@@ -56,7 +57,7 @@ def write(folder: epath.Path, *, step: int, leaves: list[dict], identity: dict, 
     durable.sync_tree(folder)
     durable.sync_directory(folder.parent)
     content = {
-        "format": FORMAT,
+        "format": _format_of(identity),
         "kind": "phijax run state",
         "step": step,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -69,6 +70,11 @@ def write(folder: epath.Path, *, step: int, leaves: list[dict], identity: dict, 
     return content
 
 
+def _format_of(identity: dict) -> int:
+    model = identity.get("model")
+    return fields_version(model) if isinstance(model, dict) else 1
+
+
 def read(folder: epath.Path) -> dict:
     """The manifest of a step's folder. Raises DamagedManifest."""
     try:
@@ -78,9 +84,11 @@ def read(folder: epath.Path) -> dict:
         raise DamagedManifest(f"{MANIFEST_FILE} cannot be read: {type(error).__name__}: {error}") from error
     if digest != _own_digest(content):
         raise DamagedManifest(f"{MANIFEST_FILE} does not match its own digest")
-    if content.get("format") != FORMAT:
+    found = content.get("format")
+    if type(found) is not int or not 1 <= found <= FORMAT:
         raise UserError(
-            f"{folder / MANIFEST_FILE} has format {content.get('format')}; this version of phijax reads {FORMAT}."
+            f"{folder / MANIFEST_FILE} has format {str(found)[:60]}; this version of phijax reads 1 to {FORMAT}. "
+            "A newer one wrote it: take that."
         )
     return content
 

@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from phijax.checkpoint import quantization_card
-from phijax.checkpoint.opened import Opened
+from phijax.checkpoint.opened import TRAVELLING, Opened
 from phijax.checkpoint.ours import is_step_of_run
 from phijax.model import params
 from phijax.model.config import ModelConfig
@@ -139,11 +139,7 @@ def _shown(name: str) -> str:
 
 def facts(opened: Opened) -> dict[str, Any]:
     """What an exported checkpoint of ours keeps of its source, as JSON."""
-    kept = {
-        key: value
-        for key, value in opened.extra.items()
-        if key in ("architecture", "bos_id", "eos_id", "pad_id", "name", "step", "identity")
-    }
+    kept = {key: value for key, value in opened.extra.items() if key in ("step", "identity", "name", *TRAVELLING)}
     kept |= {
         "source": opened.kind,
         "scores": scores(opened),

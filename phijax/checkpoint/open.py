@@ -22,9 +22,10 @@ from phijax.quantization.policy import summed_axis
 __all__ = ["Opened", "load_params", "open_checkpoint"]
 
 
-def open_checkpoint(path: epath.PathLike) -> Opened:
+def open_checkpoint(path: epath.PathLike, *, verify: bool = True) -> Opened:
     """A checkpoint of whatever kind, checked as far as can be without reading its weights.
 
+    Args: verify: of one of ours, read every byte against its digest; without, no process waits for another.
     Raises: UserError that names what was looked for; for what is damaged, hostile, or of an unknown architecture.
     """
     path = epath.Path(path)
@@ -42,7 +43,7 @@ def open_checkpoint(path: epath.PathLike) -> Opened:
         near = " Give the folder that it is in." if path.suffix in (".safetensors", ".json", ".bin") else ""
         raise UserError(f"{path} is no checkpoint.{near} {LOOKED_FOR}")
     if is_ours(path):
-        return open_ours(path)
+        return open_ours(path, verify=verify)
     if is_huggingface(path):
         return open_huggingface(path)
     files = [file for file in path.iterdir() if file.suffix == ".gguf"]

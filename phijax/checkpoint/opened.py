@@ -11,6 +11,8 @@ from phijax.model.config import ModelConfig
 from phijax.text.tokenizer import TextTokenizer
 
 Kind = Literal["phijax", "huggingface", "gguf"]
+# Keys of `extra` that stay true of weights that are written out again, or trained on with the same tokenizer.
+TRAVELLING = ("architecture", "bos_id", "eos_id", "pad_id", "generation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Opened:
     begin: ids that stand before every text that is not a conversation; what begins a conversation, its template says.
     stop_ids: every id that ends a text, of generation_config.json or GGUF's eos and end-of-turn; () if it says none.
     extra: facts for whoever writes it out again; keys that all kinds share: "architecture" (transformers' name of
-      the class), "tokenizer_folder" (a path, or absent), "bos_id", "eos_id", "pad_id", "name".
+      the class), "tokenizer_folder" (a path, or absent), "bos_id", "eos_id", "pad_id", "name", "generation" (what
+      generation_config.json says, as it stands there).
     """
 
     path: epath.Path

@@ -25,6 +25,7 @@ from phijax.text.tokenizer import TextTokenizer
 TOKENIZER_FOLDER = "tokenizer"
 CHECKPOINTS_FOLDER = "checkpoints"
 PARAMS = "params/"
+START = "start"  # in a run's identity: what its start weights brought with them (phijax/start.py)
 QUANTIZATION = "quantization"  # in the manifest's extra: the schemes by leaf, the method, the errors
 QUALITY_FILE, PLOT_FILE = "quality.json", "error_by_layer.png"  # what it cost; beside the weights
 VALUES, SCALES = "values", "scales"  # of four bits: two to a byte, see quantization/packing.py
@@ -140,21 +141,27 @@ def is_step_of_run(folder: epath.Path) -> bool:
     return folder.parent.name == CHECKPOINTS_FOLDER
 
 
-def open_ours(path: epath.Path) -> Opened:
+def open_ours(path: epath.Path, *, verify: bool = True) -> Opened:
     """A run's workdir (its newest step whose every byte is as it was written), or one step's folder. Collective.
 
     A newer step that is damaged, or not called good, is a warning. Raises: UserError where there is none that is whole
     (of one step: the file that is damaged is named).
+    Args: verify: False: the newest step, its bytes unread; not collective.
     """
-    # Which step process 0 says, but each where it has them: the folder's path may differ from host to host.
-    within = from_process_zero(lambda: str(_whole_step(path).relative_to(path)))
-    folder = path if within == "." else path / within
+    if verify:
+        # Which step process 0 says, but each where it has them: the folder's path may differ from host to host.
+        within = from_process_zero(lambda: str(_whole_step(path).relative_to(path)))
+        folder = path if within == "." else path / within
+    else:
+        folder = _newest_step(path)
     content = reading.read_manifest(folder)
-    model = _model_of(folder, content)
+    model = model_of(folder, content["identity"])
     extra = dict(content["extra"])
-    carried = extra.get("weights_only") or {}  # what an export of another kind of checkpoint wrote down
+    # What an export of another kind of checkpoint wrote down; of a run, what its start weights brought with them.
+    carried = extra.get("weights_only") or content["identity"].get(START) or {}
     tokenizer = _tokenizer_folder(folder)
-    facts = {key: value for key, value in carried.items() if key not in ("chat_template", "stop_ids", "begin")}
+    elsewhere = ("chat_template", "stop_ids", "begin", "model")
+    facts = {key: value for key, value in carried.items() if key not in elsewhere}
     facts |= {"step": content["step"], "identity": content["identity"]}
     if QUANTIZATION in extra:
         facts[QUANTIZATION] = extra[QUANTIZATION]
@@ -206,6 +213,15 @@ def _whole_step(path: epath.Path) -> epath.Path:
     raise UserError(f"{path} holds no whole checkpoint" + (f" (damaged: {saved})." if saved else "."))
 
 
+def _newest_step(path: epath.Path) -> epath.Path:
+    if (path / manifest.MANIFEST_FILE).exists():
+        return path
+    saved = steps.list_folders(path / CHECKPOINTS_FOLDER).steps
+    if not saved:
+        raise UserError(f"{path} holds no whole checkpoint.")
+    return path / CHECKPOINTS_FOLDER / str(saved[-1])
+
+
 def _schemes_of(folder: epath.Path, extra: dict) -> dict[str, Scheme]:
     """Leaf path -> scheme of what is stored quantised."""
     names = extra.get(QUANTIZATION, {}).get("schemes", {})
@@ -214,11 +230,13 @@ def _schemes_of(folder: epath.Path, extra: dict) -> dict[str, Scheme]:
     return {path: policy.SCHEMES[name] for path, name in names.items()}
 
 
-def _model_of(folder: epath.Path, content: dict) -> ModelConfig:
+def model_of(folder: epath.Path | str, identity: dict) -> ModelConfig:
+    """The model of a manifest's identity. Raises: UserError for what is none, or is of a newer version."""
     try:
-        return model_from_dict(content["identity"]["model"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder}: {manifest.MANIFEST_FILE} does not say which model it is of ({error!r}).") from error
+        return model_from_dict(identity["model"])
+    except (KeyError, TypeError, UserError) as error:
+        why = error if isinstance(error, UserError) else repr(error)
+        raise UserError(f"{folder}: {manifest.MANIFEST_FILE} does not say which model it is of: {why}") from error
 
 
 def _tokenizer_folder(folder: epath.Path) -> epath.Path | None:

@@ -1,6 +1,5 @@
 """Writes a checkpoint of any kind as one of ours with weights alone: --config.init_from and every command read it."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from phijax.checkpoint.ours import (
 from phijax.checkpoint.small_matrices import schemes_of
 from phijax.checkpoint.weight_source import Index, blocks, check_finite
 from phijax.model import params
+from phijax.model.config import model_to_dict
 
 LARGEST_CHUNK = 64 << 20  # bytes: what a reader decodes at least
 
@@ -82,7 +82,7 @@ def write(
             folder,
             step=step,
             leaves=leaves,
-            identity={**before, "model": dataclasses.asdict(opened.model)},
+            identity={**before, "model": model_to_dict(opened.model)},
             extra={"weights_only": facts} | (_quantization(opened, folder) if dtype is None else {}),
         )
 

@@ -20,6 +20,7 @@ from phijax.checkpoint.ours_export import LARGEST_CHUNK
 from phijax.checkpoint.weight_source import Index, blocks, check_finite
 from phijax.errors import UserError
 from phijax.model import params
+from phijax.model.config import model_to_dict
 from phijax.quantization import packing, policy
 from phijax.quantization.policy import Scheme
 from phijax.quantization.rounding import Quantize, round_to_nearest
@@ -272,6 +273,6 @@ def _write_manifest(folder, opened, assigned, method, errors, leaves) -> None:
         folder,
         step=step,
         leaves=leaves,
-        identity={**before, "model": dataclasses.asdict(opened.model)},
+        identity={**before, "model": model_to_dict(opened.model)},
         extra={"weights_only": facts, QUANTIZATION: quantization},
     )

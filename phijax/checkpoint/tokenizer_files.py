@@ -1,7 +1,7 @@
 """What travels with weights: tokenizer, chat template, the ids that begin and end a text."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
@@ -48,12 +48,12 @@ class Ids:
         """For config.json. null where there is none: without the key transformers takes an id of another vocabulary."""
         return {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.pad}
 
-    def in_generation_config(self) -> dict[str, Any]:
-        """For generation_config.json, without nulls; empty if nothing is known."""
+    def in_generation_config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """For generation_config.json, without nulls; empty if nothing is known. `settings`: the rest of it."""
         stops: int | list[int] | None = list(self.stops) if len(self.stops) > 1 else next(iter(self.stops), None)
         ids = {"bos_token_id": self.bos, "eos_token_id": stops, "pad_token_id": self.pad}
         known = {name: value for name, value in ids.items() if value is not None}
-        return {"_from_model_config": True, **known} if known else {}
+        return {**settings, **known} if settings else {"_from_model_config": True, **known} if known else {}
 
 
 def ids_of(opened: Opened, tokenizer: TextTokenizer | None) -> Ids:
@@ -125,7 +125,7 @@ def write_huggingface(opened: Opened, output: epath.Path, say: Callable[[str], N
             tokenizer.save_huggingface(output, chat_template=chat_template_of(opened, tokenizer), eos=ids.eos)
     if read_beginning(output, ids.bos) != opened.begin:
         write_beginning(output, opened.begin)
-    generation = ids.in_generation_config()
+    generation = ids.in_generation_config(opened.extra.get("generation") or {})
     if generation and not (output / GENERATION_FILE).exists():
         durable.write_json(output / GENERATION_FILE, generation)
     return Written(ids, tokenizer, ours)

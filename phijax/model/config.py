@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from etils import epath
 
 from phijax.errors import UserError, nearest_name
 
 VOCAB_MULTIPLE = 1024  # 8 rows on each of 128 chips; fixed, so that shapes never depend on the mesh
+CHECKPOINT = "checkpoint"  # the preset that is the model of the run's start weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +90,20 @@ class ModelConfig:
 
 
 Preset = Literal["preset"]
+# What the first version's files say of a model. A later field stands in a file only where it is not at its default,
+# since older code would read that file as another model.
+FIRST_FIELDS = frozenset(
+    "vocab_size model_dim num_layers num_heads num_kv_heads head_dim ffn_dim max_position rope_theta "
+    "partial_rotary_factor sliding_window tied_head norm_eps long_rope requires_long_rope".split()
+)
+FIRST_LONG_ROPE_FIELDS = frozenset(("short_factor", "long_factor", "original_max_position"))
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
     """Section `model`: a preset, what differs from it ("preset" keeps its number), and how it is computed."""
 
-    preset: str = "tiny"
+    preset: str = "tiny"  # of model/presets.py, or "checkpoint": the model of init_from
     vocab_size: int | Preset = "preset"
     model_dim: int | Preset = "preset"
     num_layers: int | Preset = "preset"
@@ -108,7 +117,7 @@ class ModelSection:
     sliding_window: int | Preset | None = "preset"
     tied_head: bool | Preset = "preset"
     norm_eps: float | Preset = "preset"
-    long_rope_from: str | None = None  # a Hugging Face config.json whose rope_scaling lists are taken
+    long_rope_from: str | None = None  # a preset, or a Hugging Face config.json, whose LongRoPE lists are taken
     attention: Literal["auto", "dense", "blocked", "splash", "cudnn"] = "auto"
     remat: str = "auto"  # what the backward pass finds saved: model/decoder.py REMAT_POLICIES
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -116,23 +125,25 @@ class ModelSection:
     layers: Literal["auto", "scan", "unroll"] = "auto"
 
 
-def resolve_model(section: ModelSection, presets: dict[str, ModelConfig]) -> ModelConfig:
+def resolve_model(section: ModelSection, presets: Mapping[str, ModelConfig]) -> ModelConfig:
     """The ModelConfig that a section describes.
 
+    Args:
+      presets: the known ones; with CHECKPOINT among them where the start weights' model is known.
     Raises: UserError for an unknown preset, numbers that fit no model, or LongRoPE lists that are missing.
     """
     if section.preset not in presets:
-        near = nearest_name(section.preset, presets)
+        known = [*presets, CHECKPOINT]
+        near = nearest_name(section.preset, known)
         raise UserError(
             f"model.preset={section.preset!r} is not known. "
             + (f"Nearest: {near!r}. " if near else "")
-            + f"There are: {', '.join(presets)}."
+            + f"There are: {', '.join(presets)}; and {CHECKPOINT}, the model of init_from."
         )
     config = presets[section.preset]
-    names = {f.name for f in dataclasses.fields(ModelConfig)}
-    changed = {k: v for k, v in dataclasses.asdict(section).items() if k in names and v != "preset"}
+    changed = by_hand(section)
     if section.long_rope_from:
-        changed["long_rope"] = read_long_rope(section.long_rope_from)
+        changed["long_rope"] = _long_rope_from(section.long_rope_from, presets)
     config = dataclasses.replace(config, **changed)
     if config.requires_long_rope and config.long_rope is None:
         raise UserError(
@@ -143,11 +154,27 @@ def resolve_model(section: ModelSection, presets: dict[str, ModelConfig]) -> Mod
     return config
 
 
+def by_hand(section: ModelSection) -> dict[str, Any]:
+    """Fields of ModelConfig that the user set, not the preset; of LongRoPE that it was set, its path."""
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    given = {name: value for name, value in dataclasses.asdict(section).items() if name in names and value != "preset"}
+    return given | ({"long_rope": section.long_rope_from} if section.long_rope_from else {})
+
+
+def _long_rope_from(name: str, presets: Mapping[str, ModelConfig]) -> LongRope:
+    if name not in presets:
+        return read_long_rope(name)
+    rope = presets[name].long_rope
+    if rope is None:
+        raise UserError(f"model.long_rope_from={name}: this preset has no LongRoPE lists.")
+    return rope
+
+
 def read_long_rope(path: str) -> LongRope:
     """LongRoPE lists out of a Hugging Face config.json, under either spelling (`rope_scaling`, `rope_parameters`)."""
     file = epath.Path(path)
     if not file.exists():
-        raise UserError(f"model.long_rope_from={path}: no such file.")
+        raise UserError(f"model.long_rope_from={path}: no such file, and no preset.")
     try:
         data = json.loads(file.read_text())
         rope = data.get("rope_scaling") or data["rope_parameters"]
@@ -157,10 +184,47 @@ def read_long_rope(path: str) -> LongRope:
         raise UserError(f"model.long_rope_from={path}: no LongRoPE lists found in it ({error!r}).") from error
 
 
-def model_from_dict(data: dict) -> ModelConfig:
-    """The inverse of `dataclasses.asdict`, also after a way through JSON."""
-    rope = data["long_rope"]
+def model_to_dict(model: ModelConfig) -> dict[str, Any]:
+    """A model as files hold it: the first version's fields, and later ones that are not at their defaults."""
+    later = {field.name: field.default for field in dataclasses.fields(model) if field.name not in FIRST_FIELDS}
+    return {
+        name: value
+        for name, value in dataclasses.asdict(model).items()
+        if name not in later or getattr(model, name) != later[name]
+    }
+
+
+def fields_version(data: Mapping[str, Any]) -> int:
+    """The first version of files whose readers understand all that `data`, as of `model_to_dict`, says: 1 or 2."""
+    rope = data.get("long_rope") or {}
+    return 1 if set(data) <= FIRST_FIELDS and set(rope) <= FIRST_LONG_ROPE_FIELDS else 2
+
+
+def model_from_dict(data: Mapping[str, Any]) -> ModelConfig:
+    """The inverse of `model_to_dict`, also after a way through JSON. What an older file does not say is at its default.
+
+    Raises: UserError naming fields that are not known here or are missing; what the values are is not checked.
+    """
+    fields = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    _refuse_unknown(data, fields, "model")
+    if missing := [name for name, default in fields.items() if default is dataclasses.MISSING and name not in data]:
+        raise UserError(f"model.{missing[0]} is missing.")
+    rope = data.get("long_rope")
     if rope is not None:
+        names = [field.name for field in dataclasses.fields(LongRope)]
+        _refuse_unknown(rope, names, "model.long_rope")
+        if missing := [name for name in names if name not in rope]:
+            raise UserError(f"model.long_rope.{missing[0]} is missing.")
         lists = {name: tuple(rope[name]) for name in ("short_factor", "long_factor")}
         rope = LongRope(**lists, original_max_position=rope["original_max_position"])
     return ModelConfig(**{**data, "long_rope": rope})
+
+
+def _refuse_unknown(data: Any, known: Any, where: str) -> None:
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where} is no object of names and values.")
+    if unknown := [name for name in data if name not in known]:
+        raise UserError(
+            f"{where}.{unknown[0]}={str(data[unknown[0]])[:60]} is not known to this version of phijax, which would "
+            "compute something else. A newer one wrote it: take that."
+        )

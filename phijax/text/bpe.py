@@ -21,6 +21,10 @@ from phijax.text.tokenizer import TextTokenizer
 
 # What ends a document, by the names that published vocabularies give to it; the first that a vocabulary has.
 _END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+# Keys of a model in tokenizer.json that decide ids, beside its vocabulary and merges.
+_DECIDING = (
+    "dropout unk_token continuing_subword_prefix end_of_word_suffix fuse_unk byte_fallback ignore_merges".split()
+)
 
 
 class BpeTokenizer:
@@ -178,7 +182,9 @@ class BpeTokenizer:
 
     def same_ids(self, other: TextTokenizer) -> bool:
         """Whether every text, chats too, is known to get the same ids."""
-        return self.fingerprint == other.fingerprint
+        if self.fingerprint == other.fingerprint:
+            return True
+        return isinstance(other, BpeTokenizer) and self._decides == other._decides
 
     def save(self, folder: str | epath.PathLike) -> None:
         """Writes tokenizer.json, and special_tokens.json where nothing in it tells what ends a text."""
@@ -211,6 +217,25 @@ class BpeTokenizer:
 
     def __reduce__(self):
         return _rebuild, (self._spec, self._where, self._end_of_text)
+
+    @functools.cached_property
+    def _decides(self) -> dict[str, Any]:
+        """What of tokenizer.json decides ids. The rest differs between publishers, versions of the file, and GGUF."""
+        parsed = json.loads(self._spec)
+        model, added = parsed["model"], parsed.get("added_tokens") or ()
+        names = {token["content"] for token in added}
+        flags = ("id", "content", "single_word", "lstrip", "rstrip", "normalized")
+        return {
+            "vocab": {token: i for token, i in model["vocab"].items() if token not in names},
+            "merges": [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model["merges"]],
+            "model": [model.get(key) or None for key in _DECIDING],
+            "added": sorted([[token.get(flag) or False for flag in flags] for token in added]),
+            "normalizer": parts_of(parsed.get("normalizer")),
+            # Offsets are no ids.
+            "cuts": [
+                {k: v for k, v in part.items() if k != "trim_offsets"} for part in parts_of(parsed.get("pre_tokenizer"))
+            ],
+        }
 
     @functools.cached_property
     def _full(self) -> Any:

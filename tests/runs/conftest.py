@@ -2,6 +2,9 @@ import pytest
 from run_case import Runs
 from synthetic_shards import write_synthetic
 
+from phijax.checkpoint import huggingface_export, huggingface_folder
+from phijax.checkpoint.open import open_checkpoint
+
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Runs:
@@ -19,3 +22,12 @@ def unbroken(runs):
     ended = runs.run(workdir)
     assert ended.code == 0, ended.output
     return workdir
+
+
+@pytest.fixture(scope="session")
+def as_llama(unbroken, tmp_path_factory):
+    """The last step of `unbroken` as a Hugging Face folder, in float32."""
+    folder = tmp_path_factory.mktemp("exported") / "llama"
+    opened = open_checkpoint(unbroken)
+    huggingface_folder.write(opened, folder, huggingface_export.folder(opened, "llama", None), max_shard_bytes=20_000)
+    return folder

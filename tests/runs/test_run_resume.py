@@ -15,10 +15,9 @@ from run_case import EVERY, STEPS, Ended, flip_byte, learned, metrics, saved_ste
 
 from phijax import config as configs
 from phijax import run
-from phijax.checkpoint import huggingface_export, huggingface_folder, manifest, reading
+from phijax.checkpoint import manifest, reading
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
-from phijax.checkpoint.open import open_checkpoint
 from phijax.checkpoint.run_state import RunCheckpoints
 from phijax.data.batch import batch_sharding
 from phijax.data.loader import Loader
@@ -153,16 +152,6 @@ def assembled(experiment: pathlib.Path):
     return config, recipe, mesh, Loader(run.open_plan(config, recipe.model), config.data, mesh)
 
 
-@pytest.fixture(scope="module")
-def as_llama(unbroken, tmp_path_factory) -> pathlib.Path:
-    """The last step of `unbroken` as a Hugging Face folder, in float32."""
-    folder = tmp_path_factory.mktemp("exported") / "llama"
-    opened = open_checkpoint(unbroken)
-    llama = huggingface_export.folder(opened, "llama", None)
-    huggingface_folder.write(opened, folder, llama, max_shard_bytes=20_000)
-    return folder
-
-
 def test_init_from_begins_at_step_0_with_those_weights(runs, unbroken, as_llama, tmp_path):
     step = unbroken / "checkpoints" / str(STEPS)
     starts = [(tmp_path / "run", step), (tmp_path / "other", as_llama)]
@@ -181,17 +170,6 @@ def test_init_from_begins_at_step_0_with_those_weights(runs, unbroken, as_llama,
     # Another program than the train step's: the order of sums differs. The weights of step 20 are 1e-2 away.
     np.testing.assert_allclose(first["loss"], float(nll / weight), rtol=2e-6)
     assert first["learning_rate"] == metrics(unbroken)[0]["learning_rate"], "the schedule begins anew"
-
-
-def test_weights_of_a_shorter_context_start_a_longer_one_and_it_is_said(unbroken):
-    """A 128K model from its 4K relative: the same weights, other rotations; and a foreign tokenizer is noticed."""
-    opened = open_checkpoint(unbroken)
-    own = opened.tokenizer()
-    assert run.check_start(opened, opened.model, own.same_ids) == []
-    longer = dataclasses.replace(opened.model, max_position=1 << 17, rope_theta=1e6)
-    lines = run.check_start(opened, longer, lambda tokenizer: False)
-    assert [line for line in lines if "model.max_position was 4096, goes on with 131072" in line]
-    assert len(lines) == 3 and "is not the one that the data were made with" in lines[-1]
 
 
 def weights_only(folder: pathlib.Path, source: pathlib.Path, change) -> pathlib.Path:

@@ -84,6 +84,22 @@ def test_from_gguf_arrays(byte_level, byte_level_json):
     for text in texts(500):
         assert tokenizer.encode_with_specials(text) == byte_level.encode_with_specials(text)
         assert tokenizer.encode(text) == byte_level.encode(text)
+    assert tokenizer.fingerprint != byte_level.fingerprint
+    assert tokenizer.same_ids(byte_level) and byte_level.same_ids(tokenizer)
+    # Merges change places, a token is added, another rule cuts: other ids.
+    others = [(tokens, [*merges[5:], *merges[:5]], types, "smollm"), (tokens, merges, types, "gpt-2")]
+    others.append(([*tokens, "<|more|>"], merges, [*types, 3], "smollm"))
+    for arrays in others:
+        assert not BpeTokenizer.from_gguf(*arrays).same_ids(byte_level)
+
+
+def test_what_other_versions_of_the_file_say_otherwise_changes_no_id(byte_level, byte_level_json):
+    spec = json.loads(byte_level_json)
+    spec["model"]["merges"] = [
+        merge.split(" ") if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]
+    ]
+    spec["post_processor"], spec["model"]["unk_token"] = None, None
+    assert BpeTokenizer(json.dumps(spec)).same_ids(byte_level)
 
 
 @pytest.mark.parametrize(
