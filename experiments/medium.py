@@ -1,7 +1,7 @@
 """phi-3-medium on one v5p-128: python -m phijax.main --config=experiments/medium.py --workdir=gs://bucket/medium
 
-Two phases, as the paper describes: web text, then filtered web and synthetic text while the rate decays; 4.8 T tokens in
-all. Shards come from `phijax.prepare`; change the paths, or copy the folders to every host.
+Two phases, as the paper describes: web text, then filtered web and synthetic text while the rate decays; 4.8 T tokens
+in all. Shards come from `phijax.prepare`; change the paths, or copy the folders to every host.
 """
 
 import phijax.config

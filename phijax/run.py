@@ -19,6 +19,7 @@ from phijax.checkpoint.open import load_params
 from phijax.checkpoint.opened import Opened
 from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, model_of
 from phijax.checkpoint.run_state import RunCheckpoints
+from phijax.checkpoint.sampled import sampled_digest
 from phijax.config import Config
 from phijax.data import loader, mixture
 from phijax.data.batch import batch_shape, check_batch
@@ -26,7 +27,7 @@ from phijax.data.loader import Loader
 from phijax.data.rows import Plan, RowIndex
 from phijax.data.shards import Shards
 from phijax.errors import UserError
-from phijax.evaluation.held_out import HeldOut, check_sets
+from phijax.evaluation.held_out import HeldOut, check_sets, score_name
 from phijax.model import params
 from phijax.model.backend import choose_backend
 from phijax.model.config import ModelConfig, model_to_dict
@@ -35,13 +36,17 @@ from phijax.model.kernels.splash import check_splash
 from phijax.parallel.hardware import compiler_options, generation, peak_flops
 from phijax.parallel.mesh import make_mesh
 from phijax.parallel.processes import StopSignal, Watchdog
+from phijax.readiness import agreement, host
+from phijax.readiness.agreement import Facts
 from phijax.report import baselines
 from phijax.report import config as logging
 from phijax.report import report as reports
+from phijax.report.again import same_command
 from phijax.report.report import Report
 from phijax.report.summary import summarise
 from phijax.start import Start
-from phijax.training import loop, program
+from phijax.training import compile_cache, loop, program
+from phijax.training.compile_cache import CompileCache
 from phijax.training.program import BatchShape, Recipe
 from phijax.training.state import TrainState
 
@@ -83,6 +88,7 @@ def make_recipe(
             raise UserError(f"{where}: {reason}.")
     params.check_mesh(model, sizes)
     check_sets(config.evaluation)
+    score_name(config.evaluation, config.checkpoint.keep_best)
     options = compiler_options(config.compiler, chip, moments_on_host=config.optimizer.moments_on_host)
     return Recipe(model, backend, config.optimizer, config.loss, total, config.seed, options)
 
@@ -116,47 +122,68 @@ def open_evaluation(config: Config, model: ModelConfig, plan: Plan, sizes: dict[
     return sets
 
 
+def data_facts(plan: Plan, sets: list[EvaluationSet]) -> Facts:
+    """What must be the same on all processes of the data, wherever each has them."""
+    return agreement.of_data(loader.fingerprint(plan), [(one.path, one.shards.digest) for one in sets])
+
+
 def train(config: Config, workdir: epath.Path) -> loop.Outcome:
     """Trains to the end, or until asked to stop. Collective: every process calls it.
 
     Raises: UserError before device memory is taken; loop.Diverged, SaveFailed while it runs.
     """
-    durable.prepare_store(workdir)
-    mesh = make_mesh(config.mesh, jax.devices())
-    sizes = dict(mesh.shape)
-    device = mesh.devices.flat[0]
-    model = start.resolve(config, workdir)
-    recipe = make_recipe(config, sizes, device.platform, generation(device.device_kind), model)
-    plan = open_plan(config, recipe.model)
-    sets = open_evaluation(config, recipe.model, plan, sizes)
+    alike = functools.partial(agreement.alike, seconds=config.processes.initialization_timeout)
+    with alike("config") as facts:
+        durable.prepare_store(workdir)
+        facts.add({f"version of {name}": version for name, version in host.versions().items()})
+        facts.add(agreement.of_config(configs.to_dict(config)))
+    with alike("data") as facts:
+        mesh = make_mesh(config.mesh, jax.devices())
+        sizes = dict(mesh.shape)
+        device = mesh.devices.flat[0]
+        model = start.resolve(config, workdir)
+        recipe = make_recipe(config, sizes, device.platform, generation(device.device_kind), model)
+        plan = open_plan(config, recipe.model)
+        sets = open_evaluation(config, recipe.model, plan, sizes)
+        facts.update(data_facts(plan, sets))
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda text: None
     for text in params.check_mesh(recipe.model, sizes):
         say(f"warning: {text}")
     if recipe.options:
         say(f"options of the compiler: {recipe.options}")
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    with WriterLock(workdir, break_lock=config.checkpoint.break_lock, log=say) as lock:
+    with (
+        WriterLock(workdir, break_lock=config.checkpoint.break_lock, log=say) as lock,
+        compile_cache.opened(workdir, log=say) as programs,
+    ):
+        with alike("workdir") as facts:
+            seen = lock.is_seen(config.processes.initialization_timeout / 2)
+            facts.add({"--workdir": "holds the run's lock" if seen else "does not"}, {"--workdir": str(workdir)})
         before = from_process_zero(lambda: reading.newest_identity(workdir / CHECKPOINTS_FOLDER))
-        fresh = config.init_from and before is None
-        begun = start.open_start(config, recipe.model, next(iter(plan.sources.values()))) if fresh else None
+        begun = open_start(config, recipe, plan) if config.init_from and before is None else None
         plan = plan.beginning_with(begin_of(plan, before, begun and begun.opened))
         batches = Loader(plan, config.data, mesh)
         identity = {"model": model_to_dict(recipe.model), "data": loader.fingerprint(plan)}
         identity |= start.kept(before, begun)
-        checkpoints = RunCheckpoints(
-            workdir / CHECKPOINTS_FOLDER, config.checkpoint, identity=identity, lock=lock, log=say
-        )
-        first_step = checkpoints.latest_verified() or 0
+        best = score_name(config.evaluation, config.checkpoint.keep_best)
+        policy = dataclasses.replace(config.checkpoint, keep_best=best)
+        checkpoints = RunCheckpoints(workdir / CHECKPOINTS_FOLDER, policy, identity=identity, lock=lock, log=say)
+        first_step = checkpoints.latest_verified(recipe.total_steps, lambda: changes(config, workdir) == {}) or 0
+        went_back: list[dict] = []
         if first_step:
             check_identity(checkpoints.manifest(first_step)["identity"], identity, first_step)
+            checkpoints.go_on_from(first_step, functools.partial(note_going_back, workdir, went_back))
         if jax.process_index() == 0:
             keep_config(config, workdir, first_step, say)
             next(iter(plan.sources.values())).tokenizer().save(workdir / TOKENIZER_FOLDER)
         checkpoints.check_host_memory(program.abstract_state(recipe, mesh))
         state = begin(recipe, mesh, checkpoints, first_step, begun, say)
         with open_report(config, workdir, recipe, plan, sets, first_step, mesh) as report:
-            outcome = run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step)
+            for fields in went_back:
+                report.event("went_back", **fields)
+            outcome = run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, programs, first_step)
+        if outcome.stopped and not outcome.saved:
+            newest = max(checkpoints.steps(), default=0)
+            say(f"stopped after step {outcome.step - 1}, not saved: the same command goes on from step {newest}")
         if not outcome.stopped and jax.process_index() == 0:
             say(f"done: {outcome.step} steps")
             for line in summarise(workdir / "metrics.jsonl", guessing(recipe.model, sets)):
@@ -178,6 +205,13 @@ def begin_of(plan: Plan, before: dict[str, Any] | None, start: Opened | None) ->
     return plan.begin
 
 
+def open_start(config: Config, recipe: Recipe, plan: Plan) -> Start:
+    """The weights to start from, the same on all processes. Collective. Raises: UserError."""
+    with agreement.alike("start weights", config.processes.initialization_timeout) as facts:
+        facts.add({"init_from": sampled_digest(config.init_from)}, {"init_from": config.init_from})
+    return start.open_start(config, recipe.model, next(iter(plan.sources.values())))
+
+
 def begin(recipe: Recipe, mesh, checkpoints: RunCheckpoints, first_step: int, begun: Start | None, say) -> TrainState:
     """The state to go on with: restored, or started from the weights of `begun`, or from the seed."""
     if first_step:
@@ -190,39 +224,55 @@ def begin(recipe: Recipe, mesh, checkpoints: RunCheckpoints, first_step: int, be
     return program.initial_state(recipe, mesh, load_params(begun.opened, mesh))
 
 
-def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step) -> loop.Outcome:
+def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, programs, first_step) -> loop.Outcome:
     pace = loop.Pace(
         recipe.total_steps,
         config.evaluation.every_steps,
         config.checkpoint.every_steps,
         config.optimizer.max_skipped_steps,
+        score_saves=config.checkpoint.keep_best is not None,
     )
     stop, watchdog = StopSignal(), Watchdog(config.processes.watchdog_seconds)
     try:
         return loop.train(
             state,
             batches.starting_at(first_step),
-            Programs(recipe, mesh, batches, report),
+            Programs(recipe, mesh, batches, report, programs),
             pace,
             evaluators=[
-                make_evaluator(recipe, mesh, held_out, config.evaluation.max_rows, batches.plan.begin)
-                for held_out in sets
+                make_evaluator(recipe, mesh, one, config.evaluation.max_rows, batches.plan.begin, programs)
+                for one in sets
             ],
             report=report,
             checkpoints=checkpoints,
             stop=stop,
             watchdog=watchdog,
         )
+    except loop.Diverged as error:
+        if jax.process_index() != 0:
+            raise
+        raise loop.Diverged(f"{error}\n{way_back(config, *checkpoints.after_divergence(error.last_good))}") from None
     finally:
         watchdog.close()
         stop.close()
 
 
+def way_back(config: Config, saved: int | None, known: bool) -> str:
+    """What to do after a divergence. `saved`: the step to go back to, if there is one; `known`: to be good."""
+    change = f"Lower optimizer.learning_rate (it is {config.optimizer.learning_rate:g}), or look at those steps' data"
+    if saved is None:
+        return f"Nothing was saved before. {change}, and start the same command again."
+    several = "\n(That is process 0's; all processes take the last argument.)" if jax.process_count() > 1 else ""
+    known_or_not = "is from before" if known else "is the only one, and may be where it began"
+    command = same_command("checkpoint.restore_step", saved)
+    return f"Saved step {saved} {known_or_not}. {change}, and go on from there:\n  {command}{several}"
+
+
 class Programs:
     """step -> the compiled train step of its phase, compiled when the phase begins, outside of any step's time."""
 
-    def __init__(self, recipe: Recipe, mesh, batches: Loader, report: Report):
-        self._recipe, self._mesh, self._batches, self._report = recipe, mesh, batches, report
+    def __init__(self, recipe: Recipe, mesh, batches: Loader, report: Report, cache: CompileCache):
+        self._recipe, self._mesh, self._batches, self._report, self._cache = recipe, mesh, batches, report, cache
         self._compiled: dict[BatchShape, Any] = {}
 
     def __call__(self, step: int):
@@ -231,13 +281,15 @@ class Programs:
         if shape not in self._compiled:
             with self._report.pause():
                 lowered = program.lower_train_step(self._recipe, self._mesh, shape)
-                self._compiled[shape] = program.compile_with_options(lowered, self._recipe)
+                self._compiled[shape] = self._cache.tried(program.compile_with_options(lowered, self._recipe))
         return self._compiled[shape]
 
 
-def make_evaluator(recipe: Recipe, mesh, held_out: EvaluationSet, max_rows: int | None, begin: int | None) -> HeldOut:
+def make_evaluator(
+    recipe: Recipe, mesh, held_out: EvaluationSet, max_rows: int | None, begin: int | None, cache: CompileCache
+) -> HeldOut:
     _, rows, length = held_out.shape
-    compiled = _compiled_eval(recipe, mesh, held_out.shape)
+    compiled = cache.tried(_compiled_eval(recipe, mesh, held_out.shape))
     batches = functools.partial(
         loader.validation_batches,
         held_out.path,
@@ -314,20 +366,38 @@ def keep_config(config: Config, workdir: epath.Path, step: int, say) -> None:
     """Writes config.json; what differs from the last start is said, and added to config_history.jsonl."""
     path, now = workdir / "config.json", configs.to_dict(config)
     if path.exists():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError:
-            before = {}
+        changed = changes(config, workdir)
+        if changed is None:
             say(f"{path} cannot be read; written anew")
-        # A key that an older version did not know was at its default.
-        changed = configs.differences(configs.filled(before), now) if before else {}
-        for key, (old, new) in changed.items():
+        for key, (old, new) in (changed or {}).items():
             say(f"config: {key} was {old!r}, from step {step} on {new!r}")
         if changed:
-            line = {"time": time.time(), "step": step, "changed": {k: list(v) for k, v in changed.items()}}
-            history = workdir / "config_history.jsonl"
-            history.write_text((history.read_text() if history.exists() else "") + json.dumps(line) + "\n")
+            add_to_history(workdir, {"step": step, "changed": {k: list(v) for k, v in changed.items()}})
     durable.write_json(path, now)
+
+
+def changes(config: Config, workdir: epath.Path) -> dict[str, tuple[Any, Any]] | None:
+    """What differs from the config of the last start: key -> (old, new). None if that cannot be read.
+
+    A key that an older version did not know was at its default.
+    """
+    try:
+        before = json.loads((workdir / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return configs.differences(configs.filled(before), configs.to_dict(config)) if isinstance(before, dict) else None
+
+
+def note_going_back(workdir: epath.Path, went_back: list[dict], fields: dict) -> None:
+    """Before a step is set aside: what config_history.jsonl, and later events.jsonl, say of it."""
+    went_back.append(fields)
+    add_to_history(workdir, {"step": fields["went_back_to"], **fields})
+
+
+def add_to_history(workdir: epath.Path, fields: dict) -> None:
+    history = workdir / "config_history.jsonl"
+    line = json.dumps({"time": time.time(), **fields}) + "\n"
+    history.write_text((history.read_text() if history.exists() else "") + line)
 
 
 def shapes_by_phase(config: Config) -> dict[str, BatchShape]:

@@ -153,6 +153,8 @@ UNKNOWN = "there is no key '{}'"
         ("processes.heartbeat_timeout", "0", "processes.heartbeat_timeout=0 must be 1 or more"),
         ("processes.watchdog_seconds", "-1", "processes.watchdog_seconds=-1 must be 0 or more"),
         ("checkpoint.keep_last", "0", r"checkpoint.keep_last=0 must be 1 or more"),
+        ("checkpoint.restore_step", "0", r"checkpoint.restore_step=0 must be 1 or more"),
+        ("checkpoint.keep_best", "", r"checkpoint.keep_best='' names no held-out set"),
         ("data.micro_batches", "0", r"data.micro_batches=0 must be at least 1"),
     ],
 )

@@ -128,6 +128,17 @@ def verify(folder: epath.Path, *, by_step: bool = True) -> list[str]:
     ]
 
 
+def damage(folder: epath.Path, problems: list[str]) -> str:
+    """What `verify` found, in one line."""
+    return f"{folder} is damaged: " + "; ".join(problems)
+
+
+def called_good(content: dict) -> bool | None:
+    """What a manifest says of its step's last update (good.py); None where it says nothing, as older ones do."""
+    extra = content.get("extra")
+    return extra["good"] is True if isinstance(extra, dict) and "good" in extra else None
+
+
 def differences(stored: list[dict], wanted: list[dict], *, partial: bool = False) -> list[str]:
     """What keeps a checkpoint with `stored` leaves from becoming `wanted`, one line per leaf.
 

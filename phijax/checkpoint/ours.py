@@ -10,7 +10,7 @@ import numpy as np
 import tensorstore
 from etils import epath
 
-from phijax.checkpoint import durable, manifest, reading, steps, upkeep
+from phijax.checkpoint import durable, manifest, reading, steps
 from phijax.checkpoint.agreement import from_process_zero
 from phijax.checkpoint.opened import Opened
 from phijax.checkpoint.weight_source import Index, model_shapes
@@ -144,11 +144,16 @@ def is_step_of_run(folder: epath.Path) -> bool:
 def open_ours(path: epath.Path, *, verify: bool = True) -> Opened:
     """A run's workdir (its newest step whose every byte is as it was written), or one step's folder. Collective.
 
-    A newer step that is damaged is a warning. Raises: UserError where there is none that is whole (of one step: the
-    file that is damaged is named).
+    A newer step that is damaged, or not called good, is a warning. Raises: UserError where there is none that is whole
+    (of one step: the file that is damaged is named).
     Args: verify: False: the newest step, its bytes unread; not collective.
     """
-    folder = epath.Path(from_process_zero(lambda: str(_whole_step(path)))) if verify else _newest_step(path)
+    if verify:
+        # Which step process 0 says, but each where it has them: the folder's path may differ from host to host.
+        within = from_process_zero(lambda: str(_whole_step(path).relative_to(path)))
+        folder = path if within == "." else path / within
+    else:
+        folder = _newest_step(path)
     content = reading.read_manifest(folder)
     model = model_of(folder, content["identity"])
     extra = dict(content["extra"])
@@ -186,17 +191,25 @@ def _begin(identity: Mapping[str, Any], carried: Mapping[str, Any]) -> tuple[int
 def _whole_step(path: epath.Path) -> epath.Path:
     if (path / manifest.MANIFEST_FILE).exists():
         if problems := manifest.verify(path, by_step=False):
-            raise UserError(upkeep.damage(path, problems))
+            raise UserError(manifest.damage(path, problems))
         return path
     folder = path / CHECKPOINTS_FOLDER
-    saved, damaged = steps.list_folders(folder).steps, []
+    saved, damaged, passed, not_good = steps.list_folders(folder).steps, [], [], None
     for step in reversed(saved):
         problems = manifest.verify(folder / str(step))
-        if not problems:
-            for text in damaged:
+        if not problems and manifest.called_good(manifest.read(folder / str(step))) is False:
+            not_good = not_good or folder / str(step)
+            passed.append(f"Step {step} is not called good: the updates before it were not finite.")
+        elif not problems:
+            for text in passed:
                 warnings.warn(f"{text}\nUsing step {step} instead.", stacklevel=2)
             return folder / str(step)
-        damaged.append(upkeep.damage(folder / str(step), problems))
+        else:
+            passed.append(manifest.damage(folder / str(step), problems))
+            damaged.append(step)
+    if not_good is not None:
+        warnings.warn(f"{not_good} is not called good, but there is no other.", stacklevel=2)
+        return not_good
     raise UserError(f"{path} holds no whole checkpoint" + (f" (damaged: {saved})." if saved else "."))
 
 

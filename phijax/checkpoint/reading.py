@@ -68,6 +68,8 @@ def describe(directory: epath.PathLike) -> str:
         raise UserError(f"{directory} holds no checkpoint: no folder in it has a {manifest.MANIFEST_FILE}.")
     parts = [_describe_step(directory / str(step)) for step in listing.steps]
     parts += [f"{directory / name}: damaged, set aside" for name in listing.damaged]
+    parts += [f"{directory / name}: not good, set aside" for name in listing.not_good]
+    parts += [f"{directory / name}: set aside when the run went back" for name in listing.aside]
     parts += [f"{directory / name}: unfinished" for name in listing.leftovers]
     parts += [f"{directory / name}: not a checkpoint of ours" for name in listing.strays]
     return "\n".join(parts)

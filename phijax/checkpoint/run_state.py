@@ -15,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from phijax.checkpoint import durable, host_memory, manifest, reading, steps, upkeep
+from phijax.checkpoint import durable, going_back, host_memory, manifest, reading, steps, upkeep
 from phijax.checkpoint.agreement import any_process, from_process_zero
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
@@ -45,8 +45,9 @@ class _Saving:
 class RunCheckpoints:
     """The checkpoints of one run, directory/<step>/, written by the run that holds `lock` and by no other.
 
-    Constructor, `latest_verified`, `restore` and `save` are collective: all processes call them at the same points.
-    `poll`, `wait` and `close` are not, so that one process can leave by an exception without waiting for another.
+    Constructor, `latest_verified`, `go_on_from`, `restore` and `save` are collective: all processes call them at the
+    same points. `poll`, `wait`, `close` and `after_divergence` are not, so that one process can leave by an exception
+    without waiting for another.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class RunCheckpoints:
         self._saving: _Saving | None = None
         self._failure: SaveFailed | None = None
         self._memory_checked = False
+        self._asked = False  # whether restore_step chose where to go on
         self._verified: set[int] = set()
         self._attempts = 0
         self.failed_saves = 0
@@ -87,18 +89,51 @@ class RunCheckpoints:
         """Saved steps, ascending; not verified."""
         return steps.list_folders(self._directory).steps
 
-    def latest_verified(self) -> int | None:
-        """The newest step whose every byte is as it was written; None if nothing was ever saved here.
+    def latest_verified(
+        self, total_steps: int | None = None, repeated: Callable[[], bool] = lambda: True
+    ) -> int | None:
+        """The newest good step whose every byte is as it was written; None if nothing was ever saved here.
 
-        A newer step that is damaged is named in the log, file by file, and set aside so that it can be saved again.
-        Raises: UserError if there are steps but none is whole: a run must not start from scratch beside them.
+        Or config.restore_step, if the run has not gone back to it yet. A newer step that is damaged is named in the
+        log, file by file, and set aside so that it can be saved again.
+        Args:
+          total_steps: a step of this number ends the run: it is taken even if it is not good.
+          repeated: whether the config is that of the start before; asked on process 0, of restore_step alone.
+        Raises: UserError if there are steps but none is whole: a run must not start from scratch beside them; for
+          restore_step as going_back.step_to_restore.
         """
-        step, lines = from_process_zero(lambda: upkeep.newest_whole(self._directory))
+
+        def choose():
+            lines, wanted = [], self._config.restore_step
+            if wanted is not None:
+                step, lines = going_back.step_to_restore(self._directory, wanted, repeated())
+                if step is not None:
+                    return step, True, lines
+            step, more = upkeep.newest_whole(self._directory, total_steps)
+            return step, False, lines + more
+
+        step, self._asked, lines = from_process_zero(choose)
         for line in lines:
             self._log(line)
         if step is not None:
             self._verified.add(step)
         return step
+
+    def go_on_from(self, step: int, note: Callable[[dict], None]) -> None:
+        """Sets aside what was saved after `step`, the answer of `latest_verified`.
+
+        Args: note: called on process 0, if there is any, before it is moved: {"went_back_to", "set_aside", "asked"}.
+        """
+        asked = self._asked
+        for line in from_process_zero(lambda: going_back.set_aside_later(self._directory, step, asked, note)):
+            self._log(line)
+
+    def after_divergence(self, last_good: int | None) -> tuple[int | None, bool]:
+        """The saved step to go back to, and whether it is known to be good: see there. On process 0 alone."""
+        step, known, lines = going_back.after_divergence(self._directory, last_good)
+        for line in lines:
+            self._log(line)
+        return step, known
 
     def manifest(self, step: int) -> dict:
         """The manifest of a saved step, with `identity` and `extra`. Raises UserError if it cannot be read."""
@@ -116,7 +151,7 @@ class RunCheckpoints:
         if step not in self._verified:
             problems = from_process_zero(lambda: manifest.verify(folder))
             if problems:
-                raise UserError(upkeep.damage(folder, problems))
+                raise UserError(manifest.damage(folder, problems))
             self._verified.add(step)
         return reading.restore_arrays(folder, like)
 
@@ -161,7 +196,8 @@ class RunCheckpoints:
             for line in from_process_zero(lambda: upkeep.make_room(self._directory, self._lock, step, overwrite)):
                 self._log(line)
             self._verified.discard(step)
-            self._start(step, leaves, json.loads(json.dumps(extra or {})))
+            restored = {} if self._config.restore_step is None else {"restore_step": self._config.restore_step}
+            self._start(step, leaves, json.loads(json.dumps({**(extra or {}), **restored})))
         except UserError:
             raise
         except Exception as error:

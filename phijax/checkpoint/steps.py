@@ -4,12 +4,15 @@ directory/<step>/manifest.json    present: this is a saved step
 directory/<step>/state/           what Orbax wrote
 directory/<step>/unfinished.json  being saved or deleted: ours to remove
 directory/<step>/damaged.json     its manifest, set aside because the files no longer match it
+directory/<step>/not_good.json    its manifest, set aside because training diverged from that state
+directory/<step>.aside<n>/        a whole step, set aside by a run that went back to an earlier one; nothing removes it
 Anything else is not ours: named in the log and left alone.
 """
 
 import dataclasses
 import json
 import os
+import re
 import socket
 
 from etils import epath
@@ -20,7 +23,9 @@ from phijax.errors import UserError
 
 UNFINISHED_FILE = "unfinished.json"
 DAMAGED_FILE = "damaged.json"
+NOT_GOOD_FILE = "not_good.json"
 ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
+_ASIDE = re.compile(r"[0-9]+\.aside[0-9]+")
 
 
 @dataclasses.dataclass
@@ -30,6 +35,8 @@ class Listing:
     steps: list[int] = dataclasses.field(default_factory=list)
     leftovers: list[str] = dataclasses.field(default_factory=list)
     damaged: list[str] = dataclasses.field(default_factory=list)
+    not_good: list[str] = dataclasses.field(default_factory=list)
+    aside: list[str] = dataclasses.field(default_factory=list)
     strays: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -43,12 +50,16 @@ def list_folders(directory: epath.Path) -> Listing:
             continue
         if ORBAX_TEMPORARY in folder.name:
             listing.leftovers.append(folder.name)
+        elif _ASIDE.fullmatch(folder.name):
+            listing.aside.append(folder.name)
         elif not _is_step_name(folder.name):
             listing.strays.append(folder.name)
         elif (folder / MANIFEST_FILE).exists():
             listing.steps.append(int(folder.name))
         elif (folder / DAMAGED_FILE).exists():
             listing.damaged.append(folder.name)
+        elif (folder / NOT_GOOD_FILE).exists():
+            listing.not_good.append(folder.name)
         elif (folder / UNFINISHED_FILE).exists() or not any(folder.iterdir()):
             listing.leftovers.append(folder.name)
         else:
@@ -85,12 +96,21 @@ def delete(folder: epath.Path) -> None:
 
 def set_aside_damaged(folder: epath.Path) -> None:
     """A damaged step stops being one, so that the run can save that step again; its data stay to be looked at."""
+    _rename_manifest(folder, DAMAGED_FILE)
+
+
+def set_aside_not_good(folder: epath.Path) -> None:
+    """The same of a step that nothing good came of. Its manifest's old name makes it a step again."""
+    _rename_manifest(folder, NOT_GOOD_FILE)
+
+
+def _rename_manifest(folder: epath.Path, name: str) -> None:
     if durable.is_local(folder):
-        (folder / MANIFEST_FILE).replace(folder / DAMAGED_FILE)
+        (folder / MANIFEST_FILE).replace(folder / name)
         durable.sync_directory(folder)
         return
-    # Objects cannot be renamed: a copy, then the end of the old one. Killed in between, it is found damaged again.
-    (folder / DAMAGED_FILE).write_bytes((folder / MANIFEST_FILE).read_bytes())
+    # Objects cannot be renamed: a copy, then the end of the old one. Killed in between, it is found as it was.
+    (folder / name).write_bytes((folder / MANIFEST_FILE).read_bytes())
     (folder / MANIFEST_FILE).unlink()
 
 
@@ -111,8 +131,19 @@ def move_aside(folder: epath.Path) -> epath.Path:
             f"so it is left as it is.  Move it away (gcloud storage mv {folder} {folder}.stray), or choose another "
             "--workdir"
         )
+    return _rename(folder, "stray")
+
+
+def set_aside_whole(folder: epath.Path) -> epath.Path:
+    """Renames a whole step that a run has gone back from, on a local disk; returns its new path."""
+    target = _rename(folder, "aside")
+    durable.sync_directory(folder.parent)
+    return target
+
+
+def _rename(folder: epath.Path, why: str) -> epath.Path:
     number = 1
-    while (target := folder.parent / f"{folder.name}.stray{number}").exists():
+    while (target := folder.parent / f"{folder.name}.{why}{number}").exists():
         number += 1
     folder.rename(target)
     return target

@@ -5,7 +5,7 @@ All of it runs on process 0 and returns lines for the log; run_state.py tells th
 
 from etils import epath
 
-from phijax.checkpoint import durable, manifest, steps
+from phijax.checkpoint import durable, good, manifest, steps
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
 from phijax.errors import UserError
@@ -34,35 +34,51 @@ def tidy(directory: epath.Path) -> list[str]:
             steps.move_aside(directory / name)
     lines += [f"WARNING: {directory / name} is not a checkpoint of ours; ignored" for name in listing.strays]
     lines += [f"{directory / name} was set aside as damaged; kept until its step is saved" for name in listing.damaged]
+    lines += [f"{directory / name} was set aside: not good; kept until its step is saved" for name in listing.not_good]
+    if listing.aside:
+        names = ", ".join(listing.aside)
+        lines.append(f"set aside in {directory} when the run went back, and kept until you remove them: {names}")
     return lines
 
 
-def newest_whole(directory: epath.Path) -> tuple[int | None, list[str]]:
-    """The newest step that verifies, and lines about those that do not. Raises UserError if none does."""
+def newest_whole(directory: epath.Path, total_steps: int | None = None) -> tuple[int | None, list[str]]:
+    """The newest good step that verifies, and lines about later ones. Raises UserError if no step verifies.
+
+    Args: total_steps: that step ends the run and is taken as it is. Where no step is good, the newest is taken.
+    """
     listing = steps.list_folders(directory)
-    damaged = []
+    damaged, not_good, found = [], [], None
     for step in reversed(listing.steps):
-        problems = manifest.verify(directory / str(step))
-        if not problems:
-            # Only now: with no whole step to go back to, nothing may be moved, or the next start would begin anew.
-            for bad, _ in damaged:
-                steps.set_aside_damaged(directory / str(bad))
-            return step, [f"WARNING: {text}\nUsing step {step} instead." for _, text in damaged]
-        damaged.append((step, damage(directory / str(step), problems)))
-    if not damaged and not listing.damaged:
+        if problems := manifest.verify(directory / str(step)):
+            damaged.append((step, manifest.damage(directory / str(step), problems)))
+        elif step == total_steps or good.is_good(directory / str(step)):
+            found = step
+            break
+        else:
+            not_good.append(step)
+    if found is None and not_good:
+        found = not_good[0]
+        damaged = [(step, text) for step, text in damaged if step > found]
+    if found is not None:
+        # Only now: with no whole step to go back to, nothing may be moved, or the next start would begin anew.
+        for bad, _ in damaged:
+            steps.set_aside_damaged(directory / str(bad))
+        lines = [f"WARNING: {text}\nUsing step {found} instead." for _, text in damaged]
+        if not_good:
+            lines.append(
+                f"WARNING: saved steps {not_good[::-1]} are not good: the updates before them were not finite. "
+                f"Using step {found}{', since no step is good' if found in not_good else ' instead'}."
+            )
+        return found, lines
+    aside = [*listing.damaged, *listing.not_good, *listing.aside]
+    if not damaged and not aside:
         return None, []
-    texts = [text for _, text in damaged] or [
-        f"{directory / name} was set aside as damaged." for name in listing.damaged
-    ]
+    texts = [text for _, text in damaged] or [f"{directory / name} was set aside." for name in aside]
     raise UserError(
         f"{directory} has steps, but none is whole:\n"
         + "\n".join(texts)
         + "\nBring a step back from a copy, or choose another --workdir to start from scratch."
     )
-
-
-def damage(folder: epath.Path, problems: list[str]) -> str:
-    return f"{folder} is damaged: " + "; ".join(problems)
 
 
 def make_room(directory: epath.Path, lock: WriterLock, step: int, overwrite: bool) -> list[str]:
@@ -111,12 +127,21 @@ def _count_interrupted(directory: epath.Path, listing: steps.Listing) -> list[st
 
 
 def _delete_old(directory: epath.Path, config: CheckpointConfig) -> list[str]:
-    """Applies keep_last and keep_every."""
+    """Applies keep_last, keep_every and keep_best; the newest good step always stays.
+
+    Of a training run that is the one before the step just saved: whether that is worth anything, only the next update
+    will tell, since the one that led to it may have been finite and have ruined the weights.
+    """
     saved = steps.list_folders(directory).steps
-    every = config.keep_every
-    lines = []
-    for step in saved[: -config.keep_last]:
-        if every is not None and step % every == 0:
+    kept, lines = set(saved[-config.keep_last :]), []
+    known = saved[:-1] if good.is_of_training(directory / str(saved[-1])) else saved
+    kept.add(next((step for step in reversed(known) if good.is_good(directory / str(step))), None))
+    if config.keep_best is not None and (found := good.best(directory, saved, config.keep_best)):
+        kept.add(found[0])
+        if found[0] == saved[-1]:
+            lines.append(f"step {found[0]} is the best so far by {config.keep_best}: {found[1]:.6g}")
+    for step in saved:
+        if step in kept or (config.keep_every is not None and step % config.keep_every == 0):
             continue
         steps.delete(directory / str(step))
         lines.append(f"removed old step {step}")

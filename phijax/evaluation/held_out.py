@@ -44,6 +44,20 @@ def check_sets(config: EvaluationConfig) -> None:
             raise UserError(f"evaluation.{name}={value} must be at least 1.")
 
 
+def score_name(config: EvaluationConfig, asked: str | None) -> str | None:
+    """The metric that `checkpoint.keep_best` means: of a set's name its loss. None stays None. Raises: UserError."""
+    names = [held_out.name for held_out in config.sets]
+    metrics = [f"heldout_{kind}/{name}" for name in names for kind in ("loss", "perplexity")]
+    if asked is None or asked in metrics:
+        return asked
+    if asked in names:
+        return f"heldout_loss/{asked}"
+    raise UserError(
+        f"checkpoint.keep_best={asked!r} is neither a set of evaluation.sets ({', '.join(names) or 'there is none'}) "
+        f"nor the loss or perplexity of one{f' ({metrics[0]}, say)' if metrics else ''}."
+    )
+
+
 class HeldOut:
     """One data set's evaluator: called with (params, frozen), gives its metrics."""
 
@@ -67,7 +81,7 @@ class HeldOut:
         sums = [self._step(params, frozen, batch) for batch in self._batches()]
         nll = sum(float(jnp.float32(part)) for part, _ in sums)
         weight = sum(float(jnp.float32(part)) for _, part in sums)
-        loss = nll / max(weight, 1.0)
+        loss = nll / weight if weight else math.nan  # of no token: 0 would be the best loss there is
         return {
             f"heldout_loss/{self._name}": loss,
             f"heldout_perplexity/{self._name}": math.exp(min(loss, 700.0)),

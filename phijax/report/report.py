@@ -1,6 +1,7 @@
 """What the loop hands its metrics to. Nothing here makes the device wait for the host."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -295,5 +296,8 @@ class _Step:
 
 
 def _on_host(metrics: Metrics) -> dict[str, float]:
-    """One transfer for all. float32 to float64 keeps every bit of the value."""
-    return {name: np.asarray(value).item() for name, value in jax.device_get(dict(metrics)).items()}
+    """One transfer for all. float32 to float64 keeps every bit of the value. A mean over no token is not a number."""
+    values = {name: np.asarray(value).item() for name, value in jax.device_get(dict(metrics)).items()}
+    if values.get("predicted_tokens") == 0:
+        values |= {name: math.nan for name in ("loss", "nll") if name in values}
+    return values

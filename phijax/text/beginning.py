@@ -10,9 +10,7 @@ from typing import Any
 from etils import epath
 
 from phijax.errors import UserError
-from phijax.text.special_files import CONFIG_FILE, JSON_FILE, read_object
-
-MAP_FILE = "special_tokens_map.json"
+from phijax.text.special_files import CONFIG_FILE, JSON_FILE, MAP_FILE, read_object
 
 
 def read_beginning(folder: epath.Path, bos: int | None) -> tuple[int, ...]:
@@ -48,7 +46,7 @@ def write_beginning(folder: epath.Path, begin: Sequence[int]) -> None:
         raise UserError(f"{folder / JSON_FILE} has no token of id {unknown[0]}, with which texts are to begin.")
     tokens = [names[i] for i in begin]
     if begin:
-        whole["post_processor"] = _post_processor(tokens, begin)
+        whole["post_processor"] = post_processor(tokens, begin)
         config["bos_token"] = tokens[0]
         kinds["bos_token"] = kinds.get("eos_token") if _text(kinds.get("eos_token")) == tokens[0] else tokens[0]
     elif _leading(whole.get("post_processor")):
@@ -61,7 +59,9 @@ def write_beginning(folder: epath.Path, begin: Sequence[int]) -> None:
         (folder / MAP_FILE).write_text(json.dumps(kinds, ensure_ascii=False, indent=2) + "\n")
 
 
-def _post_processor(tokens: Sequence[str], ids: Sequence[int]) -> dict[str, Any]:
+def post_processor(tokens: Sequence[str], ids: Sequence[int]) -> dict[str, Any]:
+    """tokenizer.json's, that puts these special tokens before every text."""
+
     def special(part: int) -> list[dict[str, Any]]:
         return [{"SpecialToken": {"id": token, "type_id": part}} for token in tokens]
 

@@ -1,20 +1,19 @@
 """The training loop: step, report, evaluate, save, stop cleanly. It is handed all it talks to."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 
-from phijax.errors import RunFailure
+from phijax.training.skipped import Diverged, NothingLearned, Skipped
 from phijax.training.state import TrainState
+
+__all__ = ["Diverged", "NothingLearned", "Outcome", "Pace", "train"]
 
 Program = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 Evaluator = Callable[[Any, Any], dict[str, float]]
-
-
-class Diverged(RunFailure):
-    """Too many steps in a row had no finite loss or gradient."""
 
 
 class Report(Protocol):
@@ -25,6 +24,8 @@ class Report(Protocol):
     def flush(self) -> None: ...
 
     def event(self, name: str, **fields: Any) -> None: ...
+
+    def say(self, text: str) -> None: ...
 
 
 class Checkpoints(Protocol):
@@ -51,6 +52,7 @@ class Pace:
     evaluate_every: int
     save_every: int
     max_skipped: int  # in a row
+    score_saves: bool = False  # evaluate before each save, so that every saved step has its own score
 
     def last(self, step: int) -> bool:
         return step + 1 == self.total_steps
@@ -64,11 +66,15 @@ class Pace:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How far the run came; `stopped`: on request, before the end. `state` is on the mesh."""
+    """How far the run came; `stopped`: on request, before the end. `state` is on the mesh.
+
+    saved: whether `state` is; where it is not, the run goes on from the newest saved step.
+    """
 
     step: int
     stopped: bool
     state: TrainState
+    saved: bool = False
 
 
 def train(
@@ -88,9 +94,11 @@ def train(
     Args:
       batches: (step, batch) in order.
       program_of: step -> the compiled step for its phase; compiles when a phase begins.
-    Raises: Diverged after pace.max_skipped updates in a row that were not finite, at the end too. Checkpoints stay.
+    Raises: Diverged, NothingLearned after pace.max_skipped steps in a row that changed nothing, at the end too.
     """
     outcome = Outcome(int(state.step), False, state)
+    skipped = Skipped(outcome.step, int(state.skipped_in_a_row), pace.max_skipped, report)
+    metrics, owed = None, False
     del state  # donated step by step: only the newest is alive
     try:
         for step, batch in batches:
@@ -98,42 +106,65 @@ def train(
             program = program_of(step)
             state, metrics = program(outcome.state, batch)  # dispatched, not awaited
             outcome = Outcome(step + 1, False, state)
-            _check(report.add(step, _named(metrics)), pace)  # the step before: the device never waits for the host
-            if evaluators and pace.evaluation_due(step):
+            _see(skipped, report.add(step, _named(metrics)))  # the step before: the device never waits for the host
+            owed = owed or pace.save_due(step)
+            scores = {}
+            if evaluators and (pace.evaluation_due(step) or (owed and pace.score_saves and _good(state))):
                 with report.pause():
                     scores = {k: v for evaluate in evaluators for k, v in evaluate(state.params, state.frozen).items()}
                     watchdog.beat(step)
                 report.add(step, scores)
             checkpoints.poll()
             stopping = stop.agreed(step)  # all processes, once per step: a local look could hang a pod or lose the save
-            if stopping or pace.save_due(step):
-                report.flush()
-                with report.pause():
-                    checkpoints.save(step + 1, state)
-                    watchdog.beat(step)
-                report.event("save_started", step=step + 1)
+            if stopping or owed:
+                said_before = not (stopping or pace.save_due(step))
+                saved = _save(state, scores, pace, report, checkpoints, watchdog, quiet=said_before)
+                owed, outcome = not saved, dataclasses.replace(outcome, saved=saved)
             if stopping and not pace.last(step):
                 return dataclasses.replace(outcome, stopped=True)
-        last = {"skipped_in_a_row": outcome.state.skipped_in_a_row}  # no step follows in which it would be read
-        _check((outcome.step - 1, last), pace)
+        if metrics is not None:  # no step follows in which they would be read
+            _see(skipped, (outcome.step - 1, _named(metrics)))
+        skipped.check_end(outcome.step, int(outcome.state.skipped))
         return outcome
     finally:
         checkpoints.wait()  # an asynchronous save that is not awaited is lost
+
+
+def _save(state, scores, pace: Pace, report: Report, checkpoints: Checkpoints, watchdog: Watchdog, quiet: bool) -> bool:
+    """Saves the state after a good update; after others nothing, since it would push out a step that is good.
+
+    At the end of the run there is no later save: the state is saved, its weights those of the last good update, but
+    is not called good. All processes decide alike: the count is a result of the step, the same on each.
+    """
+    step, in_a_row = int(state.step), int(state.skipped_in_a_row)  # a save copies the state anyway: no wait is added
+    if in_a_row and not (pace.last(step - 1) and in_a_row < pace.max_skipped):
+        if not quiet:
+            report.say(f"WARNING: step {step} is not saved: {_skips(in_a_row)}. Good updates alone are saved.")
+        return False
+    if in_a_row:
+        report.say(f"WARNING: step {step}, the last, is saved but not called good: {_skips(in_a_row)}.")
+    report.flush()
+    with report.pause():
+        finite = {name: score for name, score in scores.items() if math.isfinite(score)}
+        checkpoints.save(step, state, {"good": not in_a_row, "scores": finite})
+        watchdog.beat(step - 1)
+    report.event("save_started", step=step)
+    return True
+
+
+def _good(state: TrainState) -> bool:
+    return int(state.skipped_in_a_row) == 0
+
+
+def _skips(in_a_row: int) -> str:
+    return f"the last {in_a_row} updates were not finite" if in_a_row > 1 else "the last update was not finite"
 
 
 def _named(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {{"skipped": "skipped_steps", "weight": "predicted_tokens"}.get(k, k): v for k, v in metrics.items()}
 
 
-def _check(previous: tuple[int, Mapping[str, Any]] | None, pace: Pace) -> None:
-    if previous is None:
-        return
-    step, values = previous
-    count = int(values["skipped_in_a_row"])
-    if count >= pace.max_skipped:
-        good = f"step {step - count} was the last good one" if count <= step else "no step was good"
-        raise Diverged(
-            f"{count} updates in a row, up to step {step}, had a loss or gradient that is not finite and were skipped; "
-            f"{good}. Nothing later is worth keeping: lower the learning rate, or look at the data of those steps, and "
-            f"start again from a checkpoint before them."
-        )
+def _see(skipped: Skipped, previous: tuple[int, Mapping[str, Any]] | None) -> None:
+    if previous is not None:
+        step, values = previous
+        skipped.see(step, int(values["skipped_in_a_row"]), float(values["predicted_tokens"]))

@@ -12,10 +12,12 @@ from phijax.training.optimizer import Optimizer
 
 @flax.struct.dataclass
 class TrainState:
-    """step: () int32, the step to do next. skipped: () int32, steps so far whose update was not finite.
+    """step: () int32, the step to do next. skipped: () int32, steps so far that changed nothing: their update was not
+    finite, or no token of theirs was predicted.
 
     params: trained, nested dict. frozen: not trained (the base under LoRA, the DPO reference). opt_state: Optax's.
-    skipped_in_a_row: () int32, so that the host can stop a run that no longer learns, also after a restart.
+    skipped_in_a_row: () int32, updates since the last good one that were not finite, so that the host can stop a run
+    that no longer learns, also after a restart. A step without a predicted token leaves it as it is.
     """
 
     step: jax.Array

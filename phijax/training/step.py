@@ -48,8 +48,10 @@ def train_step(
     grads = jax.tree.map(lambda g: g / weight, grads)
     norm = optax.tree.norm(grads)
     # Decided here, not on the host: metrics are read one step late, when a NaN would be in the donated state already.
-    ok = jnp.isfinite(norm) & jnp.isfinite(loss_sum)
-    bad = (~ok).astype(jnp.int32)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss_sum)
+    # Without a trained label all gradients are 0, but weight decay and the moments would still move the weights.
+    ok = finite & (weight_sum > 0)
+    bad, unchanged = (~finite).astype(jnp.int32), (~ok).astype(jnp.int32)
     updated = update.by_layer if moments_on_host else update.at_once
     of_this_step = functools.partial(optimizer.update, step=state.step, grad_norm=norm)
     params, opt_state = updated(of_this_step, ok, grads, state.opt_state, state.params)
@@ -57,8 +59,8 @@ def train_step(
         params=params,
         opt_state=opt_state,
         step=state.step + 1,
-        skipped=state.skipped + bad,
-        skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
+        skipped=state.skipped + unchanged,
+        skipped_in_a_row=(state.skipped_in_a_row + bad) * unchanged,
     )
     metrics = Metrics(
         loss=loss_sum / weight,

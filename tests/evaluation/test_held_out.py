@@ -15,7 +15,7 @@ from phijax.data import loader
 from phijax.data.rows import RowIndex
 from phijax.data.shards import Shards
 from phijax.errors import UserError
-from phijax.evaluation.held_out import EvaluationConfig, HeldOut, HeldOutSet, check_sets
+from phijax.evaluation.held_out import EvaluationConfig, HeldOut, HeldOutSet, check_sets, score_name
 from phijax.model import params
 from phijax.model.backend import Backend
 from phijax.model.config import ModelConfig
@@ -163,3 +163,22 @@ def test_sets_that_could_not_be_scored_are_refused(config, message):
     check_sets(EvaluationConfig(sets=(HeldOutSet("x", "a"), HeldOutSet("y", "a"))))
     with pytest.raises(UserError, match=message):
         check_sets(config)
+
+
+def test_of_no_token_the_loss_is_not_zero_which_would_be_the_best():
+    nothing = HeldOut("web", lambda params, frozen, batch: (jnp.float32(0), jnp.float32(0)), lambda: [None, None])
+    found = nothing({}, {})
+    assert math.isnan(found["heldout_loss/web"]) and math.isnan(found["heldout_perplexity/web"])
+    assert found["heldout_tokens/web"] == 0
+
+
+def test_the_best_is_by_a_set_or_by_a_metric_of_one():
+    sets = EvaluationConfig(sets=(HeldOutSet("web", "a"), HeldOutSet("code", "b")))
+    assert score_name(sets, None) is None
+    assert score_name(sets, "code") == score_name(sets, "heldout_loss/code") == "heldout_loss/code"
+    assert score_name(sets, "heldout_perplexity/web") == "heldout_perplexity/web"
+    for wrong in ("cod", "loss", "heldout_tokens/web"):
+        with pytest.raises(UserError, match=rf"keep_best='{wrong}' is neither a set of evaluation.sets \(web, code\)"):
+            score_name(sets, wrong)
+    with pytest.raises(UserError, match="there is none"):
+        score_name(EvaluationConfig(), "web")

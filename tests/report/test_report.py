@@ -271,3 +271,12 @@ def test_sigkill_and_restart_leave_the_file_of_an_unbroken_run(tmp_path):
         first_step = int((tmp_path / "checkpoint").read_text())
     assert [(row["step"], row["loss"]) for row in lines(tmp_path)] == [(step, 1 / (step + 1)) for step in range(1000)]
     assert [event["step"] for event in events(tmp_path, "start")] == [0, 50, 110]
+
+
+def test_the_mean_over_no_token_is_not_a_loss_of_zero(tmp_path):
+    with opened(tmp_path, every_steps=1, total_steps=2) as report:
+        report.add(0, {"loss": jnp.float32(0), "nll": jnp.float32(0), "predicted_tokens": jnp.float32(0)})
+        report.add(1, {"loss": jnp.float32(2), "nll": jnp.float32(2), "predicted_tokens": jnp.float32(5)})
+    first, second = lines(tmp_path)
+    assert np.isnan(first["loss"]) and np.isnan(first["nll"]) and first["predicted_tokens"] == 0
+    assert (second["loss"], second["nll"]) == (2, 2)

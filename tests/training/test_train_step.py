@@ -203,10 +203,30 @@ def test_a_skipped_step_advances_the_schedule_but_not_adam():
     assert np.abs(np.asarray(updated(1)[0]["table"]) - third.params["table"]).max() > 1e-4
 
 
-def test_no_weight_at_all_is_no_division_by_zero():
-    batch = rows() | {"weights": np.zeros((1, ROWS, LENGTH), np.float32)}
-    after, metrics = program()(start(), batch)
-    assert (metrics.loss, metrics.weight, metrics.grad_norm, after.skipped) == (0, 0, 0, 0)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_step_without_a_predicted_token_changes_nothing_and_is_counted(micro_batches):
+    """Weight decay and moments that are there already would move the weights; nothing is divided by zero."""
+    before, _ = program()(start(), rows(micro_batches))
+    empty = rows(micro_batches) | {"weights": np.zeros_like(rows(micro_batches)["weights"])}
+    after, metrics = program()(before, empty)
+    assert (metrics.loss, metrics.weight, metrics.grad_norm, metrics.skipped) == (0, 0, 0, 1)
+    for name in ("params", "opt_state", "frozen"):
+        assert_bits_equal(getattr(after, name), getattr(before, name))
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (2, 1, 0)
+    one = empty | {"weights": empty["weights"].copy()}
+    one["weights"].flat[-1] = 1e-6  # a single token, of hardly any weight
+    learned, metrics = program()(after, one)
+    assert int(learned.skipped) == 1 and float(metrics.weight) > 0
+    assert not np.array_equal(learned.params["table"], after.params["table"])
+
+
+def test_a_step_without_a_predicted_token_neither_ends_nor_lengthens_a_row_of_bad_ones():
+    bad, empty = rows(), rows() | {"weights": np.zeros((1, ROWS, LENGTH), np.float32)}
+    state, counts = start(), []
+    for objective, batch in ((infinite_loss, bad), (squares, empty), (infinite_loss, empty), (squares, bad)):
+        state, metrics = program(objective)(state, batch)
+        counts.append((int(metrics.skipped), int(metrics.skipped_in_a_row)))
+    assert counts == [(1, 1), (2, 1), (3, 2), (3, 0)]
 
 
 def test_each_micro_batch_has_its_own_key_and_each_step():

@@ -18,6 +18,8 @@ class Recorded:
 
     def __init__(self, stop_at: int | None = None, in_a_row: dict[int, int] | None = None, fail_in: str = ""):
         self.events: list[str] = []
+        self.said: list[str] = []
+        self.extras: dict[int, dict] = {}
         self._stop_at, self._in_a_row, self._fail_in = stop_at, in_a_row or {}, fail_in
         self._newest: tuple[int, dict] | None = None
 
@@ -55,8 +57,12 @@ class Recorded:
     def event(self, name, **fields):
         self._happened(f"event {name} {fields}")
 
+    def say(self, text):
+        self.said.append(text)
+
     def save(self, step, tree, extra=None):
         assert int(tree.step) == step  # the state after the step
+        self.extras[step] = extra
         self._happened(f"save {step}")
 
     def poll(self):
