@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     Model = Any
 
+importlib.import_module("phijax.storage.local_paths").mend()
+
 
 def load(path: Any, **options: Any) -> "Model":
     """Opens a checkpoint (a run of ours, a Hugging Face folder, a GGUF file) for use: phijax.library.load.

@@ -26,7 +26,7 @@ STEPS = [
     {"data", "inference", "checkpoint"},
     {"quantization"},
     {"model"},
-    {"text", "parallel", "report"},
+    {"text", "parallel", "report", "storage"},
     {"errors"},
 ]
 IMPORT_EXCEPTIONS: dict[tuple[str, str], str] = {}  # (file, imported module): the reason
