@@ -15,11 +15,12 @@ def is_local(path: epath.Path) -> bool:
 
 
 def prepare_store(path: epath.Path) -> None:
-    """Before the first look at a bucket: its client must be here, and must not answer out of its memory.
+    """Before the first look at a run's folder: a bucket's client must be here, and must not answer out of its memory.
 
     gcsfs keeps a folder's first listing for ever, while TensorStore and other processes write into it.
-    Raises: UserError where the client is missing.
+    Raises: UserError where the client is missing, and for a name as `check_name`.
     """
+    check_name(path, orbax=True)
     if is_local(path):
         return
     try:
