@@ -18,11 +18,25 @@ from absl import flags
 
 from phijax import errors
 from phijax.parallel import hardware
+from phijax.storage.named import named
 
 # Full, read-only and forbidden disks may show anywhere, and are no bugs of ours.
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _EXIT_UNREAD = 141  # as a shell says of a command that SIGPIPE ended
 _HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
+
+
+def define_path(name: str, help: str, flag_values: flags.FlagValues) -> None:
+    """A flag that names a file or folder, None by default; `~` is the home folder in it."""
+    flags.DEFINE(_Path(), name, None, help, flag_values)
+
+
+class _Path(flags.ArgumentParser):
+    def parse(self, argument: str) -> str:
+        return named(argument)
+
+    def flag_type(self) -> str:
+        return "path"
 
 
 def run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues = flags.FLAGS) -> NoReturn:

@@ -19,6 +19,7 @@ from phijax.model import params
 from phijax.model.quantized import Quantized
 from phijax.parallel import sharding
 from phijax.quantization.policy import summed_axis
+from phijax.storage.named import named
 
 __all__ = ["Opened", "load_params", "open_checkpoint"]
 
@@ -28,7 +29,7 @@ def open_checkpoint(path: epath.PathLike) -> Opened:
 
     Raises: UserError that names what was looked for; for what is damaged, hostile, or of an unknown architecture.
     """
-    path = epath.Path(path)
+    path = epath.Path(named(path))
     if not path.exists():
         hub = not path.is_absolute() and len(path.parts) == 2
         raise UserError(
