@@ -159,6 +159,7 @@ def _chat(model, sampling) -> None:
             continue
         asked = [*messages, {"role": "user", "content": line}]
         try:
+            _check_text(line)
             answer = _print_pieces(model.stream_chat(asked, sampling))
         except UserError as error:  # as a conversation that has become too long
             print(f"{error}\n/new begins another conversation.", file=sys.stderr)

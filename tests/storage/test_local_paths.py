@@ -51,3 +51,15 @@ local_paths.mend()
 assert type(epath.Path("/")).glob is before and hasattr(before, "__wrapped__")
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_text_is_utf_8_in_every_locale(tmp_path):
+    program = f"""
+import phijax
+from etils import epath
+file = epath.Path({str(tmp_path / "text")!r})
+file.write_text("na\\u00efve \\u4e2d")
+assert file.read_bytes() == "na\\u00efve \\u4e2d".encode() and file.read_text() == "na\\u00efve \\u4e2d"
+"""
+    environment = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
