@@ -52,8 +52,10 @@ def main(arguments: list[str]) -> int:
     from phijax.checkpoint import manifest, quantized_export, staging
     from phijax.checkpoint.open import open_checkpoint
     from phijax.checkpoint.ours import QUALITY_FILE
+    from phijax.parallel.mesh import check_32_bits
     from phijax.quantization import policy, report
 
+    check_32_bits()
     opened = open_checkpoint(FLAGS.checkpoint)
     quantized_export.refuse_quantized(opened)
     assigned = policy.assign(opened.model, policy.parse(FLAGS.scheme))
