@@ -51,6 +51,8 @@ def open_checkpoint(path: epath.PathLike) -> Opened:
     files = [file for file in path.iterdir() if file.suffix == ".gguf"]
     if len(files) == 1:  # what `phijax export --format=gguf` writes
         return open_checkpoint(files[0])
+    if files:
+        raise UserError(f"{path} has {len(files)} GGUF files. Give the one you mean: {min(files, key=str)}, say.")
     if any((path / name).exists() for name in ADAPTER_FILES):
         raise UserError(f"{path} is an adapter, not a model. Merge it into its model (merge_and_unload of peft) first.")
     raise UserError(f"{path} is no checkpoint: it has {_listing(path)}.\n{LOOKED_FOR}")
