@@ -15,8 +15,8 @@ from phijax import command
 from phijax.errors import EXIT_DONE, EXIT_RESTART, EXIT_USER_ERROR, UserError
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("config", None, "Experiment file; --config.KEY=VALUE changes one key of it.", flag_values=FLAGS)
-flags.DEFINE_string("workdir", None, "Folder (local or gs://) of the run: checkpoints, metrics.", flag_values=FLAGS)
+command.define_path("config", "Experiment file; --config.KEY=VALUE changes one key of it.", FLAGS)
+command.define_path("workdir", "Folder (local or gs://) of the run: checkpoints, metrics.", FLAGS)
 flags.DEFINE_boolean("print_config", False, "Print the resolved config as JSON and stop.", flag_values=FLAGS)
 flags.DEFINE_boolean(
     "dry_run", False, "Print the plan, check the shards, read one batch, train nothing.", flag_values=FLAGS

@@ -16,8 +16,8 @@ from phijax import command
 from phijax.errors import EXIT_DONE, EXIT_USER_ERROR, RunFailure, UserError
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("config", None, "Experiment file: mesh, memory, disk and data are compared.", flag_values=FLAGS)
-flags.DEFINE_string("workdir", None, "Folder (local or gs://) of the run; written to and read back.", flag_values=FLAGS)
+command.define_path("config", "Experiment file: mesh, memory, disk and data are compared.", FLAGS)
+command.define_path("workdir", "Folder (local or gs://) of the run; written to and read back.", FLAGS)
 flags.DEFINE_integer("time_limit", 180, "Seconds until the verdict, whatever hangs.", flag_values=FLAGS, lower_bound=4)
 flags.DEFINE_integer("devices", None, "How many there must be, where no config says it.", flag_values=FLAGS)
 flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where JAX cannot find it.", flag_values=FLAGS)

@@ -27,7 +27,7 @@ STEPS = [
     {"data", "inference", "checkpoint"},
     {"quantization"},
     {"model"},
-    {"text", "parallel", "report"},
+    {"text", "parallel", "report", "storage"},
     {"errors", "distribution"},
 ]
 IMPORT_EXCEPTIONS: dict[tuple[str, str], str] = {}  # (file, imported module): the reason

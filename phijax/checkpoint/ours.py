@@ -125,8 +125,7 @@ def described(path: str, shape: tuple[int, ...], scheme: Scheme) -> list[dict]:
 
 def array_spec(state: epath.Path, path: str) -> dict[str, Any]:
     """How TensorStore finds one array of what Orbax writes: zarr inside an OCDBT database."""
-    base = f"file://{state}/" if durable.is_local(state) else f"{state}/"
-    return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{path}/"}}
+    return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": durable.kvstore(state), "path": f"{path}/"}}
 
 
 def is_ours(path: epath.Path) -> bool:
