@@ -61,8 +61,8 @@ def train(config) -> int:
     def run() -> int:
         from etils import epath
 
-        from phijax import run
         from phijax.checkpoint import lock
+        from phijax.run import assemble
         from phijax.training import compile_cache
 
         workdir = epath.Path(FLAGS.workdir)
@@ -74,7 +74,7 @@ def train(config) -> int:
             lock.abandon(workdir)
 
         with command.left_on_sigterm(abandon) if world.count == 1 else contextlib.nullcontext():
-            outcome = run.train(config, workdir)
+            outcome = assemble.train(config, workdir)
         processes.finish(config.processes.shutdown_timeout)
         return EXIT_RESTART if outcome.stopped else EXIT_DONE
 
@@ -86,13 +86,14 @@ def dry_run(config) -> int:
     import jax
     from etils import epath
 
-    from phijax import run, start
     from phijax.checkpoint import reading
     from phijax.checkpoint.ours import CHECKPOINTS_FOLDER
     from phijax.parallel.hardware import a_chip_with, generation
     from phijax.parallel.mesh import mesh_shape
     from phijax.parallel.sharding import MESH_AXES
     from phijax.planning import summary
+    from phijax.run import recipe as recipes
+    from phijax.run import start
 
     asked = [getattr(config.mesh, name) for name in MESH_AXES]
     here = jax.device_count() if -1 in asked or math.prod(asked) == jax.device_count() else 0
@@ -101,12 +102,12 @@ def dry_run(config) -> int:
     platform = jax.default_backend() if here else "tpu"
     chip = generation(jax.devices()[0].device_kind) if here else a_chip_with(config.compiler)
     workdir = epath.Path(FLAGS.workdir) if FLAGS.workdir else None
-    recipe = run.make_recipe(config, sizes, platform, chip, start.resolve(config, workdir))
-    shapes = run.shapes_by_phase(config)
+    recipe = recipes.make_recipe(config, sizes, platform, chip, start.resolve(config, workdir))
+    shapes = recipes.shapes_by_phase(config)
     print("\n".join(summary.describe(recipe, sizes, shapes)))
     try:
-        plan = run.open_plan(config, recipe.model)
-        run.open_evaluation(config, recipe.model, plan, sizes)
+        plan = recipes.open_plan(config, recipe.model)
+        recipes.open_evaluation(config, recipe.model, plan, sizes)
     except UserError as error:
         print(f"error: data: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

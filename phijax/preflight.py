@@ -87,13 +87,14 @@ def needs_of(config):
     import jax
     from etils import epath
 
-    from phijax import run, start
     from phijax.checkpoint.host_memory import bytes_held_by_save, bytes_on_host
     from phijax.parallel.hardware import generation
     from phijax.parallel.mesh import make_mesh
     from phijax.readiness.agreement import Facts
     from phijax.readiness.check import FAIL, OK, Check
     from phijax.readiness.inspection import Needs
+    from phijax.run import recipe as recipes
+    from phijax.run import start
     from phijax.training.program import abstract_state
 
     if config is None:
@@ -102,7 +103,7 @@ def needs_of(config):
     try:
         mesh, device = make_mesh(config.mesh, jax.devices()), jax.devices()[0]
         model = start.resolve(config, epath.Path(FLAGS.workdir))
-        recipe = run.make_recipe(config, dict(mesh.shape), device.platform, generation(device.device_kind), model)
+        recipe = recipes.make_recipe(config, dict(mesh.shape), device.platform, generation(device.device_kind), model)
         state = abstract_state(recipe, mesh)
     except UserError as error:
         return dataclasses.replace(needs, checks=(Check("config", FAIL, str(error)),))
@@ -110,10 +111,10 @@ def needs_of(config):
     checks = [Check("config", OK, f"mesh {sizes}, attention {recipe.backend.attention}, remat {recipe.backend.remat}")]
     shards, data = 0, Facts()
     try:
-        plan = run.open_plan(config, recipe.model)
-        held_out = run.open_evaluation(config, recipe.model, plan, dict(mesh.shape))
+        plan = recipes.open_plan(config, recipe.model)
+        held_out = recipes.open_evaluation(config, recipe.model, plan, dict(mesh.shape))
         plan.read(plan.place(0, 0), plan.phases[0].sequence_length)
-        data = run.data_facts(plan, held_out)
+        data = recipes.data_facts(plan, held_out)
         shards = sum(len(source.manifest.shards) for source in plan.sources.values())
         shards += sum(len(one.shards.manifest.shards) for one in held_out)
         checks.append(Check("data", OK, f"folders: {len(plan.sources) + len(held_out)}, shards: {shards}, a row read"))
