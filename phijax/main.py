@@ -12,7 +12,7 @@ import sys
 from absl import flags
 
 from phijax import command
-from phijax.errors import EXIT_DONE, EXIT_RESTART, EXIT_USER_ERROR, UserError
+from phijax.errors import EXIT_CRASH, EXIT_DONE, EXIT_RESTART, EXIT_USER_ERROR, RunFailure, UserError
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("config", None, "Experiment file; --config.KEY=VALUE changes one key of it.", flag_values=FLAGS)
@@ -70,6 +70,7 @@ def dry_run(config) -> int:
     import jax
 
     from phijax import run
+    from phijax.data import verification
     from phijax.parallel.hardware import a_chip_with, generation
     from phijax.parallel.mesh import mesh_shape
     from phijax.parallel.sharding import MESH_AXES
@@ -86,14 +87,17 @@ def dry_run(config) -> int:
     print("\n".join(summary.describe(recipe, sizes, shapes)))
     try:
         plan = run.open_plan(config, recipe.model)
-        run.open_evaluation(config, recipe.model, plan, sizes)
-    except UserError as error:
+        sets = run.open_evaluation(config, recipe.model, plan, sizes)
+        files = run.shard_files(plan, sets)
+        checked = verification.look(files, FLAGS.workdir, seconds=60) if config.data.verify else verification.SIZES
+    except (UserError, RunFailure) as error:
         print(f"error: data: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASH
     for path, epochs in plan.epochs().items():
         unused = plan.unused_records(path)
         tails = f"; {unused:,} at the ends of shards fill no row" if unused else ""
         print(f"data: {path}: {plan.sources[path].num_records:,} records, seen {epochs:.3g} times{tails}")
+    print(checked)
     phase = plan.phases[0]
     weight = sum(
         float(plan.read(plan.place(0, index), phase.sequence_length)["weights"].sum())

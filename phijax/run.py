@@ -22,9 +22,12 @@ from phijax.checkpoint.run_state import RunCheckpoints
 from phijax.config import Config
 from phijax.data import loader, mixture
 from phijax.data.batch import batch_shape, check_batch
+from phijax.data.checking import DataCheck
+from phijax.data.gate import Gate
 from phijax.data.loader import Loader
 from phijax.data.rows import Plan, RowIndex
 from phijax.data.shards import Shards
+from phijax.data.verification import ShardFile
 from phijax.errors import UserError
 from phijax.evaluation.held_out import HeldOut, check_sets
 from phijax.model import params
@@ -134,7 +137,11 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     identity = {"model": dataclasses.asdict(recipe.model), "data": loader.fingerprint(plan)}
-    with WriterLock(workdir, break_lock=config.checkpoint.break_lock, log=say) as lock:
+    files = shard_files(plan, sets) if config.data.verify else []
+    with (
+        WriterLock(workdir, break_lock=config.checkpoint.break_lock, log=say) as lock,
+        DataCheck(files, workdir) as check,  # reads while the run is restored and compiled
+    ):
         checkpoints = RunCheckpoints(
             workdir / CHECKPOINTS_FOLDER, config.checkpoint, identity=identity, lock=lock, log=say
         )
@@ -147,7 +154,7 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         checkpoints.check_host_memory(program.abstract_state(recipe, mesh))
         state = begin(config, recipe, mesh, checkpoints, first_step, next(iter(plan.sources.values())).made_with, say)
         with open_report(config, workdir, recipe, plan, sets, first_step, mesh) as report:
-            outcome = run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step)
+            outcome = run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step, check, say)
         if not outcome.stopped and jax.process_index() == 0:
             say(f"done: {outcome.step} steps")
             for line in summarise(workdir / "metrics.jsonl", guessing(recipe.model, sets)):
@@ -197,7 +204,7 @@ def check_start(opened: Opened, model: ModelConfig, made_with: MadeWith) -> list
     return lines
 
 
-def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step) -> loop.Outcome:
+def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step, check, say) -> loop.Outcome:
     pace = loop.Pace(
         recipe.total_steps,
         config.evaluation.every_steps,
@@ -205,6 +212,15 @@ def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, fi
         config.optimizer.max_skipped_steps,
     )
     stop, watchdog = StopSignal(), Watchdog(config.processes.watchdog_seconds)
+    gate = Gate(
+        check,
+        first_step=first_step,
+        total_steps=recipe.total_steps,
+        asked_to_stop=stop.asked,
+        beat=watchdog.beat,
+        pause=report.pause,
+        say=say,
+    )
     try:
         return loop.train(
             state,
@@ -214,6 +230,7 @@ def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, fi
             evaluators=[make_evaluator(recipe, mesh, held_out, config.evaluation.max_rows) for held_out in sets],
             report=report,
             checkpoints=checkpoints,
+            gate=gate,
             stop=stop,
             watchdog=watchdog,
         )
@@ -237,6 +254,12 @@ class Programs:
                 lowered = program.lower_train_step(self._recipe, self._mesh, shape)
                 self._compiled[shape] = program.compile_with_options(lowered, self._recipe)
         return self._compiled[shape]
+
+
+def shard_files(plan: Plan, sets: list[EvaluationSet]) -> list[ShardFile]:
+    """Of all that is trained on and evaluated, each once."""
+    folders = [*plan.sources.values(), *(held_out.shards for held_out in sets)]
+    return list({file.path: file for shards in folders for file in shards.files()}.values())
 
 
 def make_evaluator(recipe: Recipe, mesh, held_out: EvaluationSet, max_rows: int | None) -> HeldOut:
