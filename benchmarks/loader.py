@@ -75,7 +75,7 @@ def main(_) -> None:
         folder = pathlib.Path(temporary)
         write(folder)
         phase = Phase(FLAGS.steps + 3, FLAGS.length, FLAGS.batch_size, (Source(str(folder)),))
-        plan = Plan([phase], {str(folder): Shards.open(folder)}, seed=0)
+        plan = Plan([phase], {str(folder): Shards.open(folder)}, seed=0, begin=None)
         config = DataConfig((phase,), read_threads=FLAGS.threads, read_ahead=2 * FLAGS.threads)
         loader = Loader(plan, config, make_mesh(MeshConfig(), jax.devices()[:1]))
         seconds, before = [], time.perf_counter()

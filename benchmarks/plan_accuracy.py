@@ -1,7 +1,7 @@
 """How far the plan's analytic figures are from compiled ones: python benchmarks/plan_accuracy.py [CASE ...]
 
-Each case is compiled for its slice by the TPU compiler (pip install 'phijax[tpu]'; a minute or two and 3 to 6 GB each)
-and set beside what `phijax.planning.analytic` says from shapes alone. Nothing is run.
+Each case is compiled for its slice by the TPU compiler (.venv/bin/pip install -e '.[tpu]'; a minute or two and 3 to
+6 GB each) and set beside what `phijax.planning.analytic` says from shapes alone. Nothing is run.
 """
 
 import argparse

@@ -44,7 +44,7 @@ install() {
     refuse "what code? --ref=COMMIT --repository=URL, or --wheel=FILE"
   fi
   [[ -d "$home/.venv" ]] || run "${uv[@]}" venv --quiet --python="$python" "$home/.venv"
-  run "${uv[@]}" pip install --quiet --python="$home/.venv/bin/python" --reinstall-package=phijax "$source"
+  run "${uv[@]}" pip install --quiet --python="$home/.venv/bin/python" --reinstall-package=phijax-lm "$source"
   if [[ -n "$experiment" ]]; then run mkdir -p "$home/experiments"; run cp "$HOME/$(basename "$experiment")" "$home/experiments/"; fi
   run "$home/.venv/bin/python" -c "import phijax, jax; print('phijax with jax', jax.__version__)"
 }

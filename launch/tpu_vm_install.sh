@@ -2,7 +2,7 @@
 # Puts phijax, and if asked the shards, onto every worker of every slice of a TPU VM.
 #
 #   launch/tpu_vm_install.sh --name=NAME --zone=ZONE --ref=COMMIT --repository=URL      # one commit of a git repository
-#   launch/tpu_vm_install.sh --name=NAME --zone=ZONE --wheel=dist/phijax-0.1.0-py3-none-any.whl --experiment=FILE
+#   launch/tpu_vm_install.sh --name=NAME --zone=ZONE --wheel=dist/phijax_lm-0.1.0-py3-none-any.whl --experiment=FILE
 #
 #   --ref, --repository  the workers fetch exactly this commit or tag; experiments/ lies in it
 #   --wheel              made by `pip wheel --no-deps .`; copied to the workers, for code that is not pushed anywhere

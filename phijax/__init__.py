@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     Model = Any
+    __version__: str
 
 
 def load(path: Any, **options: Any) -> "Model":
@@ -16,3 +17,10 @@ def load(path: Any, **options: Any) -> "Model":
     if "jax" not in sys.modules:
         importlib.import_module("phijax.parallel.hardware").prepare_cpu()
     return importlib.import_module("phijax.library").load(path, **options)
+
+
+def __getattr__(name: str) -> Any:
+    """`__version__`, looked up when it is asked for."""
+    if name == "__version__":
+        return importlib.import_module("phijax.distribution").version()
+    raise AttributeError(f"module 'phijax' has no attribute {name!r}")

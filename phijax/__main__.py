@@ -1,6 +1,6 @@
 """phijax VERB [--flags]: train the phi-3 family in JAX.
 
-Verbs (`phijax VERB --help` lists the flags of one):
+`phijax --version` says which. Verbs (`phijax VERB --help` lists the flags of one):
   main     train: --config=experiments/tiny.py --workdir=DIR
   prepare  raw text -> token shards: --input=GLOB --output=DIR
   generate text from any checkpoint: --checkpoint=ANY --prompt=TEXT

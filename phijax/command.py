@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from absl import flags
 
-from phijax import errors
+from phijax import distribution, errors
 from phijax.parallel import hardware
 
 # Full, read-only and forbidden disks may show anywhere, and are no bugs of ours.
@@ -37,6 +37,8 @@ def run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues =
     Exit codes: `phijax.errors.EXIT_*`.
     """
     warnings.formatwarning = _our_warnings_alone(warnings.formatwarning)
+    if stranger := distribution.foreign():
+        print(f"warning: {stranger}", file=sys.stderr)
     code = _exit_code(main, flag_values)
     logging.shutdown()
     sys.stdout.flush()
@@ -146,6 +148,9 @@ def _help_or_main(main: Callable[[list[str]], int | None], flag_values: flags.Fl
     before_flags_end = sys.argv[: sys.argv.index("--")] if "--" in sys.argv else sys.argv
     if any(argument in _HELP for argument in before_flags_end[1:]):
         print(_help_text(main, flag_values))
+        return errors.EXIT_DONE
+    if "--version" in before_flags_end[1:]:
+        print(f"phijax {distribution.version()}")
         return errors.EXIT_DONE
     _, *positional = flag_values(sys.argv)
     return main(positional) or errors.EXIT_DONE

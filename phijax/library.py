@@ -11,6 +11,7 @@ from etils import epath
 
 from phijax.checkpoint.open import load_params, open_checkpoint
 from phijax.checkpoint.opened import Opened
+from phijax.checkpoint.tokenizer_files import chat_template_of
 from phijax.errors import UserError
 from phijax.inference.generator import Generator, Piece
 from phijax.inference.kept import Kept
@@ -77,23 +78,33 @@ def load(
         mesh,
         max_length,
         stop_ids=_stop_ids(opened, tokenizer),
-        begin=_begin(opened, tokenizer),
+        begin=opened.begin,
         long_rope=long_rope,
         cache_dtype=cache_dtype,
     )
-    return Model(generator, opened.chat_template, without_tokenizer=missing)
+    bos = opened.begin[0] if opened.begin else opened.extra.get("bos_id")
+    template = opened.chat_template
+    if opened.kind == "phijax" and tokenizer is not None:  # a run chats as what is exported from it does
+        template = chat_template_of(opened, tokenizer)
+    return Model(generator, template, bos=bos, without_tokenizer=missing)
 
 
 class Model:
     """A model in memory, with what travels with its weights."""
 
     def __init__(
-        self, generator: Generator, chat_template: str | None = None, *, without_tokenizer: UserError | None = None
+        self,
+        generator: Generator,
+        chat_template: str | None = None,
+        *,
+        bos: int | None = None,
+        without_tokenizer: UserError | None = None,
     ):
+        """Args: bos: the id that a chat template may ask for; texts begin as the generator says."""
         self.generator = generator
         self.config = generator.model
         self.tokenizer = generator.tokenizer
-        self._template, self._without_tokenizer = chat_template, without_tokenizer
+        self._template, self._bos, self._without_tokenizer = chat_template, bos, without_tokenizer
         self._format: chats.ChatFormat | None = None
         self._kept = Kept()
 
@@ -146,7 +157,7 @@ class Model:
         """Raises: UserError where the checkpoint has no chat template, or one that is not known."""
         if self._format is None:
             self._need_tokenizer(True)
-            self._format = chats.recognise(self._template, self.tokenizer)
+            self._format = chats.recognise(self._template, self.tokenizer, self._bos)
         if self._format is None:
             known = ", ".join(form.name for form in chats.FORMATS)
             what = "has no chat template" if self._template is None else "has a chat template that is none of ours"
@@ -196,12 +207,3 @@ def _sampling(sampling: Sampling | None, settings: dict) -> Sampling:
 def _stop_ids(opened: Opened, tokenizer: TextTokenizer | None) -> tuple[int, ...]:
     """What the checkpoint says; a run of ours says nothing and ends texts as its data does."""
     return opened.stop_ids or (() if tokenizer is None else (tokenizer.end_of_text,))
-
-
-def _begin(opened: Opened, tokenizer: TextTokenizer | None) -> tuple[int, ...]:
-    """What stands before a text: in our data the end of another; elsewhere the BOS, if the checkpoint adds one."""
-    if tokenizer is None:
-        return ()
-    if opened.kind == "phijax" and not opened.stop_ids:
-        return (tokenizer.end_of_text,)
-    return (opened.extra["bos_id"],) if opened.extra.get("add_bos") and "bos_id" in opened.extra else ()

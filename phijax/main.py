@@ -29,19 +29,30 @@ flags.DEFINE_integer("process_id", None, "Number of this process, where JAX cann
 def main(arguments: list[str], overrides: list[tuple[str, str]]) -> int:
     from phijax import config as configs
 
+    if FLAGS.print_config or FLAGS.dry_run:  # these meet no other process
+        config = checked_config(arguments, overrides)
+        if FLAGS.print_config:
+            print(json.dumps(configs.to_dict(config), indent=2))
+            return EXIT_DONE
+        return dry_run(config)
+    from phijax.parallel import failure
+
+    with failure.told_to_all(FLAGS.coordinator_address, FLAGS.process_count, FLAGS.process_id):
+        config = checked_config(arguments, overrides)
+        if not FLAGS.workdir:
+            raise UserError("Where to? --workdir=DIR keeps checkpoints and metrics, and is where a run goes on.")
+    return train(config)
+
+
+def checked_config(arguments: list[str], overrides: list[tuple[str, str]]):
+    """The config that the command line gives. Raises: UserError."""
+    from phijax import config as configs
+
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag. --help lists them.")
     if not FLAGS.config:
         raise UserError("Which experiment? --config=experiments/tiny.py, say. --help lists all flags.")
-    config = configs.load(FLAGS.config, overrides)
-    if FLAGS.print_config:
-        print(json.dumps(configs.to_dict(config), indent=2))
-        return EXIT_DONE
-    if FLAGS.dry_run:
-        return dry_run(config)
-    if not FLAGS.workdir:
-        raise UserError("Where to? --workdir=DIR keeps checkpoints and metrics, and is where a run goes on.")
-    return train(config)
+    return configs.load(FLAGS.config, overrides)
 
 
 def train(config) -> int:
@@ -52,12 +63,17 @@ def train(config) -> int:
 
         from phijax import run
         from phijax.checkpoint import lock
+        from phijax.training import compile_cache
 
         workdir = epath.Path(FLAGS.workdir)
         world = processes.start(config.processes, FLAGS.coordinator_address, FLAGS.process_count, FLAGS.process_id)
+
         # Several processes have JAX's own handler from here on: they stop together at the loop's first step.
-        alone = command.left_on_sigterm(lambda: lock.abandon(workdir)) if world.count == 1 else contextlib.nullcontext()
-        with alone:
+        def abandon() -> None:
+            compile_cache.abandon(workdir)
+            lock.abandon(workdir)
+
+        with command.left_on_sigterm(abandon) if world.count == 1 else contextlib.nullcontext():
             outcome = run.train(config, workdir)
         processes.finish(config.processes.shutdown_timeout)
         return EXIT_RESTART if outcome.stopped else EXIT_DONE
@@ -71,6 +87,7 @@ def dry_run(config) -> int:
 
     from phijax import run
     from phijax.data import verification
+    from phijax.data.shards import files_of
     from phijax.parallel.hardware import a_chip_with, generation
     from phijax.parallel.mesh import mesh_shape
     from phijax.parallel.sharding import MESH_AXES
@@ -88,7 +105,7 @@ def dry_run(config) -> int:
     try:
         plan = run.open_plan(config, recipe.model)
         sets = run.open_evaluation(config, recipe.model, plan, sizes)
-        files = run.shard_files(plan, sets)
+        files = files_of([*plan.sources.values(), *(held_out.shards for held_out in sets)])
         checked = verification.look(files, FLAGS.workdir, seconds=60) if config.data.verify else verification.SIZES
     except (UserError, RunFailure) as error:
         print(f"error: data: {error}", file=sys.stderr)

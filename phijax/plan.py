@@ -1,9 +1,9 @@
 """Plans a run on TPUs that are not rented yet: python -m phijax.plan --config=FILE --topology=v5p:4x4x8
 
-Compiles the very train step for that slice on this machine (pip install 'phijax[tpu]' brings the compiler; a minute or
-two, 3 to 6 GB) and says whether it fits, how long it takes and what it costs. Without the compiler, or with
---analytic, the figures are from shapes alone and say so. Exit codes: 0 it fits, 3 it does not, 2 the user's error, 75 a
-search was interrupted (its table so far is printed).
+Compiles the very train step for that slice on this machine (.venv/bin/pip install -e '.[tpu]' in the checkout brings
+the compiler; a minute or two, 1 to 2 GB) and says whether it fits, how long it takes and what it costs. Without the
+compiler, or with --analytic, the figures are from shapes alone and say so. Exit codes: 0 it fits, 3 it does not, 2 the
+user's error, 75 a search was interrupted (its table so far is printed).
 """
 
 import contextlib

@@ -9,6 +9,7 @@ from phijax import config as configs
 from phijax import run
 from phijax.checkpoint.host_memory import SYNCHRONOUS_LIMIT_GB, bytes_held_by_save, bytes_on_host
 from phijax.config import Config
+from phijax.distribution import install_hint
 from phijax.errors import UserError
 from phijax.model import params
 from phijax.model.config import resolve_model
@@ -35,7 +36,7 @@ class How:
 
     def can_compile(self) -> bool:
         if self.compiling and not topology.has_compiler():
-            self.say("The TPU compiler is not here (pip install 'phijax[tpu]'): figures are from shapes.")
+            self.say(f"The TPU compiler is not here ({install_hint('tpu')}): figures are from shapes.")
             return False
         return self.compiling
 

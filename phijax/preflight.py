@@ -7,8 +7,6 @@ that hangs is named.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
 import time
 
@@ -28,8 +26,17 @@ flags.DEFINE_integer("process_id", None, "Number of this process, where JAX cann
 
 
 def main(arguments: list[str], overrides: list[tuple[str, str]]) -> int:
+    from phijax.parallel import failure, processes
+
+    given = (FLAGS.coordinator_address, FLAGS.process_count, FLAGS.process_id)
+    with failure.told_to_all(*given, timeout=FLAGS.time_limit / 2):
+        config = checked_config(arguments, overrides)
+    processes.guard(lambda: run_checks(config))
+
+
+def checked_config(arguments: list[str], overrides: list[tuple[str, str]]):
+    """The config, None where none is given. Raises: UserError."""
     from phijax import config as configs
-    from phijax.parallel import processes
 
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag. --help lists them.")
@@ -37,14 +44,14 @@ def main(arguments: list[str], overrides: list[tuple[str, str]]) -> int:
         raise UserError("Where will the run be? --workdir=DIR is written to and read by every process.")
     if overrides and not FLAGS.config:
         raise UserError("--config.KEY=VALUE changes a key of --config=FILE, which is missing.")
-    config = configs.load(FLAGS.config, overrides) if FLAGS.config else None
-    processes.guard(lambda: run_checks(config))
+    return configs.load(FLAGS.config, overrides) if FLAGS.config else None
 
 
 def run_checks(config) -> int:
     """All processes together; the verdict as an exit code."""
     from etils import epath
 
+    from phijax import config as configs
     from phijax.checkpoint import durable
     from phijax.parallel import processes
     from phijax.readiness import check, inspection
@@ -59,28 +66,20 @@ def run_checks(config) -> int:
     try:
         world = processes.start(limits, FLAGS.coordinator_address, FLAGS.process_count, FLAGS.process_id)
         limit.restart(half, world.index, world.count)  # a moment that is the same for all
+        plain = configs.to_dict(config) if config else {}
         checks = inspection.inspect(
-            world, limit, epath.Path(FLAGS.workdir), config_digest(config), lambda: needs_of(config), FLAGS.devices
+            world, limit, epath.Path(FLAGS.workdir), plain, lambda: needs_of(config), FLAGS.devices
         )
         if world.index == 0:
             print("\n".join(check.table(checks, time.monotonic() - started)), flush=True)
         processes.finish(limit.left)
-    except RunFailure as failure:
+    except (RunFailure, UserError) as failure:
         print(f"NOT READY: {limit.check}: {failure}", flush=True)
         limit.part()
         return EXIT_USER_ERROR
     finally:
         limit.close()
     return EXIT_DONE if check.ready(checks) else EXIT_USER_ERROR
-
-
-def config_digest(config) -> str:
-    """Twelve hex digits over every key of the config; "none" without one."""
-    from phijax import config as configs
-
-    if config is None:
-        return "none"
-    return hashlib.sha256(json.dumps(configs.to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def needs_of(config):
@@ -91,6 +90,7 @@ def needs_of(config):
     from phijax.checkpoint.host_memory import bytes_held_by_save, bytes_on_host
     from phijax.parallel.hardware import generation
     from phijax.parallel.mesh import make_mesh
+    from phijax.readiness.agreement import Facts
     from phijax.readiness.check import FAIL, OK, Check
     from phijax.readiness.inspection import Needs
     from phijax.training.program import abstract_state
@@ -106,11 +106,12 @@ def needs_of(config):
         return dataclasses.replace(needs, checks=(Check("config", FAIL, str(error)),))
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
     checks = [Check("config", OK, f"mesh {sizes}, attention {recipe.backend.attention}, remat {recipe.backend.remat}")]
-    shards = 0
+    shards, data = 0, Facts()
     try:
         plan = run.open_plan(config, recipe.model)
         held_out = run.open_evaluation(config, recipe.model, plan, dict(mesh.shape))
         plan.read(plan.place(0, 0), plan.phases[0].sequence_length)
+        data = run.data_facts(plan, held_out)
         shards = sum(len(source.manifest.shards) for source in plan.sources.values())
         shards += sum(len(one.shards.manifest.shards) for one in held_out)
         checks.append(Check("data", OK, f"folders: {len(plan.sources) + len(held_out)}, shards: {shards}, a row read"))
@@ -122,6 +123,7 @@ def needs_of(config):
         state_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         shards=shards,
         checks=tuple(checks),
+        data=data,
     )
 
 

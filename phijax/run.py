@@ -13,12 +13,14 @@ import jax
 from etils import epath
 
 from phijax import config as configs
-from phijax.checkpoint import durable
+from phijax.checkpoint import durable, reading
+from phijax.checkpoint.agreement import from_process_zero
 from phijax.checkpoint.lock import WriterLock
 from phijax.checkpoint.open import load_params, open_checkpoint
 from phijax.checkpoint.opened import Opened
 from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER
 from phijax.checkpoint.run_state import RunCheckpoints
+from phijax.checkpoint.sampled import sampled_digest
 from phijax.config import Config
 from phijax.data import loader, mixture
 from phijax.data.batch import batch_shape, check_batch
@@ -26,8 +28,7 @@ from phijax.data.checking import DataCheck
 from phijax.data.gate import Gate
 from phijax.data.loader import Loader
 from phijax.data.rows import Plan, RowIndex
-from phijax.data.shards import Shards
-from phijax.data.verification import ShardFile
+from phijax.data.shards import Shards, files_of
 from phijax.errors import UserError
 from phijax.evaluation.held_out import HeldOut, check_sets
 from phijax.model import params
@@ -39,13 +40,16 @@ from phijax.model.presets import PRESETS
 from phijax.parallel.hardware import compiler_options, generation, peak_flops
 from phijax.parallel.mesh import make_mesh
 from phijax.parallel.processes import StopSignal, Watchdog
+from phijax.readiness import agreement, host
+from phijax.readiness.agreement import Facts
 from phijax.report import baselines
 from phijax.report import config as logging
 from phijax.report import report as reports
 from phijax.report.report import Report
 from phijax.report.summary import summarise
 from phijax.text.tokenizer import TextTokenizer
-from phijax.training import loop, program
+from phijax.training import compile_cache, loop, program
+from phijax.training.compile_cache import CompileCache
 from phijax.training.program import BatchShape, Recipe
 from phijax.training.state import TrainState
 
@@ -94,9 +98,13 @@ def make_recipe(config: Config, sizes: dict[str, int], platform: str, chip: str 
 
 
 def open_plan(config: Config, model: ModelConfig) -> Plan:
-    """The rows of the run. Raises: UserError for what is missing, damaged, too short, or of another tokenizer."""
+    """The rows of the run, their segments beginning with end-of-text; `begin_of` says with what a run's do.
+
+    Raises: UserError for what is missing, damaged, too short, or of another tokenizer.
+    """
     sources = loader.open_sources(config.data.phases, vocab_size=model.vocab_size)
-    return Plan(config.data.phases, sources, seed=config.seed)
+    begin = next(iter(sources.values())).manifest.end_of_text
+    return Plan(config.data.phases, sources, seed=config.seed, begin=begin)
 
 
 def open_evaluation(config: Config, model: ModelConfig, plan: Plan, sizes: dict[str, int]) -> list[EvaluationSet]:
@@ -111,9 +119,16 @@ def open_evaluation(config: Config, model: ModelConfig, plan: Plan, sizes: dict[
         shards = loader.open_for_model(held_out.path, vocab_size=model.vocab_size)
         if shards.tokenizer_fingerprint != tokenizer:
             raise UserError(f"evaluation.sets: {held_out.path} was made with another tokenizer than the training data.")
-        RowIndex(shards, length, "evaluation", held_out.path)  # refuses a length that these shards cannot give
+        RowIndex(
+            shards, length, "evaluation", held_out.path, begin=plan.begin
+        )  # refuses a length that these shards cannot give
         sets.append(EvaluationSet(held_out.name, held_out.path, shards, (1, rows, length)))
     return sets
+
+
+def data_facts(plan: Plan, sets: list[EvaluationSet]) -> Facts:
+    """What must be the same on all processes of the data, wherever each has them."""
+    return agreement.of_data(loader.fingerprint(plan), [(one.path, one.shards.digest) for one in sets])
 
 
 def train(config: Config, workdir: epath.Path) -> loop.Outcome:
@@ -121,27 +136,38 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
 
     Raises: UserError before device memory is taken; loop.Diverged, SaveFailed while it runs.
     """
-    durable.prepare_store(workdir)
-    mesh = make_mesh(config.mesh, jax.devices())
-    sizes = dict(mesh.shape)
-    device = mesh.devices.flat[0]
-    recipe = make_recipe(config, sizes, device.platform, generation(device.device_kind))
-    plan = open_plan(config, recipe.model)
-    sets = open_evaluation(config, recipe.model, plan, sizes)
-    batches = Loader(plan, config.data, mesh)
+    alike = functools.partial(agreement.alike, seconds=config.processes.initialization_timeout)
+    with alike("config") as facts:
+        durable.prepare_store(workdir)
+        facts.add({f"version of {name}": version for name, version in host.versions().items()})
+        facts.add(agreement.of_config(configs.to_dict(config)))
+    with alike("data") as facts:
+        mesh = make_mesh(config.mesh, jax.devices())
+        sizes = dict(mesh.shape)
+        device = mesh.devices.flat[0]
+        recipe = make_recipe(config, sizes, device.platform, generation(device.device_kind))
+        plan = open_plan(config, recipe.model)
+        sets = open_evaluation(config, recipe.model, plan, sizes)
+        facts.update(data_facts(plan, sets))
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda text: None
     for text in params.check_mesh(recipe.model, sizes):
         say(f"warning: {text}")
     if recipe.options:
         say(f"options of the compiler: {recipe.options}")
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    identity = {"model": dataclasses.asdict(recipe.model), "data": loader.fingerprint(plan)}
-    files = shard_files(plan, sets) if config.data.verify else []
+    shards = [*plan.sources.values(), *(held_out.shards for held_out in sets)] if config.data.verify else []
     with (
         WriterLock(workdir, break_lock=config.checkpoint.break_lock, log=say) as lock,
-        DataCheck(files, workdir) as check,  # reads while the run is restored and compiled
+        compile_cache.opened(workdir, log=say) as programs,
+        DataCheck(files_of(shards), workdir) as check,  # reads while the run is restored and compiled
     ):
+        with alike("workdir") as facts:
+            seen = lock.is_seen(config.processes.initialization_timeout / 2)
+            facts.add({"--workdir": "holds the run's lock" if seen else "does not"}, {"--workdir": str(workdir)})
+        before = from_process_zero(lambda: reading.newest_identity(workdir / CHECKPOINTS_FOLDER))
+        start = open_start(config) if config.init_from and before is None else None
+        plan = plan.beginning_with(begin_of(plan, before, start))
+        batches = Loader(plan, config.data, mesh)
+        identity = {"model": dataclasses.asdict(recipe.model), "data": loader.fingerprint(plan)}
         checkpoints = RunCheckpoints(
             workdir / CHECKPOINTS_FOLDER, config.checkpoint, identity=identity, lock=lock, log=say
         )
@@ -152,9 +178,12 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
             keep_config(config, workdir, first_step, say)
             next(iter(plan.sources.values())).tokenizer().save(workdir / TOKENIZER_FOLDER)
         checkpoints.check_host_memory(program.abstract_state(recipe, mesh))
-        state = begin(config, recipe, mesh, checkpoints, first_step, next(iter(plan.sources.values())).made_with, say)
+        made_with = next(iter(plan.sources.values())).made_with
+        state = begin(config, recipe, mesh, checkpoints, first_step, start, made_with, say)
         with open_report(config, workdir, recipe, plan, sets, first_step, mesh) as report:
-            outcome = run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step, check, say)
+            outcome = run_loop(
+                config, recipe, mesh, state, batches, sets, checkpoints, report, programs, first_step, check, say
+            )
         if not outcome.stopped and jax.process_index() == 0:
             say(f"done: {outcome.step} steps")
             for line in summarise(workdir / "metrics.jsonl", guessing(recipe.model, sets)):
@@ -162,19 +191,46 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         return outcome
 
 
+def begin_of(plan: Plan, before: dict[str, Any] | None, start: Opened | None) -> int | None:
+    """The id that segments begin with (rows.make_row): as the run's own steps say, else as texts of `start` begin.
+
+    Where neither says anything it is end-of-text. Args: before: the identity that the newest step was saved with.
+    """
+    if before is not None:
+        return before["data"].get("begin")
+    if start is not None and len(start.begin) == 1:
+        with contextlib.suppress(UserError):  # a checkpoint without a tokenizer has no say in what its ids mean
+            if next(iter(plan.sources.values())).made_with(start.tokenizer()):
+                return start.begin[0]
+    return plan.begin
+
+
+def open_start(config: Config) -> Opened:
+    """The weights to start from, the same on all processes. Collective. Raises: UserError."""
+    with agreement.alike("start weights", config.processes.initialization_timeout) as facts:
+        facts.add({"init_from": sampled_digest(config.init_from)}, {"init_from": config.init_from})
+    return open_checkpoint(config.init_from)
+
+
 def begin(
-    config: Config, recipe: Recipe, mesh, checkpoints: RunCheckpoints, first_step: int, made_with: MadeWith, say
+    config: Config,
+    recipe: Recipe,
+    mesh,
+    checkpoints: RunCheckpoints,
+    first_step: int,
+    start: Opened | None,
+    made_with: MadeWith,
+    say,
 ) -> TrainState:
     """The state to go on with: restored, or started from `init_from`, or from the seed."""
     if first_step:
         say(f"going on from step {first_step}")
         return checkpoints.restore(first_step, program.abstract_state(recipe, mesh))
-    if config.init_from:
-        opened = open_checkpoint(config.init_from)
-        for line in check_start(opened, recipe.model, made_with):
+    if start is not None:
+        for line in check_start(start, recipe.model, made_with):
             say(line)
         say(f"weights of {config.init_from}; step, optimizer and data begin anew")
-        return program.initial_state(recipe, mesh, load_params(opened, mesh))
+        return program.initial_state(recipe, mesh, load_params(start, mesh))
     return program.initial_state(recipe, mesh)
 
 
@@ -204,7 +260,9 @@ def check_start(opened: Opened, model: ModelConfig, made_with: MadeWith) -> list
     return lines
 
 
-def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, first_step, check, say) -> loop.Outcome:
+def run_loop(
+    config, recipe, mesh, state, batches, sets, checkpoints, report, programs, first_step, check, say
+) -> loop.Outcome:
     pace = loop.Pace(
         recipe.total_steps,
         config.evaluation.every_steps,
@@ -212,22 +270,17 @@ def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, fi
         config.optimizer.max_skipped_steps,
     )
     stop, watchdog = StopSignal(), Watchdog(config.processes.watchdog_seconds)
-    gate = Gate(
-        check,
-        first_step=first_step,
-        total_steps=recipe.total_steps,
-        asked_to_stop=stop.asked,
-        beat=watchdog.beat,
-        pause=report.pause,
-        say=say,
-    )
+    gate = Gate(check, first_step, recipe.total_steps, stop.asked, watchdog.beat, report.pause, say)
     try:
         return loop.train(
             state,
             batches.starting_at(first_step),
-            Programs(recipe, mesh, batches, report),
+            Programs(recipe, mesh, batches, report, programs),
             pace,
-            evaluators=[make_evaluator(recipe, mesh, held_out, config.evaluation.max_rows) for held_out in sets],
+            evaluators=[
+                make_evaluator(recipe, mesh, one, config.evaluation.max_rows, batches.plan.begin, programs)
+                for one in sets
+            ],
             report=report,
             checkpoints=checkpoints,
             gate=gate,
@@ -242,8 +295,8 @@ def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, fi
 class Programs:
     """step -> the compiled train step of its phase, compiled when the phase begins, outside of any step's time."""
 
-    def __init__(self, recipe: Recipe, mesh, batches: Loader, report: Report):
-        self._recipe, self._mesh, self._batches, self._report = recipe, mesh, batches, report
+    def __init__(self, recipe: Recipe, mesh, batches: Loader, report: Report, cache: CompileCache):
+        self._recipe, self._mesh, self._batches, self._report, self._cache = recipe, mesh, batches, report, cache
         self._compiled: dict[BatchShape, Any] = {}
 
     def __call__(self, step: int):
@@ -252,19 +305,15 @@ class Programs:
         if shape not in self._compiled:
             with self._report.pause():
                 lowered = program.lower_train_step(self._recipe, self._mesh, shape)
-                self._compiled[shape] = program.compile_with_options(lowered, self._recipe)
+                self._compiled[shape] = self._cache.tried(program.compile_with_options(lowered, self._recipe))
         return self._compiled[shape]
 
 
-def shard_files(plan: Plan, sets: list[EvaluationSet]) -> list[ShardFile]:
-    """Of all that is trained on and evaluated, each once."""
-    folders = [*plan.sources.values(), *(held_out.shards for held_out in sets)]
-    return list({file.path: file for shards in folders for file in shards.files()}.values())
-
-
-def make_evaluator(recipe: Recipe, mesh, held_out: EvaluationSet, max_rows: int | None) -> HeldOut:
+def make_evaluator(
+    recipe: Recipe, mesh, held_out: EvaluationSet, max_rows: int | None, begin: int | None, cache: CompileCache
+) -> HeldOut:
     _, rows, length = held_out.shape
-    compiled = _compiled_eval(recipe, mesh, held_out.shape)
+    compiled = cache.tried(_compiled_eval(recipe, mesh, held_out.shape))
     batches = functools.partial(
         loader.validation_batches,
         held_out.path,
@@ -273,6 +322,7 @@ def make_evaluator(recipe: Recipe, mesh, held_out: EvaluationSet, max_rows: int 
         batch_size=rows,
         max_rows=max_rows,
         mesh=mesh,
+        begin=begin,
     )
     return HeldOut(held_out.name, compiled, batches)
 
@@ -307,7 +357,7 @@ def guessing(model: ModelConfig, sets: list[EvaluationSet]) -> dict[str, float]:
     uniform = baselines.uniform(model.vocab_size)
     if not sets:
         return uniform
-    rows = RowIndex(sets[0].shards, sets[0].shape[-1], "evaluation", sets[0].path)
+    rows = RowIndex(sets[0].shards, sets[0].shape[-1], "evaluation", sets[0].path, begin=None)
     counted = (rows.read(i)["targets"] for i in range(min(len(rows), 512)))
     return uniform | baselines.unigram(counted, model.vocab_size)
 

@@ -359,4 +359,4 @@ def test_mediums_plan_is_printed_before_the_missing_shards_end_it(tmp_path):
     assert ended.returncode == EXIT_USER_ERROR
     assert "model: 13,960,238,080 parameters, 40 layers of 5120" in ended.stdout
     assert "mesh: data 2 x fsdp 64 x context 1 x tensor 1 = 128 devices" in ended.stdout
-    assert ended.stderr.startswith("error: data: No shards at shards/web") and "Traceback" not in ended.stderr
+    assert ended.stderr.startswith("error: data: No shards at shards/web/train") and "Traceback" not in ended.stderr

@@ -27,7 +27,7 @@ STEPS = [
     {"quantization"},
     {"model"},
     {"text", "parallel", "report"},
-    {"errors"},
+    {"errors", "distribution"},
 ]
 IMPORT_EXCEPTIONS: dict[tuple[str, str], str] = {}  # (file, imported module): the reason
 

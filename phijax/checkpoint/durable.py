@@ -5,6 +5,7 @@ import os
 
 from etils import epath
 
+from phijax.distribution import install_hint
 from phijax.errors import UserError
 
 
@@ -25,7 +26,7 @@ def prepare_store(path: epath.Path) -> None:
         import fsspec.config
         import gcsfs  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{path}: buckets need their client.  Try pip install 'phijax[gcs]'") from error
+        raise UserError(f"{path}: buckets need their client.  Try {install_hint('gcs')}") from error
     for protocol in ("gs", "gcs"):
         fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
 

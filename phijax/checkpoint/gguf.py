@@ -39,7 +39,7 @@ def open_gguf(path: epath.PathLike) -> Opened:
     }
     # llama.cpp puts bos before SentencePiece's ids where a file does not say.
     default = file.metadata.get("tokenizer.ggml.model") == "llama"
-    extra["add_bos"] = file.metadata.get("tokenizer.ggml.add_bos_token", default) is True
+    begins = file.metadata.get("tokenizer.ggml.add_bos_token", default) is True and "bos_id" in extra
     if isinstance(name := file.metadata.get("general.name"), str):
         extra["name"] = name
     return Opened(
@@ -49,6 +49,7 @@ def open_gguf(path: epath.PathLike) -> Opened:
         weights=source,
         tokenizer=functools.partial(open_tokenizer, file),
         chat_template=template,
+        begin=(extra["bos_id"],) if begins else (),
         stop_ids=stop_ids(file, model.vocab_size),
         extra=extra,
     )

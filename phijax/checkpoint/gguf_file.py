@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from phijax.checkpoint.durable import is_local
+from phijax.distribution import install_hint
 from phijax.errors import UserError
 
 MAGIC = b"GGUF"
@@ -71,7 +72,7 @@ def gguf_library() -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise UserError("GGUF files need the package gguf: pip install 'phijax[gguf]'") from error
+        raise UserError(f"GGUF files need the package gguf: {install_hint('gguf')}") from error
     return gguf
 
 

@@ -12,6 +12,7 @@ from etils import epath
 from phijax.checkpoint import small_matrices
 from phijax.checkpoint.gguf_write import finished, output_path, write_gguf
 from phijax.checkpoint.opened import Opened
+from phijax.distribution import install_hint
 from phijax.errors import UserError
 
 KINDS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
@@ -49,7 +50,7 @@ def _llama_cpp() -> ModuleType:
         import llama_cpp
     except ImportError as error:
         raise UserError(
-            "K-quants are made by llama.cpp, which is not installed: pip install 'phijax[llama]' builds it from source "
+            f"K-quants are made by llama.cpp, which is not installed: {install_hint('llama')} builds it from source "
             "in 10 to 25 minutes. --kind=Q4_0 and Q8_0 do without."
         ) from error
     return llama_cpp

@@ -5,7 +5,9 @@ import numpy as np
 from phijax.checkpoint.gguf_file import GgufFile
 from phijax.errors import UserError
 from phijax.text.bpe import BpeTokenizer
+from phijax.text.chat_formats import stops_by_names
 from phijax.text.sentencepiece_model import Piece, PieceKind, put_together
+from phijax.text.specials import looks_like_control
 from phijax.text.tokenizer import END_OF_TEXT, TextTokenizer, Tokenizer
 
 PREFIX = "tokenizer.ggml."
@@ -13,7 +15,9 @@ PREFIX = "tokenizer.ggml."
 # What ends an answer, by name: llama.cpp stops at these too, whichever id the file calls eos (phi-3's files of 2024
 # name <|endoftext|>, and their answers end with <|end|>).
 END_OF_TURN = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>")
-_STOPS = (*END_OF_TURN, END_OF_TEXT)
+PHI3_NAMES = ("phi-3", "phi3")
+NAMED_STOPS = (*END_OF_TURN, END_OF_TEXT)
+STOPS_KEY = "phijax.stop_ids"  # all of them, where the format's three keys and the names do not say all
 
 
 def open_tokenizer(file: GgufFile) -> TextTokenizer:
@@ -36,11 +40,14 @@ def open_tokenizer(file: GgufFile) -> TextTokenizer:
 
 def stop_ids(file: GgufFile, vocab_size: int) -> tuple[int, ...]:
     """Ids that end a text: those that the file names, and control tokens known by their names."""
+    more = file.metadata.get(STOPS_KEY)
     named = [file.metadata.get(f"{PREFIX}{key}_token_id") for key in ("eos", "eot", "eom")]
+    named += more.tolist() if isinstance(more, np.ndarray) else []
     tokens = file.metadata.get(PREFIX + "tokens")
     if wrong := [i for i in named if i is not None and (type(i) is not int or not 0 <= i < vocab_size)]:
         raise UserError(f"{file.path} names {wrong[0]!r} as the id that ends a text; it has {vocab_size} tokens.")
-    by_name = {name: i for i, name in enumerate(tokens if isinstance(tokens, list) else ()) if name in _STOPS}
+    ids = {name: i for i, name in enumerate(tokens if isinstance(tokens, list) else ())}
+    by_name = {name: ids[name] for name in (*NAMED_STOPS, *stops_by_names(ids)) if name in ids}
     return tuple(dict.fromkeys([*(i for i in named if i is not None), *by_name.values()]))
 
 
@@ -78,14 +85,16 @@ def _sentencepiece(file: GgufFile, tokens: list[str], types: np.ndarray) -> Toke
     pieces = [Piece(tokens[i], float(scores[i]), _kind(tokens[i], i, types[i], unknown)) for i in range(count)]
     behind = range(count, len(tokens))
     added = {tokens[i]: i for i in behind if types[i] != PieceKind.UNUSED}
+    symbols = {name for name, kind in zip(tokens, types, strict=True) if kind == PieceKind.USER_DEFINED}
     # llama.cpp's rule: only the model's name says whether special tokens swallow the whitespace behind them.
-    is_phi3 = any(name in str(file.metadata.get("general.name", "")).lower() for name in ("phi-3", "phi3"))
+    is_phi3 = any(name in str(file.metadata.get("general.name", "")).lower() for name in PHI3_NAMES)
     return Tokenizer(
         put_together(pieces, dummy_space=bool(file.metadata.get(PREFIX + "add_space_prefix", True)), where=where),
         added,
         where=where,
         strips_right=None if is_phi3 else (),
         end_of_text=_end_of_text(file, tokens) or "</s>",
+        symbols={name for name in symbols if not looks_like_control(name)},
     )
 
 
@@ -100,4 +109,5 @@ def _kind(name: str, i: int, kind: int, unknown: int) -> PieceKind:
     """Files of 2024 flag <unk> as control, and </s> as a user's own symbol, which plain text would then become."""
     if i == unknown:
         return PieceKind.UNKNOWN
-    return PieceKind.CONTROL if name in ("<s>", "</s>") else PieceKind(int(kind))
+    control = name in ("<s>", "</s>") or (kind == PieceKind.USER_DEFINED and looks_like_control(name))
+    return PieceKind.CONTROL if control else PieceKind(int(kind))

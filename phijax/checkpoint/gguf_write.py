@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from phijax.checkpoint import durable, gguf_names, gguf_small, small_matrices
+from phijax.checkpoint import durable, gguf_names, gguf_small, small_matrices, tokenizer_files
 from phijax.checkpoint.gguf_config import exact_lists, keys_of, lacks
 from phijax.checkpoint.gguf_file import gguf_library
-from phijax.checkpoint.gguf_tokenizer import PREFIX
+from phijax.checkpoint.gguf_tokenizer import NAMED_STOPS, PHI3_NAMES, PREFIX, STOPS_KEY
 from phijax.checkpoint.gguf_vocabulary import vocabulary
 from phijax.checkpoint.opened import Opened
 from phijax.errors import UserError
@@ -66,7 +66,7 @@ def write_gguf(
     kinds = {tensor.name: small.get(tensor.name) or _kind(tensor, kind) for tensor in plan}
     most = _most(plan, kinds)
     path = output_path(epath.Path(output), opened, most, overwrite)
-    header = _header(opened, architecture, most, name)
+    header = _header(opened, architecture, most, name, say)
     if small:
         counted = Counter(kinds[tensor.name] for tensor in plan)
         say("quantised weights integer for integer: " + ", ".join(f"{n} tensors {k}" for k, n in counted.items()))
@@ -162,11 +162,13 @@ def _kind(tensor: gguf_names.Tensor, kind: str) -> str:
     return kind
 
 
-def _header(opened: Opened, architecture: str, kind: str, name: str | None) -> dict[str, Any]:
+def _header(
+    opened: Opened, architecture: str, kind: str, name: str | None, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Key -> value. Whole numbers are uint32, others float32; lists of them int32 and float32; arrays float64."""
     library = gguf_library()
     name = name or str(opened.extra.get("name") or "model")
-    if architecture == gguf_names.PHI3 and not any(part in name.lower() for part in ("phi3", "phi-3")):
+    if architecture == gguf_names.PHI3 and not any(part in name.lower() for part in PHI3_NAMES):
         name = f"{name} phi3"
     header = {
         "general.type": "model",
@@ -177,10 +179,17 @@ def _header(opened: Opened, architecture: str, kind: str, name: str | None) -> d
     }
     header |= {f"{architecture}.{key}": value for key, value in keys_of(opened.model, architecture).items()}
     header |= {key: np.asarray(values, np.float64) for key, values in exact_lists(opened.model).items()}
-    arrays = vocabulary(opened.tokenizer(), opened.model.vocab_size, opened.extra)
+    tokenizer = opened.tokenizer()
+    stops, phi3 = tokenizer_files.ids_of(opened, tokenizer).stops, any(part in name.lower() for part in PHI3_NAMES)
+    arrays = vocabulary(tokenizer, opened.model.vocab_size, opened.extra, begin=opened.begin, stops=stops, phi3=phi3)
     header |= {PREFIX + key: value for key, value in arrays.items()}
-    if opened.chat_template:
-        header["tokenizer.chat_template"] = opened.chat_template
+    said = {value for key, value in arrays.items() if key in ("eos_token_id", "eot_token_id", "eom_token_id")}
+    said |= {i for name, i in tokenizer.specials.ids.items() if name in NAMED_STOPS}
+    if not said.issuperset(stops):
+        header[STOPS_KEY] = list(stops)
+        say(f"warning: {len(stops)} tokens end a text; llama.cpp ends it at {', '.join(map(str, sorted(said)))} alone")
+    if template := tokenizer_files.chat_template_of(opened, tokenizer):
+        header["tokenizer.chat_template"] = template
     return header
 
 

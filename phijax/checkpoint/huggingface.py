@@ -14,6 +14,7 @@ from phijax.checkpoint.safetensors_files import Stored, open_folder
 from phijax.checkpoint.weight_source import Index, check_finite, model_shapes
 from phijax.errors import UserError, nearest_name
 from phijax.model.config import ModelConfig
+from phijax.text.beginning import read_beginning
 from phijax.text.open import open_tokenizer
 from phijax.text.tokenizer import TextTokenizer
 
@@ -90,7 +91,6 @@ def open_huggingface(folder: epath.Path) -> Opened:
     ids = {name: generation.get(name, config.get(name)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     stops = _ids(ids["eos_token_id"], where)
     extra: dict[str, Any] = {"architecture": architecture, "tokenizer_folder": folder}
-    extra["add_bos"] = tokenizer_config.get("add_bos_token") is True
     for name in ("bos", "pad"):
         if known := _ids(ids[f"{name}_token_id"], where):
             extra[f"{name}_id"] = known[0]
@@ -103,6 +103,7 @@ def open_huggingface(folder: epath.Path) -> Opened:
         weights=HuggingFaceSource(model, files, wanted),
         tokenizer=functools.partial(_tokenizer, folder),
         chat_template=_template(folder, tokenizer_config),
+        begin=read_beginning(folder, extra.get("bos_id")),
         stop_ids=stops,
         extra=extra,
     )

@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from phijax.checkpoint import durable, huggingface_config, model_card, safetensors_files, staging, tokenizer_files
+from phijax.checkpoint import (
+    durable,
+    huggingface_config,
+    model_card,
+    safetensors_files,
+    staging,
+    tokenizer_check,
+    tokenizer_files,
+)
 from phijax.checkpoint.names import Layout, Part, Tensor
 from phijax.checkpoint.opened import Opened
 from phijax.checkpoint.safetensors_files import Shape
@@ -48,7 +56,8 @@ def write(
 ) -> None:
     """Weights, tokenizer, config.json, model card: all of it, or nothing. A piece of a tensor is in memory at a time.
 
-    Raises: UserError for an output that is there, a full disk, weights that are NaN or do not fit into their dtype.
+    Raises: UserError for an output that is there, a full disk, weights that are NaN or do not fit into their dtype, and
+      where transformers is installed and reads other ids out of the tokenizer's files.
     """
     files = folder.files(max_shard_bytes)
     staging.check_output(output, sum(shape.nbytes for shape in folder.tensors))
@@ -60,10 +69,13 @@ def write(
                 safetensors_files.write_file(place / name, shapes, data, "mlx" if folder.format == "mlx" else "pt")
             if len(files) > 1:
                 safetensors_files.write_index(place / safetensors_files.INDEX_FILE, files)
-            ids = tokenizer_files.write_huggingface(opened, place, folder.layout, say).in_config()
+            written = tokenizer_files.write_huggingface(opened, place, say)
+            ids = written.ids.in_config()
             config = huggingface_config.render(opened.model, folder.layout, dtype=folder.dtype.name, ids=ids)
             durable.write_json(place / huggingface_config.CONFIG_FILE, config | dict(folder.keys))
-            durable.write_text(place / model_card.FILE, model_card.render(opened, folder.layout, folder.format))
+            checked = tokenizer_check.compare(place, written.tokenizer, strict=written.ours, say=say)
+            card = model_card.render(opened, folder.layout, folder.format, tokenizer=checked)
+            durable.write_text(place / model_card.FILE, card)
     except OSError as error:
         raise UserError(f"{output} could not be written: {error.strerror or error}. Nothing is left of it.") from error
 

@@ -51,7 +51,7 @@ class WriterLock:
         self._log = log
         self._owner = _this_process()
         self.held = False
-        from_process_zero(lambda: self._acquire(break_lock))
+        self._token = from_process_zero(lambda: self._acquire(break_lock) or self._owner.token)
         self.held = True
 
     def __enter__(self) -> "WriterLock":
@@ -72,6 +72,18 @@ class WriterLock:
             raise UserError(
                 f"{self._path.parent} was taken over by {owner}; this run stops, so that the two do not mix."
             )
+
+    def is_seen(self, seconds: float = 0.0) -> bool:
+        """Whether this process finds the lock where it looks: if not, its directory is not the one process 0 writes to.
+
+        Args: seconds: to wait for a file system that shows what another host wrote later than at once.
+        """
+        deadline = time.monotonic() + seconds
+        while (owner := _read(self._path)) is None or owner.token != self._token:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+        return True
 
     def release(self) -> None:
         """Removes the lock file if it is ours; never waits for another process."""

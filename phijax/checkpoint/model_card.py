@@ -35,8 +35,11 @@ USES = {
 }
 
 
-def render(opened: Opened, layout: str, format: str = "hf") -> str:
-    """The card's text. `layout`: as which class it is written. `format`: a key of USES."""
+def render(opened: Opened, layout: str, format: str = "hf", tokenizer: str = "") -> str:
+    """The card's text. `layout`: as which class it is written. `format`: a key of USES.
+
+    `tokenizer`: how its files were checked.
+    """
     name = str(opened.extra.get("name") or _source_name(opened))
     library, use = USES[format]
     parts = [
@@ -47,6 +50,7 @@ def render(opened: Opened, layout: str, format: str = "hf") -> str:
         quantization_card.section(opened),
         _data(opened),
         _scores(opened),
+        tokenizer and f"## Tokenizer\n{tokenizer}",
         "## Licence\nNot stated. The terms of the training data and of the weights that training began with apply.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -143,6 +147,7 @@ def facts(opened: Opened) -> dict[str, Any]:
     kept |= {
         "source": opened.kind,
         "scores": scores(opened),
+        "begin": list(opened.begin),
         "stop_ids": list(opened.stop_ids),
         "chat_template": opened.chat_template,
     }

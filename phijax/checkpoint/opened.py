@@ -20,10 +20,10 @@ class Opened:
     path: the folder or file that was recognised; of a run, the folder of its step.
     tokenizer: opens it when asked; raises UserError if there is none or it cannot be read.
     chat_template: the Jinja text that the checkpoint carries.
+    begin: ids that stand before every text that is not a conversation; what begins a conversation, its template says.
     stop_ids: every id that ends a text, of generation_config.json or GGUF's eos and end-of-turn; () if it says none.
     extra: facts for whoever writes it out again; keys that all kinds share: "architecture" (transformers' name of
-      the class), "tokenizer_folder" (a path, or absent), "bos_id", "eos_id", "pad_id", "name",
-      "add_bos" (whether bos goes before a text).
+      the class), "tokenizer_folder" (a path, or absent), "bos_id", "eos_id", "pad_id", "name".
     """
 
     path: epath.Path
@@ -32,5 +32,6 @@ class Opened:
     weights: WeightSource
     tokenizer: Callable[[], TextTokenizer]
     chat_template: str | None = None
+    begin: tuple[int, ...] = ()
     stop_ids: tuple[int, ...] = ()
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -146,13 +146,15 @@ def open_ours(path: epath.Path) -> Opened:
     A newer step that is damaged is a warning. Raises: UserError where there is none that is whole (of one step: the
     file that is damaged is named).
     """
-    folder = epath.Path(from_process_zero(lambda: str(_whole_step(path))))
+    # Which step process 0 says, but each where it has them: the folder's path may differ from host to host.
+    within = from_process_zero(lambda: str(_whole_step(path).relative_to(path)))
+    folder = path if within == "." else path / within
     content = reading.read_manifest(folder)
     model = _model_of(folder, content)
     extra = dict(content["extra"])
     carried = extra.get("weights_only") or {}  # what an export of another kind of checkpoint wrote down
     tokenizer = _tokenizer_folder(folder)
-    facts = {key: value for key, value in carried.items() if key not in ("chat_template", "stop_ids")}
+    facts = {key: value for key, value in carried.items() if key not in ("chat_template", "stop_ids", "begin")}
     facts |= {"step": content["step"], "identity": content["identity"]}
     if QUANTIZATION in extra:
         facts[QUANTIZATION] = extra[QUANTIZATION]
@@ -165,9 +167,18 @@ def open_ours(path: epath.Path) -> Opened:
         weights=OursSource(folder, model, content["leaves"], _schemes_of(folder, extra)),
         tokenizer=functools.partial(_open_tokenizer, folder, tokenizer),
         chat_template=carried.get("chat_template"),
+        begin=_begin(content["identity"], carried),
         stop_ids=tuple(carried.get("stop_ids", ())),
         extra=facts,
     )
+
+
+def _begin(identity: Mapping[str, Any], carried: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of a run: as its rows' segments begin. Of an export: as the checkpoint that it was made of."""
+    if "begin" in carried:
+        return tuple(carried["begin"])
+    begin = (identity.get("data") or {}).get("begin")
+    return () if begin is None else (begin,)
 
 
 def _whole_step(path: epath.Path) -> epath.Path:

@@ -47,6 +47,17 @@ def read_manifest(folder: epath.Path) -> dict:
         raise UserError(f"{folder} is no readable checkpoint: {error}") from error
 
 
+def newest_identity(directory: epath.PathLike) -> dict | None:
+    """What the newest step whose manifest can be read belongs to; None where there is no such step."""
+    directory = epath.Path(directory)
+    for step in reversed(steps.list_folders(directory).steps):
+        try:
+            return manifest.read(directory / str(step))["identity"]
+        except manifest.DamagedManifest:
+            continue
+    return None
+
+
 def describe(directory: epath.PathLike) -> str:
     """What a checkpoint directory, or one step's folder, holds, as text. Raises UserError if there is no step."""
     directory = epath.Path(directory)

@@ -7,11 +7,11 @@ from typing import Any
 from etils import epath
 
 from phijax.checkpoint import durable
-from phijax.checkpoint.huggingface_config import ARCHITECTURES
 from phijax.checkpoint.opened import Opened
 from phijax.errors import UserError
-from phijax.text.chat_formats import PHI3
-from phijax.text.huggingface_files import keep_tokenizer_json
+from phijax.text.beginning import read_beginning, write_beginning
+from phijax.text.chat_formats import BOS, PHI3, stops_by_names
+from phijax.text.huggingface_files import take_as_it_is
 from phijax.text.tokenizer import ADDED_TOKENS_FILE, MODEL_FILE, TextTokenizer
 
 GENERATION_FILE = "generation_config.json"
@@ -59,10 +59,12 @@ class Ids:
 def ids_of(opened: Opened, tokenizer: TextTokenizer | None) -> Ids:
     """As the checkpoint says; of one of ours, as its tokenizer's names say."""
     bos, eos, pad = (opened.extra.get(f"{name}_id") for name in ("bos", "eos", "pad"))
+    bos = opened.begin[0] if opened.begin else bos
     stops = opened.stop_ids
     if tokenizer is not None:
         eos = tokenizer.end_of_text if eos is None else eos
-        named = tuple(tokenizer.added_tokens[name] for name in PHI3.stops if name in tokenizer.added_tokens)
+        names = tokenizer.specials.ids
+        named = tuple(names[name] for name in stops_by_names(names))
         stops = stops or named or (eos,)
         pad = eos if pad is None else pad
         bos = tokenizer.specials.ids.get("<s>") if bos is None else bos  # named, as in phi-3; no text begins with it
@@ -92,33 +94,51 @@ def open_or_none(opened: Opened, say: Callable[[str], None]) -> TextTokenizer | 
         return None
 
 
-def write_huggingface(opened: Opened, output: epath.Path, layout: str, say: Callable[[str], None]) -> Ids:
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """tokenizer: what the files are of, or None. ours: whether tokenizer.json is as we say, not only copied."""
+
+    ids: Ids
+    tokenizer: TextTokenizer | None
+    ours: bool
+
+
+def write_huggingface(opened: Opened, output: epath.Path, say: Callable[[str], None]) -> Written:
     """Writes what AutoTokenizer reads and generation_config.json, by copying where the source has such files.
 
-    Args: layout: of the weights beside them. transformers reads the files of one class otherwise beside another.
+    tokenizer.json is always there and gives our ids, under the class that takes it as it is: transformers reads the
+    files of other classes otherwise from version to version, and beside weights of another class.
     """
     folder = opened.extra.get("tokenizer_folder")
+    tokenizer, ours = open_or_none(opened, say), True
     if has_huggingface_files(folder):
         copied = copy(folder, output)
         say(f"copied {', '.join(copied)}")
-        if ARCHITECTURES.get(opened.extra.get("architecture", "")) != layout and keep_tokenizer_json(output):
-            say(f"{TOKENIZER_CONFIG_FILE}: tokenizer_class is changed, so that tokenizer.json is taken as it is")
+        spec = None if tokenizer is None else tokenizer.huggingface_json()
+        ours = spec is not None
+        if changed := take_as_it_is(output, spec):
+            say(f"{' and '.join(changed)}: changed, so that transformers takes tokenizer.json as it is")
         ids = ids_of(opened, None)
     else:
-        tokenizer = open_or_none(opened, say)
         ids = ids_of(opened, tokenizer)
         if tokenizer is not None:
-            template = opened.chat_template or _own_template(tokenizer)
-            tokenizer.save_huggingface(output, chat_template=template, eos=ids.eos)
+            tokenizer.save_huggingface(output, chat_template=chat_template_of(opened, tokenizer), eos=ids.eos)
+    if read_beginning(output, ids.bos) != opened.begin:
+        write_beginning(output, opened.begin)
     generation = ids.in_generation_config()
     if generation and not (output / GENERATION_FILE).exists():
         durable.write_json(output / GENERATION_FILE, generation)
-    return ids
+    return Written(ids, tokenizer, ours)
 
 
-def _own_template(tokenizer: TextTokenizer) -> str | None:
-    """phi-3's, for a tokenizer with its names, as every tokenizer trained here has them."""
-    return PHI3.template if PHI3.special_names() <= set(tokenizer.added_tokens) else None
+def chat_template_of(opened: Opened, tokenizer: TextTokenizer) -> str | None:
+    """The checkpoint's own, else phi-3's for a tokenizer with its names, as every tokenizer trained here has them.
+
+    Ours begins as texts do: a segment of training begins with that token, whatever stands in it.
+    """
+    if opened.chat_template or not PHI3.special_names() <= set(tokenizer.added_tokens):
+        return opened.chat_template
+    return (BOS if opened.begin else "") + PHI3.template
 
 
 def write_ours(opened: Opened, output: epath.Path, say: Callable[[str], None]) -> None:

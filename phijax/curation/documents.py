@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from etils import epath
 
+from phijax.distribution import install_hint
 from phijax.errors import UserError, nearest_name
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -211,7 +212,7 @@ def _unzstd(raw: IO[bytes], file: InputFile) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError as error:
-        raise UserError(f"Reading {file.path} needs zstandard: pip install 'phijax[data]'") from error
+        raise UserError(f"Reading {file.path} needs zstandard: {install_hint('data')}") from error
     # Not its stream reader, which takes a file that breaks off for one that ends.
     frame = None
     while piece := raw.read(_READ_BYTES):
@@ -232,7 +233,7 @@ def _parquet(file: InputFile, text_field: str) -> Iterator[Document]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"Reading {file.path} needs pyarrow: pip install 'phijax[data]'") from error
+        raise UserError(f"Reading {file.path} needs pyarrow: {install_hint('data')}") from error
     index = 0
     with epath.Path(file.path).open("rb") as raw:
         try:

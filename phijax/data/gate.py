@@ -29,7 +29,6 @@ class Gate:
     def __init__(
         self,
         check: DataCheck,
-        *,
         first_step: int,
         total_steps: int,
         asked_to_stop: Callable[[], bool],

@@ -114,10 +114,10 @@ class _LocalRows:
 
 
 def validation_batches(
-    path: str, shards: Shards, *, length: int, batch_size: int, max_rows: int | None, mesh: Mesh
+    path: str, shards: Shards, *, length: int, batch_size: int, max_rows: int | None, mesh: Mesh, begin: int | None
 ) -> Iterator[batches.Batch]:
     """Rows 0 .. n-1 in file order, once; the last batch is filled with rows of weight 0. Leaves (1, B, T)."""
-    rows = RowIndex(shards, length, "evaluation", path)
+    rows = RowIndex(shards, length, "evaluation", path, begin=begin)
     count = len(rows) if max_rows is None else min(max_rows, len(rows))
     placed = batches.batch_sharding(mesh)
     shape = (1, batch_size, length)
@@ -146,6 +146,8 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
             }
             for phase in plan.phases
         ],
+        # Runs that were begun before there was the rule have no such key, and keep theirs.
+        **({} if plan.begin is None else {"begin": plan.begin}),
     }
 
 
@@ -157,11 +159,11 @@ def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -
 
     Raises: UserError naming the first difference.
     """
-    for name in ("seed", "tokenizer"):
-        if before[name] != now[name]:
+    for name in ("seed", "tokenizer", "begin"):
+        if before.get(name) != now.get(name):
             raise UserError(
-                f"This run began with another {name} ({before[name]}, now {now[name]}): its next rows would not be "
-                f"those of the run. Set it back, or start a new workdir (init_from takes over the weights)."
+                f"This run began with another {name} ({before.get(name)}, now {now.get(name)}): its next rows would "
+                f"not be those of the run. Set it back, or start a new workdir (init_from takes over the weights)."
             )
     start = 0
     for number, old in enumerate(before["phases"]):

@@ -27,24 +27,32 @@ class Place:
 class Plan:
     """All rows of a run, as a pure function of (seed, step, index). Holds open shard folders, no position."""
 
-    def __init__(self, phases: Sequence[Phase], sources: Mapping[str, Shards], *, seed: int):
+    def __init__(self, phases: Sequence[Phase], sources: Mapping[str, Shards], *, seed: int, begin: int | None):
         """
         Args:
           sources: path -> opened shards, for every path that a phase names.
+          begin: as `make_row` takes it.
         Raises: UserError for a length that is no multiple of the block, a source that is too short or runs out.
         """
         mixture.check_phases(phases)
         self.phases = tuple(phases)
         self.sources = dict(sources)
         self.seed = seed
+        self.begin = begin
         self._rows = {}
         for number, phase in enumerate(self.phases):
             for source in phase.mixture:
                 length = phase.sequence_length
                 where = f"data.phases[{number}]"
-                self._rows[source.path, length] = RowIndex(self.sources[source.path], length, where, source.path)
+                self._rows[source.path, length] = RowIndex(
+                    self.sources[source.path], length, where, source.path, begin=begin
+                )
         self._starts = [self._cursors(number) for number in range(len(self.phases))]
         self._check_epochs()
+
+    def beginning_with(self, begin: int | None) -> "Plan":
+        """The same rows under another rule of where segments begin."""
+        return Plan(self.phases, self.sources, seed=self.seed, begin=begin)
 
     @property
     def total_steps(self) -> int:
@@ -120,13 +128,15 @@ def _rows_of(phase: Phase, path: str) -> int:
 class RowIndex:
     """Rows of length T in one shard folder: row -> T / block neighbouring records. Rows do not cross shards."""
 
-    def __init__(self, shards: Shards, length: int, where: str, path: str):
+    def __init__(self, shards: Shards, length: int, where: str, path: str, *, begin: int | None):
+        """Args: begin: as `make_row` takes it. Raises: UserError for a length that these shards cannot give."""
         if length % shards.block:
             raise UserError(
                 f"{where}.sequence_length={length} is not a multiple of {shards.block}, the block of {path}.\n"
                 f"Nearest that is: {max(1, round(length / shards.block)) * shards.block}; or prepare with --block."
             )
         self._shards = shards
+        self._begin = begin
         self._records = length // shards.block
         self._ends = list(itertools.accumulate(n // self._records for n in shards.records_per_shard))
         if not self._ends or self._ends[-1] == 0:
@@ -146,31 +156,39 @@ class RowIndex:
     def read(self, row: int) -> Row:
         shard = bisect.bisect_right(self._ends, row)
         first = (row - (self._ends[shard - 1] if shard else 0)) * self._records
-        return make_row(self._shards.read(shard, range(first, first + self._records)))
+        return make_row(self._shards.read(shard, range(first, first + self._records)), self._begin)
 
 
-def make_row(records: Sequence[tuple[np.ndarray, np.ndarray]]) -> Row:
+def make_row(records: Sequence[tuple[np.ndarray, np.ndarray]], begin: int | None) -> Row:
     """Neighbouring records -> the arrays of one row.
 
-    Positions and segments restart where a document starts; no token predicts the first of another document.
+    A segment begins with the end-of-text that stands before its document: that token is the last target of the document
+    before and the first context of this one. So every token is a target once, and a model learns how documents begin.
+    Positions and segments restart there.
 
     Args:
       records: (tokens (block + 1,), starts (block + 1,) bool) each; the last token of one is the first of the next.
+      begin: the id that documents begin with: end-of-text, or the BOS of the weights that the run started from. None:
+        the rule of runs that were started before this one existed: a segment begins with its document's first token,
+        which nothing predicts.
     Returns: arrays (T,), T = records * block. Segments count from 1; 0 is left for padding.
     """
     tokens = np.concatenate([tokens[:-1] for tokens, _ in records] + [records[-1][0][-1:]])
     starts = np.concatenate([starts[:-1] for _, starts in records] + [records[-1][1][-1:]])
-    length = len(tokens) - 1
-    index = np.arange(length, dtype=np.int32)
-    inner = starts[:-1].copy()
+    context, targets = tokens[:-1].astype(np.int32), tokens[1:].astype(np.int32)
+    inner = (starts[:-1] if begin is None else starts[1:]).copy()
+    if begin is not None:
+        context[inner] = begin
     inner[0] = True
+    index = np.arange(len(context), dtype=np.int32)
     first = np.maximum.accumulate(np.where(inner, index, 0))
+    predicted = ~starts[1:] if begin is None else np.ones(len(context), np.bool_)
     return {
-        "tokens": tokens[:-1].astype(np.int32),
-        "targets": tokens[1:].astype(np.int32),
+        "tokens": context,
+        "targets": targets,
         "segment_ids": np.cumsum(inner, dtype=np.int32),
         "positions": (index - first).astype(np.int32),
-        "weights": np.where(starts[1:], 0.0, 1.0).astype(np.float32),
+        "weights": predicted.astype(np.float32),
     }
 
 

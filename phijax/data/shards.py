@@ -11,7 +11,7 @@ import os
 import pathlib
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from array_record.python import array_record_module
@@ -271,6 +271,11 @@ class Shards:
             # On the device such an id would read the last row of the embedding without an error.
             raise UserError(f"{where} holds the token id {largest}; the vocabulary has {self.vocab_size} ids.")
         return tokens, starts
+
+
+def files_of(folders: Iterable[Shards]) -> list[ShardFile]:
+    """Of all folders, each file once."""
+    return list({file.path: file for shards in folders for file in shards.files()}.values())
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:

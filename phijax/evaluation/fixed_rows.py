@@ -25,7 +25,7 @@ def read_fixed_rows(
     if path.is_dir():
         shards = Shards.open(path)
         shards.require_tokenizer(tokenizer, "the checkpoint")
-        index = RowIndex(shards, shards.block, "held out", str(path))
+        index = RowIndex(shards, shards.block, "held out", str(path), begin=None)  # of the stream's own tokens
         rows = [index.read(number) for number in range(min(count, len(index)))]
         found = [np.concatenate([row["tokens"], row["targets"][-1:]]) for row in rows]
     else:

@@ -6,8 +6,10 @@ others run.
 
 One TCP connection per process, one JSON line in each direction:
   process -> coordinator  {"run": "phijax", "process_id": 3, "process_count": 4, "host": "node3", "pid": 4711}
-  coordinator -> process  {"go": true} or {"go": false, "reason": "..."}
-Nothing else is read from the port, a line is at most LINE_LIMIT bytes, and whoever speaks otherwise is hung up on.
+  coordinator -> process  {"go": true} or {"go": false, "reason": "...", "code": 2}
+A process that cannot go on (its config is wrong, say) comes too, with "failed" and the "code" that it ends with: then
+all hear of it, who would wait for it otherwise. Nothing else is read from the port, a line is at most LINE_LIMIT bytes,
+and whoever speaks otherwise is hung up on.
 """
 
 import contextlib
@@ -20,13 +22,23 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
-from phijax.errors import RunFailure
+from phijax.errors import EXIT_CRASH, EXIT_USER_ERROR, RunFailure, UserError
 
 LINE_LIMIT = 4096
+REASONS_SHOWN = 20  # of processes that cannot go on
 RETRY_SECONDS = 0.2
 REPORT_SECONDS = 10.0  # how often process 0 says who is still missing
 VERDICT_GRACE_SECONDS = 10.0  # process 0 started later than the others, so its time-out ends later than theirs
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why a process comes without being able to go on, and the exit code that it ends with."""
+
+    text: str
+    code: int
 
 
 class ProcessFailure(RunFailure):
@@ -41,15 +53,24 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def gather(address: str, count: int, index: int, timeout: float, write: Callable[[str], None]) -> str | None:
+def gather(
+    address: str, count: int, index: int, timeout: float, write: Callable[[str], None], failed: Failed | None = None
+) -> str | None:
     """Returns once all `count` processes are here; raises ProcessFailure within `timeout` seconds otherwise.
 
     On process 0 returns the address that the coordinator has bound, for JAX to bind next; None on the others.
+
+    Args:
+      failed: this process comes to say so. It and all others then raise.
+    Raises: also UserError: another process came with a mistake of its user.
     """
     host, port = split_address(address)
+    introduction = dict(run="phijax", process_id=index, process_count=count, host=socket.gethostname(), pid=os.getpid())
+    if failed is not None:
+        introduction |= {"failed": failed.text, "code": failed.code}
     if index == 0:
-        return _coordinate(host, port, count, timeout, write)
-    _report_in(address, host, port, count, index, timeout)
+        return _coordinate(host, port, introduction, timeout, write)
+    _report_in(address, host, port, introduction, timeout)
     return None
 
 
@@ -68,8 +89,8 @@ class _Peer:
         self.connection.close()
 
 
-def _coordinate(host: str, port: int, count: int, timeout: float, write: Callable[[str], None]) -> str:
-    deadline = time.monotonic() + timeout
+def _coordinate(host: str, port: int, own: dict, timeout: float, write: Callable[[str], None]) -> str:
+    deadline, count = time.monotonic() + timeout, own["process_count"]
     listener, bound = _listen(host, port, deadline, write)
     here: dict[int, _Peer] = {}
     with listener, selectors.DefaultSelector() as selector:
@@ -78,10 +99,7 @@ def _coordinate(host: str, port: int, count: int, timeout: float, write: Callabl
         while len(here) < count - 1:
             now = time.monotonic()
             if now >= deadline:
-                reason = _missing_message(here, count, timeout)
-                for peer in here.values():
-                    peer.answer(go=False, reason=reason)
-                raise ProcessFailure(reason)
+                _refuse_all(here, own, _missing_message(here, count, timeout))
             if now >= next_report:
                 write(f"still waiting for {_processes(_missing(here, count))} of {count}")
                 next_report = now + REPORT_SECONDS
@@ -95,10 +113,44 @@ def _coordinate(host: str, port: int, count: int, timeout: float, write: Callabl
         for key in list(selector.get_map().values()):
             if key.data is not None and key.data not in here.values():
                 key.data.connection.close()
-    for peer in here.values():  # after the listener is closed: JAX binds this port in the next moment
+    # After the listener is closed: JAX binds this port in the next moment.
+    if any("failed" in introduction for introduction in _all_here(here, own)):
+        _refuse_all(here, own)
+    for peer in here.values():
         peer.connection.setblocking(True)
         peer.answer(go=True)
     return bound
+
+
+def _all_here(here: dict[int, _Peer], own: dict) -> list[dict]:
+    return [own, *(here[index].introduction for index in sorted(here))]
+
+
+def _refuse_all(here: dict[int, _Peer], own: dict, missing: str | None = None) -> NoReturn:
+    """Ends the wait for all: some failed before they came, or did not come at all."""
+    failed = [introduction for introduction in _all_here(here, own) if "failed" in introduction]
+    by_text: dict[str, list[dict]] = {}
+    for introduction in failed:
+        by_text.setdefault(introduction["failed"], []).append(introduction)
+    reasons = [f"{_named(those)} cannot go on: {text}" for text, those in list(by_text.items())[:REASONS_SHOWN]]
+    more = [f"and {len(by_text) - REASONS_SHOWN} other reasons"] if len(by_text) > REASONS_SHOWN else []
+    reason = "\n".join([*reasons, *more, *([missing] if missing else [])])
+    users = bool(failed) and all(introduction["code"] == EXIT_USER_ERROR for introduction in failed)
+    code = EXIT_USER_ERROR if users else EXIT_CRASH
+    for peer in here.values():
+        peer.connection.setblocking(True)
+        peer.answer(go=False, reason=reason, code=code)
+    raise _failure(reason, code)
+
+
+def _named(introductions: list[dict]) -> str:
+    if len(introductions) == 1:
+        return f"process {introductions[0]['process_id']} on {introductions[0]['host']}"
+    return _processes([introduction["process_id"] for introduction in introductions])
+
+
+def _failure(reason: str, code: int) -> Exception:
+    return UserError(reason) if code == EXIT_USER_ERROR else ProcessFailure(reason)
 
 
 def _hear(peer: _Peer, selector, here: dict[int, _Peer], count: int, write: Callable[[str], None]) -> None:
@@ -131,6 +183,8 @@ def _hear(peer: _Peer, selector, here: dict[int, _Peer], count: int, write: Call
         selector.unregister(peer.connection)
         peer.answer(go=False, reason=refusal)
         return
+    if "failed" in introduction:
+        write(f"{_named([introduction])} cannot go on; the others hear of it when all are here")
     peer.introduction = introduction
     here[introduction["process_id"]] = peer
 
@@ -144,6 +198,8 @@ def _parse(line: bytes) -> dict | None:
     fields = {"run": str, "process_id": int, "process_count": int, "host": str, "pid": int}
     if not isinstance(message, dict) or message.get("run") != "phijax":
         return None
+    if "failed" in message:
+        fields |= {"failed": str, "code": int}
     return message if all(type(message.get(name)) is kind for name, kind in fields.items()) else None
 
 
@@ -215,11 +271,10 @@ def _bind_place(host: str, port: int, write: Callable[[str], None]) -> tuple[int
     return family, place
 
 
-def _report_in(address: str, host: str, port: int, count: int, index: int, timeout: float) -> None:
-    start = time.monotonic()
-    introduction = dict(run="phijax", process_id=index, process_count=count, host=socket.gethostname(), pid=os.getpid())
+def _report_in(address: str, host: str, port: int, introduction: dict, timeout: float) -> None:
+    start, count = time.monotonic(), introduction["process_count"]
     with _connect(address, host, port, start + timeout, timeout) as connection:
-        connection.sendall(json.dumps(introduction).encode() + b"\n")
+        connection.sendall(_line(introduction))
         connection.settimeout(timeout + VERDICT_GRACE_SECONDS)
         try:
             with connection.makefile("rb") as lines:
@@ -236,7 +291,17 @@ def _report_in(address: str, host: str, port: int, count: int, index: int, timeo
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ProcessFailure(f"what listens at {address} is not process 0 of this run") from None
     if not going:
-        raise ProcessFailure(str(verdict.get("reason")))
+        raise _failure(str(verdict.get("reason")), verdict.get("code", EXIT_CRASH))
+
+
+def _line(introduction: dict) -> bytes:
+    """At most LINE_LIMIT bytes: what failed may have much to say. All of it is in its own log."""
+    line = json.dumps(introduction).encode() + b"\n"
+    for room in (LINE_LIMIT * 3 // 4, LINE_LIMIT // 16):  # characters: plain ones, and those that take twelve bytes
+        if len(line) > LINE_LIMIT:
+            shorter = introduction["failed"][:room] + " ... (all of it in its log)"
+            line = json.dumps(introduction | {"failed": shorter}).encode() + b"\n"
+    return line
 
 
 def _connect(address: str, host: str, port: int, deadline: float, timeout: float) -> socket.socket:

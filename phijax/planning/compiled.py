@@ -46,7 +46,7 @@ def compile_step(
     *,
     options: Mapping[str, Any] | None = None,
 ) -> Compiled | DoesNotFit:
-    """Compiles the very step that would run. A minute or two and 3 to 6 GB of this machine's memory at full size.
+    """Compiles the very step that would run. A minute or two and 1 to 2 GB of this machine's memory at full size.
 
     Args:
       mesh: over `topology.tpu_devices(topology)`.

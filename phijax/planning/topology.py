@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 
+from phijax.distribution import install_hint
 from phijax.errors import UserError
 from phijax.parallel import hardware
 from phijax.planning.assumptions import chip_of
@@ -66,7 +67,7 @@ def tpu_devices(topology: str, slices: int = 1) -> list:
     lengths = lengths_of(topology)
     wraps_at = chip_of(topology).wraps_at
     if not has_compiler():
-        raise UserError(f"{topology}: the TPU compiler is not here. pip install 'phijax[tpu]'.")
+        raise UserError(f"{topology}: the TPU compiler is not here: {install_hint('tpu')}.")
     _prepare_environment()
     from jax.experimental import topologies
 

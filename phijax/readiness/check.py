@@ -65,8 +65,13 @@ def table(checks: Sequence[Check], seconds: float) -> list[str]:
 
 
 def grouped(values: Mapping[str, Sequence[str]]) -> str:
-    """{value: [hosts]} -> "0.10.2 on 3 hosts, 0.10.1 on node7", the rarest last."""
-    by_count = sorted(values.items(), key=lambda item: -len(item[1]))
-    return ", ".join(
-        f"{value} on {hosts[0] if len(hosts) == 1 else f'{len(hosts)} processes'}" for value, hosts in by_count
-    )
+    """{value: [hosts]} -> "0.10.2 on 3 processes, 0.10.1 on node7": what most say first, the others by name."""
+    most, *others = sorted(values.items(), key=lambda item: -len(item[1]))
+    first = f"{most[0]} on {most[1][0] if len(most[1]) == 1 else f'{len(most[1])} processes'}"
+    return ", ".join([first, *(f"{value} on {some(hosts)}" for value, hosts in others)])
+
+
+def some(hosts: Sequence[str]) -> str:
+    """The first of them by name, and how many more."""
+    more = f" and {len(hosts) - _SPEAKERS_SHOWN} more" if len(hosts) > _SPEAKERS_SHOWN else ""
+    return ", ".join(hosts[:_SPEAKERS_SHOWN]) + more

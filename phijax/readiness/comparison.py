@@ -1,13 +1,16 @@
 """Checks over what all processes told about themselves: pure functions, the same answer on every process."""
 
 import collections
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from phijax.readiness.check import FAIL, OK, WARNING, Check, grouped
 from phijax.readiness.host import Host
 
 MAX_SKEW = 2.0  # seconds; file times, locks and logs of several hosts are compared by people and by tokens that expire
 ALWAYS_OPEN = 256  # files and sockets of Python, jax and its peers, beside shards
+KEYS_SHOWN = 20  # of those that differ
 TIGHT = 0.8  # of the free memory, above which a warning is due
 
 
@@ -16,19 +19,44 @@ def processes(hosts: Sequence[Host]) -> Check:
     return Check("processes", OK, f"{len(hosts)} of them, hosts: {len(count)}")
 
 
-def versions(hosts: Sequence[Host]) -> Check:
-    """Every version must be the same everywhere: a mixed run compiles different programs and hangs, or worse."""
-    differing = []
-    for name in hosts[0].versions:
-        by_value = collections.defaultdict(list)
-        for host in hosts:
-            by_value[host.versions.get(name, "absent")].append(host.name)
-        if len(by_value) > 1:
-            differing.append(f"{name}: {grouped(by_value)}")
-    if differing:
-        return Check("versions", FAIL, "; ".join(differing) + ". Install the same on every host.")
+def versions(hosts: Sequence[Host], of_config: Sequence[str] = ()) -> Check:
+    """Every version must be the same everywhere: a mixed run compiles different programs and hangs, or worse.
+
+    Args: of_config: `differences` of the config's keys.
+    """
+    labels = [f"{host.name} (process {i})" for i, host in enumerate(hosts)]
+    differing = differences([host.versions for host in hosts], labels)
+    advice = ["Install the same on every host"] * bool(differing) + ["Start all with one config"] * bool(of_config)
+    if advice:
+        of_config = [f"config: {line}" for line in of_config]
+        return Check("versions", FAIL, "; ".join([*differing, *of_config]) + f". {', and s'.join(advice)}.")
     shown = ", ".join(f"{name} {hosts[0].versions[name]}" for name in ("python", "jax", "libtpu", "flax", "code"))
     return Check("versions", OK, shown)
+
+
+def differing_keys(said: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of what each process says, the keys that are not there, or not equal, on all."""
+    keys = dict.fromkeys(key for one in said for key in one)
+    # As text: NaN is equal to itself there, and 1 is not True.
+    return [key for key in keys if len({json.dumps(one[key]) if key in one else None for one in said}) > 1]
+
+
+def differences(
+    said: Sequence[Mapping[str, Any]], labels: Sequence[str], remarks: Sequence[Mapping[str, str]] | None = None
+) -> list[str]:
+    """One line a key that differs: "optimizer.learning_rate: 0.01 on 2 processes, 0.5 on node2 (process 2)".
+
+    Args:
+      said: of each process. labels: their names. remarks: what is shown beside a key's value and not compared.
+    """
+    lines, keys = [], differing_keys(said)
+    for key in keys[:KEYS_SHOWN]:
+        by_value = collections.defaultdict(list)
+        for one, label, remark in zip(said, labels, remarks or [{}] * len(said), strict=True):
+            shown = "absent" if key not in one else one[key] if isinstance(one[key], str) else repr(one[key])
+            by_value[f"{shown} ({remark[key]})" if remark.get(key) else shown].append(label)
+        lines.append(f"{key}: {grouped(by_value)}")
+    return lines + [f"and {len(keys) - KEYS_SHOWN} other keys"] * (len(keys) > KEYS_SHOWN)
 
 
 def clocks(skew: float | None) -> Check:

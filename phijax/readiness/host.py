@@ -9,13 +9,16 @@ import platform
 import resource
 import shutil
 
+import jax
 from etils import epath
 
 import phijax
 from phijax.checkpoint import durable, host_memory
 
 # libtpu is absent on machines without TPUs, which is equal there too.
-PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "phijax")
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain")
+# Of jax, from the environment: what decides numbers and programs.
+SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_default_prng_impl")
 SOURCES = (".py", ".cc", ".h")
 
 
@@ -30,10 +33,10 @@ class Host:
     open_files: int
 
 
-def this_host(workdir: epath.Path | None, config_digest: str) -> Host:
+def this_host(workdir: epath.Path | None) -> Host:
     return Host(
         name=os.uname().nodename,
-        versions={**versions(), "config": config_digest},
+        versions=versions(),
         memory=host_memory.available_bytes(),
         disk=free_disk(workdir),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -41,14 +44,15 @@ def this_host(workdir: epath.Path | None, config_digest: str) -> Host:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of the packages that decide numbers and protocols, and of our own files by digest."""
-    found = {"python": platform.python_version()}
+    """Of Python, of the packages that decide numbers and protocols, and of our own files by digest; jax's settings."""
+    found = {"python": ".".join(platform.python_version_tuple()[:2])}  # a patch of it changes neither
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "absent"
-    # A checkout of another commit has the same version number.
+    found |= {name: str(getattr(jax.config, name, "absent")) for name in SETTINGS}
+    # Instead of our version, which a checkout of another commit has too.
     return {**found, "code": code_digest(pathlib.Path(phijax.__file__).parent)}
 
 

@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from etils import epath
 
 from phijax.parallel import processes
 from phijax.parallel.processes import Processes
-from phijax.readiness import check, comparison, probes
+from phijax.readiness import agreement, check, comparison, probes
+from phijax.readiness.agreement import Facts
 from phijax.readiness.check import FAIL, Check
 from phijax.readiness.host import Host, this_host
 from phijax.readiness.limit import TimeLimit
@@ -21,7 +23,7 @@ class Needs:
     """Of the run on this process. memory: bytes held by a save, and by moments on the host; None if not known.
 
     state_bytes: of a checkpoint, None if not known. kept: checkpoints that lie in the workdir at once. shards: files of
-    data. checks: of what the config names.
+    data. checks: of what the config names. data: what must be the same everywhere of it.
     """
 
     memory: int | None = None
@@ -29,19 +31,22 @@ class Needs:
     kept: int = 0
     shards: int = 0
     checks: tuple[Check, ...] = ()
+    data: Facts = dataclasses.field(default_factory=Facts)
 
 
 def inspect(
     world: Processes,
     limit: TimeLimit,
     workdir: epath.Path,
-    config_digest: str,
+    config: Mapping[str, Any],
     needs_of: Callable[[], Needs],
     expected_devices: int | None,
 ) -> list[Check]:
     """Collective. What needs no device comes first: a pod whose hosts differ may hang in its first collective.
 
-    Args: needs_of: called when devices may be looked at.
+    Args:
+      config: a plain tree; empty where none was given.
+      needs_of: called when devices may be looked at.
     Raises: ProcessFailure when a process does not come to a check.
     """
 
@@ -49,8 +54,9 @@ def inspect(
         return [json.loads(text) for text in processes.exchange(f"preflight {name}", json.dumps(content), limit.left)]
 
     limit.doing("versions")
-    own = {"host": dataclasses.asdict(this_host(workdir, config_digest)), "token": uuid.uuid4().hex[:12]}
+    own = {"host": dataclasses.asdict(this_host(workdir)), "token": uuid.uuid4().hex[:12]}
     told = tell("versions", own)
+    of_config = agreement.differing("preflight config", Facts(agreement.of_config(config)), limit.left)
     token, hosts = told[0]["token"], [Host(**fields["host"]) for fields in told]
     limit.doing("clocks")
     skew = probes.clock_skew(world.count, limit.left)
@@ -65,12 +71,16 @@ def inspect(
     answers += needs.checks
     limit.doing("verdict")
     told = tell("verdict", {"memory": needs.memory, "shards": needs.shards, "checks": check.encode(answers)})
+    found = check.merge([check.decode(fields["checks"]) for fields in told], [host.name for host in hosts])
+    if all(one.verdict != FAIL for one in found if one.name == "data"):  # what could not be opened is absent there
+        of_data = agreement.differing("preflight data", needs.data, limit.left)
+        found = [Check("data", FAIL, "; ".join(of_data)) if of_data and one.name == "data" else one for one in found]
     return [
         comparison.processes(hosts),
-        comparison.versions(hosts),
+        comparison.versions(hosts, of_config),
         comparison.clocks(skew),
         comparison.devices(kinds, hosts, expected_devices),
-        *check.merge([check.decode(fields["checks"]) for fields in told], [host.name for host in hosts]),
+        *found,
         comparison.memory(hosts, [fields["memory"] for fields in told]),
         comparison.disk(hosts, needs.state_bytes, needs.kept),
         comparison.open_files(hosts, max(fields["shards"] for fields in told)),

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from etils import epath
 
+from phijax.distribution import install_hint
 from phijax.errors import RunFailure, UserError
 
 REMOTE_SECONDS = 60.0
@@ -211,7 +212,7 @@ class Wandb:
         except ImportError:
             raise UserError(
                 f"logging.wandb_project={project!r}, but the package wandb is not installed.  "
-                'Try pip install "phijax[wandb]", or --config.logging.wandb_project=None'
+                f"Try {install_hint('wandb')}, or --config.logging.wandb_project=None"
             ) from None
         id_path = workdir / "wandb_run_id.txt"
         if not id_path.exists():

@@ -3,18 +3,19 @@
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from etils import epath
 
+from phijax.distribution import install_hint
 from phijax.errors import UserError
 from phijax.text.bpe_arrays import spec_of_arrays
 from phijax.text.byte_level import bytes_of_token
 from phijax.text.decoding import decode_text
 from phijax.text.huggingface_files import name_of_special, write_names
-from phijax.text.special_files import JSON_FILE, OURS_FILE, dummy_space_of, parts_of
+from phijax.text.special_files import JSON_FILE, OURS_FILE, dummy_space_of, is_symbol, parts_of
 from phijax.text.specials import SPACE_MARK, Specials
 from phijax.text.tokenizer import TextTokenizer
 
@@ -28,27 +29,39 @@ class BpeTokenizer:
     Encoding then decoding gives the same text, byte for byte, unless the file has a normalizer that changes text.
     """
 
-    def __init__(self, spec: str, where: str = "the tokenizer", *, end_of_text: str | None = None):
+    def __init__(
+        self,
+        spec: str,
+        where: str = "the tokenizer",
+        *,
+        end_of_text: str | None = None,
+        control: Collection[str] = (),
+    ):
         """Raises UserError, naming `where`, for what is no tokenizer of these kinds.
 
         Args:
           spec: the text of a tokenizer.json.
           end_of_text: the name of the token that ends every document, where the vocabulary has neither <|endoftext|>
             nor what other publishers call it. (A chat model's eos_token ends a turn.)
+          control: names of added tokens that are special, whatever their flags say.
         """
         self._where = where
         parsed = _parse(spec, where)
+        for token in parsed.get("added_tokens") or ():
+            if token.get("content") in control:
+                token["special"] = True
         self._spec = _canonical(parsed)
         self._byte_level = _is_byte_level(parsed, where)
         self._dummy_space = "never" if self._byte_level else dummy_space_of(parsed)
-        self.specials = _specials(parsed, where)
+        self.specials, self.symbols = _added(parsed, where, end_of_text)
         self.strips_right: frozenset[str] = self.specials.strips_right
-        self.added_tokens: Mapping[str, int] = self.specials.ids
-        # Without its added tokens: their names in plain text are text.
-        plain = parsed | {"added_tokens": [], "post_processor": None}
-        self._plain = _load(_canonical(plain), where)
+        self.added_tokens: Mapping[str, int] = MappingProxyType({**self.specials.ids, **self.symbols.ids})
+        # Without its special tokens: their names in plain text are text.
+        self._symbols = [token for token in parsed.get("added_tokens") or () if token["content"] in self.symbols.ids]
+        self._plain = _load(_canonical(parsed | {"added_tokens": self._symbols, "post_processor": None}), where)
         self._tokens: dict[int, str] = {i: token for token, i in parsed["model"]["vocab"].items()}
-        self.vocab_size: int = 1 + max(*self._tokens, *self.specials.ids.values(), -1)
+        self.vocab_size: int = 1 + max(*self._tokens, *self.added_tokens.values(), -1)
+        self._renumbered = self._renumbering(where)
         self._end_of_text = next((name for name in _END_OF_TEXT_NAMES if name in self.specials.ids), end_of_text)
         if self._end_of_text not in self.specials.ids:
             raise UserError(
@@ -58,7 +71,8 @@ class BpeTokenizer:
         self.end_of_text: int = self.specials.ids[self._end_of_text]
         unknown = parsed["model"].get("unk_token")
         self.unknown: int | None = parsed["model"]["vocab"].get(unknown) if unknown else None
-        self.fingerprint: str = hashlib.sha256(self._spec.encode()).hexdigest()
+        found = json.dumps(sorted(self.symbols.ids)) if self.symbols.ids else ""
+        self.fingerprint: str = hashlib.sha256((self._spec + found).encode()).hexdigest()
 
     @classmethod
     def from_gguf(
@@ -83,10 +97,13 @@ class BpeTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: names of special tokens inside it are text as any other; nothing is put around it.
 
-        Raises ValueError for a lone surrogate, which is no text in UTF-8.
+        Symbols are found in it. Raises ValueError for a lone surrogate, which is no text in UTF-8.
         """
+        return self._encode(self._plain, text)
+
+    def _encode(self, plain: Any, text: str) -> list[int]:
         _check_text(text)
-        ids = self._plain.encode(text, add_special_tokens=False).ids
+        ids = self._ids(plain, text)
         if self._control_ids.isdisjoint(ids):
             return ids
         # Only where a whole word may be a token without merges: part each name, so that it is no word.
@@ -98,10 +115,22 @@ class BpeTokenizer:
                 name = self.specials.names[part]
                 runs[-1] += name[0]
                 runs.append(name[1:])
-        ids = [i for run in runs for i in self._plain.encode(run, add_special_tokens=False).ids]
+        ids = [i for run in runs for i in self._ids(plain, run)]
         if not self._control_ids.isdisjoint(ids):
             raise ValueError(f"{self._where} makes a special token of plain text that does not name it: {text[:80]!r}")
         return ids
+
+    def _ids(self, plain: Any, text: str) -> list[int]:
+        ids = plain.encode(text, add_special_tokens=False).ids
+        return [self._renumbered.get(i, i) for i in ids] if self._renumbered else ids
+
+    def _renumbering(self, where: str) -> dict[int, int]:
+        """Ids that the library gives to symbols where the special tokens before them are missing -> their own."""
+        given = {self._plain.token_to_id(name): i for name, i in self.symbols.ids.items()}
+        changed = {theirs: i for theirs, i in given.items() if theirs != i}
+        if clash := [i for theirs, i in changed.items() if theirs in self._tokens]:
+            raise UserError(f"{where}: the added token {self.symbols.names[clash[0]]!r} cannot have the id {clash[0]}.")
+        return changed
 
     def encode_with_specials(self, text: str) -> list[int]:
         """Ids of text in which names of special tokens stand for those tokens. Never give it text of strangers."""
@@ -110,10 +139,7 @@ class BpeTokenizer:
 
     def encode_segment(self, text: str, first: bool) -> list[int]:
         """Ids of the plain text between two special tokens; `first`: nothing is before it."""
-        if first or self._dummy_space != "first":
-            return self.encode(text)
-        # Behind a newline, a byte of its own in such vocabularies, no dummy space is put.
-        return self.encode("\n" + text)[len(self.encode("\n")) :]
+        return self._encode(self._plain if first or self._dummy_space != "first" else self._inside, text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens show as their names. Raises ValueError for an id that is no token."""
@@ -121,6 +147,9 @@ class BpeTokenizer:
 
     def token_bytes(self, id: int, first: bool = False) -> bytes:
         """What `id` adds to the text; `first`: without the dummy space. Raises ValueError for what is no token."""
+        if id in self.symbols.names:
+            space = b" " * (self._swallows_space(id) and not first)
+            return space + self.symbols.names[id].encode()
         name = self.specials.names.get(id)
         if name is not None:
             return name.encode()
@@ -138,7 +167,14 @@ class BpeTokenizer:
         """Whether the id behind `previous` is the first of a segment, whose leading space is a dummy."""
         if self._dummy_space == "never":
             return False
-        return previous is None or (self._dummy_space != "first" and previous in self.specials.names)
+        if previous is None or self._dummy_space == "first":
+            return previous is None
+        symbol = previous in self.symbols.names and not self._swallows_space(previous)
+        return symbol or previous in self.specials.names
+
+    def _swallows_space(self, id: int) -> bool:
+        """Whether the space before a symbol, which may be the dummy, is part of it."""
+        return self._dummy_space == "each" and self.symbols.names.get(id) in self.symbols.normalized
 
     def same_ids(self, other: TextTokenizer) -> bool:
         """Whether every text, chats too, is known to get the same ids."""
@@ -151,6 +187,10 @@ class BpeTokenizer:
         (folder / JSON_FILE).write_text(self._spec)
         if self._end_of_text not in _END_OF_TEXT_NAMES:
             (folder / OURS_FILE).write_text(json.dumps({"end_of_text": self._end_of_text}) + "\n")
+
+    def huggingface_json(self) -> dict[str, Any] | None:
+        """The file that was opened, without what cuts a text short or draws lots."""
+        return json.loads(self._spec)
 
     def save_huggingface(
         self, folder: str | epath.PathLike, *, chat_template: str | None = None, eos: int | None = None
@@ -167,7 +207,7 @@ class BpeTokenizer:
         (folder / JSON_FILE).write_text(self._spec)
         eos_name = name_of_special(self.specials, self.end_of_text if eos is None else eos)
         names = {"eos_token": eos_name, "pad_token": self._end_of_text}
-        write_names(folder, names, self.specials, chat_template)
+        write_names(folder, names, self.specials, self.symbols, chat_template)
 
     def __reduce__(self):
         return _rebuild, (self._spec, self._where, self._end_of_text)
@@ -175,10 +215,19 @@ class BpeTokenizer:
     @functools.cached_property
     def _full(self) -> Any:
         full = _load(self._spec, self._where)
-        for name, i in self.specials.ids.items():
+        for name, i in self.added_tokens.items():
             if full.token_to_id(name) != i:
                 raise UserError(f"{self._where}: the special token {name!r} has id {i}, but ids before it are missing.")
         return full
+
+    @functools.cached_property
+    def _inside(self) -> Any:
+        """As `_plain`, for text that something stands before: without the dummy space."""
+        spec = json.loads(self._spec)
+        for part in parts_of(spec["pre_tokenizer"]):
+            if part.get("type") == "Metaspace":
+                part |= {"prepend_scheme": "never", "add_prefix_space": False}
+        return _load(_canonical(spec | {"added_tokens": self._symbols, "post_processor": None}), self._where)
 
     @functools.cached_property
     def _control_ids(self) -> frozenset[int]:
@@ -212,6 +261,8 @@ def _parse(spec: str, where: str) -> dict[str, Any]:
         )
     if not all(type(i) is int and i >= 0 for i in model["vocab"].values()):
         raise UserError(f"{where}: ids in the vocabulary must be whole numbers from 0.")
+    # What cuts a text short, fills it up or draws lots (BPE-dropout) is of training: ids are those of the whole text.
+    model |= {"dropout": None} if model.get("dropout") else {}
     return parsed | {"truncation": None, "padding": None}
 
 
@@ -227,8 +278,11 @@ def _is_byte_level(parsed: dict[str, Any], where: str) -> bool:
     )
 
 
-def _specials(parsed: dict[str, Any], where: str) -> Specials:
-    ids, right, left = {}, set(), set()
+def _added(parsed: dict[str, Any], where: str, end_of_text: str | None) -> tuple[Specials, Specials]:
+    """Special tokens, and symbols."""
+    ids: dict[str, int] = {}
+    flagged: dict[str, set[str]] = {flag: set() for flag in ("rstrip", "lstrip", "single_word", "normalized")}
+    symbols = set()
     for token in parsed.get("added_tokens") or ():
         name, i = token.get("content"), token.get("id")
         if not isinstance(name, str) or not name or type(i) is not int or i < 0:
@@ -236,9 +290,12 @@ def _specials(parsed: dict[str, Any], where: str) -> Specials:
         if name in ids or i in ids.values():
             raise UserError(f"{where}: the added token {name!r} or its id {i} is there twice.")
         ids[name] = i
-        right |= {name} if token.get("rstrip") else set()
-        left |= {name} if token.get("lstrip") else set()
-    return Specials(MappingProxyType(ids), frozenset(right), frozenset(left))
+        symbols |= {name} if is_symbol(name, token) and name != end_of_text else set()
+        for flag, names in flagged.items():
+            names |= {name} if token.get(flag) else set()
+    both = Specials(MappingProxyType(ids), *map(frozenset, flagged.values()))
+    special, found = ({name: name for name in ids if (name in symbols) == which} for which in (False, True))
+    return both.renamed(special), both.renamed(found)
 
 
 def _load(spec: str, where: str) -> Any:
@@ -246,7 +303,7 @@ def _load(spec: str, where: str) -> Any:
         import tokenizers
     except ImportError as error:
         raise UserError(
-            f"{where} needs the package tokenizers: pip install 'phijax[tokenizers]'.\n"
+            f"{where} needs the package tokenizers: {install_hint('tokenizers')}.\n"
             "phi-3 and Llama-2 do without it where a tokenizer.model lies in the folder."
         ) from error
     try:

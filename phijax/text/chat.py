@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from phijax.errors import UserError, nearest_name
 from phijax.text.chat_formats import (
+    BOS,
     CHATML,
     CHATML_PLAIN,
     FORMATS,
@@ -116,19 +117,26 @@ def stop_ids(tokenizer: TextTokenizer, format: ChatFormat) -> tuple[int, ...]:
     return tuple(tokenizer.specials.ids[name] for name in format.stops if name in tokenizer.specials.ids)
 
 
-def recognise(template: str | None, tokenizer: TextTokenizer) -> ChatFormat | None:
+def recognise(template: str | None, tokenizer: TextTokenizer, bos: int | None = None) -> ChatFormat | None:
     """Which of FORMATS a checkpoint's template is: the one that renders every probe conversation to the same text.
 
+    Where a template also puts `bos` first, that token is the format's `start`.
+
+    Args: bos: the checkpoint's; None: <s>, where the tokenizer has it.
     None where there is no template, or where it differs from all of them anywhere: then say so and do not guess.
     Raises UserError where the package jinja2 is missing and the template is none of ours.
     """
     if template is None:
         return None
-    if ours := next((format for format in FORMATS if format.template == template), None):
-        return ours
     names = tokenizer.specials.names
-    begin = "<s>" if "<s>" in tokenizer.specials.ids else None
+    begin = names.get(bos, "<s>" if "<s>" in tokenizer.specials.ids else None)
+    beginning = {f.name: dataclasses.replace(f, start=begin) for f in FORMATS if begin and not f.start}
     for format in FORMATS:
+        if template == format.template:
+            return format
+        if template == BOS + format.template and begin:
+            return beginning.get(format.name, format)
+    for format in (*FORMATS, *beginning.values()):
         if format.special_names() <= set(tokenizer.specials.ids) and all(
             _renders_alike(template, format, messages, prompt, begin, names[tokenizer.end_of_text])
             for messages, prompt in _PROBES

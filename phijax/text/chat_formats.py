@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 _NAME = re.compile(r"<\|\w+\|>|<s>")
+
+BOS = "{{ bos_token }}"  # in a template: the token that begins a text
 
 ROLES = ("system", "user", "assistant")
 
@@ -130,3 +132,9 @@ CHATML = dataclasses.replace(
 )
 
 FORMATS = (PHI3, PHI3_OLD, PHI3_APRIL, PHI4, CHATML, CHATML_PLAIN)
+
+
+def stops_by_names(names: Collection[str]) -> tuple[str, ...]:
+    """The tokens at which answers end in every format that these names of special tokens can write."""
+    found = (stop for form in FORMATS if form.special_names() <= set(names) for stop in form.stops if stop in names)
+    return tuple(dict.fromkeys(found))

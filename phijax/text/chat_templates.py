@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from phijax.distribution import install_hint
 from phijax.errors import UserError
 
 LONGEST_TEMPLATE = 1 << 16  # characters; published ones have up to 10,000
@@ -36,7 +37,7 @@ def render_template(
     except ImportError as error:
         raise UserError(
             "The checkpoint's chat template can be compared with the known formats only by rendering it, which needs "
-            "jinja2: pip install 'phijax[tokenizers]'."
+            f"jinja2: {install_hint('tokenizers')}."
         ) from error
 
     class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):

@@ -1,6 +1,7 @@
 """The tokenizer files of a Hugging Face folder, written so that AutoTokenizer gives our ids."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,8 +9,12 @@ from etils import epath
 
 from phijax.errors import UserError
 from phijax.text.sentencepiece_model import Piece, PieceKind, take_apart
+from phijax.text.special_files import CONFIG_FILE, JSON_FILE
 from phijax.text.specials import SPACE_MARK, DummySpace, Specials
 
+_NONE = Specials({})
+# What has transformers make a tokenizer of its own, or one that takes names of special tokens for text.
+_REMAKES = ("auto_map", "from_slow", "tokenizer_file", "split_special_tokens", "fix_mistral_regex")
 _GENERIC = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is; LlamaTokenizer of transformers 5 remakes parts
 
 
@@ -19,6 +24,7 @@ def write_sentencepiece(
     model: bytes,
     added_tokens: Mapping[str, int],
     specials: Specials,
+    symbols: Specials,
     dummy_space: DummySpace,
     eos: str,
     pad: str,
@@ -30,7 +36,8 @@ def write_sentencepiece(
     characters. transformers would convert it by itself and give other ids for some texts.
     """
     parts = take_apart(model)
-    if not parts.joins or parts.changes_text:
+    spec = spec_of_model(model, specials, symbols, dummy_space)
+    if spec is None:
         raise UserError(
             f"The SentencePiece model {'folds characters or spaces' if parts.joins else 'is no BPE model (unigram)'}, "
             "so that no tokenizer.json gives its ids. phi-3's, Llama's and those trained here are BPE and fold nothing."
@@ -38,42 +45,66 @@ def write_sentencepiece(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model)
     _write(folder / "added_tokens.json", dict(added_tokens))
-    spec = sentencepiece_json(parts.pieces, specials, dummy_space if parts.dummy_space else "never")
-    (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n")
+    (folder / JSON_FILE).write_text(_as_text(spec))
     kinds = {PieceKind.UNKNOWN: "unk_token", PieceKind.CONTROL: "bos_token"}
     names = {kinds[p.kind]: p.text for p in parts.pieces if p.text in ("<unk>", "<s>") and p.kind in kinds}
     names |= {"eos_token": eos, "pad_token": pad}
-    write_names(folder, names, specials, chat_template)
+    write_names(folder, names, specials, symbols, chat_template)
 
 
-def keep_tokenizer_json(folder: str | epath.PathLike) -> bool:
-    """Makes transformers read a copied folder's tokenizer.json as it is. Returns whether anything had to be changed.
+def spec_of_model(
+    model: bytes, specials: Specials, symbols: Specials, dummy_space: DummySpace
+) -> dict[str, Any] | None:
+    """tokenizer.json of a SentencePiece model; None for one that merges cannot stand for."""
+    parts = take_apart(model)
+    if not parts.joins or parts.changes_text:
+        return None
+    return sentencepiece_json(parts.pieces, specials, dummy_space if parts.dummy_space else "never", symbols)
 
-    phi-3's files name LlamaTokenizer. For model type phi3 transformers 5 still takes tokenizer.json as it is; for llama
-    it remakes parts of it, and gives other ids behind special tokens and before spaces.
+
+def take_as_it_is(folder: str | epath.PathLike, spec: Mapping[str, Any] | None) -> list[str]:
+    """Makes transformers read a copied folder's tokenizer.json as it is; returns the files that had to be changed.
+
+    phi-3's and Llama's files name LlamaTokenizer, of which transformers 5 remakes parts: other ids behind special
+    tokens and before spaces. Without tokenizer.json it makes one by rules of its own.
+
+    Args:
+      spec: the tokenizer.json that gives our ids; what stands around a text stays as the folder's own says. None: the
+        folder's own, if it has one.
     """
-    folder = epath.Path(folder)
-    path = folder / "tokenizer_config.json"
-    if not path.exists() or not (folder / "tokenizer.json").exists():
-        return False
+    folder, changed = epath.Path(folder), []
+    path, whole = folder / CONFIG_FILE, folder / JSON_FILE
+    there = json.loads(whole.read_bytes()) if whole.exists() else None
+    if spec is not None:
+        spec = {**spec, "post_processor": (there or {}).get("post_processor")}
+        if spec != there:
+            whole.write_text(_as_text(spec))
+            changed.append(JSON_FILE)
+    elif there is None:
+        return []
     config = json.loads(path.read_bytes())
-    if config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
-        return False
-    _write(path, config | {"tokenizer_class": _GENERIC})
-    return True
+    new = {key: value for key, value in config.items() if key not in _REMAKES} | {"tokenizer_class": _GENERIC}
+    if spec is not None:
+        entries = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in spec["added_tokens"]}
+        new |= {"added_tokens_decoder": entries} if entries or "added_tokens_decoder" in new else {}
+    if new != config:
+        _write(path, new)
+        changed.append(CONFIG_FILE)
+    return changed
 
 
 def write_names(
     folder: epath.Path,
     names: Mapping[str, str],
     specials: Specials,
+    symbols: Specials,
     chat_template: str | None,
 ) -> None:
     """tokenizer_config.json and special_tokens_map.json. `names`: bos_token and the like -> the token."""
     config = {
         "add_bos_token": False,
         "add_eos_token": False,
-        "added_tokens_decoder": {str(i): token_entry(name, specials) for name, i in _in_order(specials)},
+        "added_tokens_decoder": {str(i): entry for i, entry in token_entries(specials, symbols).items()},
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",  # prompts of a batch end together
         **names,
@@ -81,7 +112,7 @@ def write_names(
     }
     if chat_template is not None:
         config["chat_template"] = chat_template
-    _write(folder / "tokenizer_config.json", config)
+    _write(folder / CONFIG_FILE, config)
     entries = {kind: token_entry(name, specials) for kind, name in names.items()}
     _write(
         folder / "special_tokens_map.json",
@@ -101,26 +132,40 @@ def _in_order(specials: Specials) -> list[tuple[str, int]]:
     return sorted(specials.ids.items(), key=lambda entry: entry[1])
 
 
+def _as_text(spec: Mapping[str, Any]) -> str:
+    return json.dumps(spec, ensure_ascii=False, indent=1) + "\n"
+
+
 def _write(path: epath.Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
-def token_entry(name: str, specials: Specials) -> dict[str, Any]:
+def token_entry(name: str, found: Specials, special: bool = True) -> dict[str, Any]:
     """An entry of added_tokens_decoder."""
     return {
         "content": name,
-        "lstrip": name in specials.strips_left,
-        "normalized": False,
-        "rstrip": name in specials.strips_right,
-        "single_word": False,
-        "special": True,
+        "lstrip": name in found.strips_left,
+        "normalized": not special and name in found.normalized,
+        "rstrip": name in found.strips_right,
+        "single_word": name in found.whole_words,
+        "special": special,
     }
 
 
-def sentencepiece_json(pieces: Sequence[Piece], specials: Specials, dummy_space: DummySpace) -> dict[str, Any]:
+def token_entries(specials: Specials, symbols: Specials) -> dict[int, dict[str, Any]]:
+    """Id -> entry of every added token, in order."""
+    entries = {i: token_entry(name, specials) for name, i in specials.ids.items()}
+    entries |= {i: token_entry(name, symbols, special=False) for name, i in symbols.ids.items()}
+    return dict(sorted(entries.items()))
+
+
+def sentencepiece_json(
+    pieces: Sequence[Piece], specials: Specials, dummy_space: DummySpace, symbols: Specials = _NONE
+) -> dict[str, Any]:
     """tokenizer.json of a SentencePiece BPE model: the same ids, computed from merges instead of scores.
 
-    As Hugging Face publishes Llama's and phi-3's.
+    As Hugging Face publishes Llama's and phi-3's. Pieces that the model itself takes out of text whole are words there,
+    which are looked up before anything is merged.
     """
     vocab = {piece.text: i for i, piece in enumerate(pieces)}
     to_mark = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
@@ -128,15 +173,20 @@ def sentencepiece_json(pieces: Sequence[Piece], specials: Specials, dummy_space:
     unknown = next((piece.text for piece in pieces if piece.kind == PieceKind.UNKNOWN), None)
     bytes_known = any(piece.kind == PieceKind.BYTE for piece in pieces)
     dummy = [{"type": "Prepend", "prepend": SPACE_MARK}] if dummy_space == "each" else []
+    added = specials.ids.keys() | symbols.ids.keys()
+    whole = [piece.text for piece in pieces if piece.kind == PieceKind.USER_DEFINED and piece.text not in added]
+    whole.sort(key=len, reverse=True)
+    pattern = {"Regex": "|".join(map(re.escape, whole))}
+    split = [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}] if whole else []
     metaspace = {"type": "Metaspace", "replacement": SPACE_MARK, "prepend_scheme": dummy_space, "split": False}
     undummy = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if dummy_space != "never" else []
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, **token_entry(name, specials)} for name, i in _in_order(specials)],
+        "added_tokens": [{"id": i, **entry} for i, entry in token_entries(specials, symbols).items()],
         "normalizer": {"type": "Sequence", "normalizers": [*dummy, to_mark]},
-        "pre_tokenizer": metaspace if dummy_space in ("always", "first") else None,
+        "pre_tokenizer": _sequence([*([metaspace] if dummy_space in ("always", "first") else []), *split]),
         "post_processor": None,
         "decoder": {
             "type": "Sequence",
@@ -150,11 +200,15 @@ def sentencepiece_json(pieces: Sequence[Piece], specials: Specials, dummy_space:
             "end_of_word_suffix": None,
             "fuse_unk": True,
             "byte_fallback": bytes_known,
-            "ignore_merges": False,
+            "ignore_merges": bool(whole),
             "vocab": vocab,
             "merges": merges_of(pieces),
         },
     }
+
+
+def _sequence(steps: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else next(iter(steps), None)
 
 
 def merges_of(pieces: Sequence[Piece]) -> list[str]:

@@ -1,6 +1,6 @@
 """A SentencePiece model is loaded and checked against the tokens added to it; phi-3's eleven."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import sentencepiece
 
@@ -57,7 +57,9 @@ def check_added_tokens(
     own: Mapping[str, int],
     end_of_text: str,
     where: str,
+    symbols: Collection[str] = (),
 ) -> None:
+    """`own`: names that the model has and makes of no text, or that are taken out of it before. Raises: UserError."""
     if end_of_text not in added_tokens and end_of_text not in own:
         raise UserError(
             f"The added tokens of {where} have no {end_of_text}, which must end every document.\n"
@@ -75,6 +77,6 @@ def check_added_tokens(
                 f"{ADDED_TOKENS_FILE} belongs to another model."
             )
         piece = pieces.piece_to_id(text)
-        if piece != pieces.unk_id() and not pieces.is_control(piece):
+        if text not in symbols and piece != pieces.unk_id() and not pieces.is_control(piece):
             # A document about chat models would then hold control tokens.
             raise UserError(f"{where}: the model itself takes {text!r} out of plain text. Train or give another model.")

@@ -8,7 +8,7 @@ The file is one protocol buffer message, sentencepiece_model.proto's ModelProto:
 import dataclasses
 import enum
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from phijax.errors import UserError
@@ -66,6 +66,33 @@ def take_apart(model: bytes) -> PieceModel:
         changes_text=bool(folds or trainer.get(24) or not normalizer.get(5, True)),
         byte_fallback=bool(trainer.get(35)),
     )
+
+
+def user_defined(model: bytes) -> dict[str, int]:
+    """Pieces that a model takes out of every text whole -> their ids."""
+    # Field 3, a piece's kind, is 4: most models have none, and need not be taken apart for it.
+    if b"\x18\x04" not in model:
+        return {}
+    pieces = take_apart(model).pieces
+    return {piece.text: i for i, piece in enumerate(pieces) if piece.kind == PieceKind.USER_DEFINED}
+
+
+def with_control(model: bytes, ids: Collection[int]) -> bytes:
+    """The model with these pieces as control pieces, which it makes of no text."""
+    out, number, at = [], 0, 0
+    while at < len(model):
+        start = at
+        key, at = _read_varint(model, at)
+        length, at = _read_varint(model, at)
+        content, at = model[at : at + length], at + length
+        if key == (1 << 3 | 2) and number in ids:
+            piece = dict(_fields(content))
+            content = _text(1, piece[1].decode()) + b"\x15" + piece.get(2, bytes(4)) + _number(3, PieceKind.CONTROL)
+            out.append(_message(1, content))
+        else:
+            out.append(model[start:at])
+        number += key == (1 << 3 | 2)
+    return b"".join(out)
 
 
 def interchangeable(a: bytes, b: bytes) -> bool:

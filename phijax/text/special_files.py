@@ -12,10 +12,11 @@ from typing import Any
 from etils import epath
 
 from phijax.errors import UserError
-from phijax.text.specials import DummySpace
+from phijax.text.specials import DummySpace, looks_like_control
 
 ADDED_TOKENS_FILE = "added_tokens.json"
 CONFIG_FILE = "tokenizer_config.json"
+MAP_FILE = "special_tokens_map.json"
 JSON_FILE = "tokenizer.json"
 OURS_FILE = "special_tokens.json"  # what `save` has to say beyond names and ids, where it is not as phi-3 has it
 
@@ -26,6 +27,7 @@ class FolderTokens:
 
     names: id -> name of every token named, the model's own too.
     strips_right: names flagged so; None where no file has flags. strips_left: likewise, empty without.
+    symbols: names of tokens that are not special, which plain text becomes; whole_words, normalized: those flagged so.
     end: the name of what ends a text: ours, else eos_token.
     dummy_space: where tokenizer.json puts it.
     vocab_size: of tokenizer.json, or None.
@@ -37,6 +39,9 @@ class FolderTokens:
     end: str | None
     dummy_space: DummySpace
     vocab_size: int | None
+    symbols: frozenset[str] = frozenset()
+    whole_words: frozenset[str] = frozenset()
+    normalized: frozenset[str] = frozenset()
 
     def ids(self) -> dict[str, int]:
         return {name: i for i, name in self.names.items()}
@@ -44,10 +49,10 @@ class FolderTokens:
 
 def read_folder_tokens(folder: epath.Path) -> FolderTokens | None:
     """None where the folder says nothing at all of special tokens. Raises UserError for files that cannot be meant."""
-    added = _object(folder / ADDED_TOKENS_FILE)
-    config = _object(folder / CONFIG_FILE)
-    whole = _object(folder / JSON_FILE)
-    ours = _object(folder / OURS_FILE)
+    added = read_object(folder / ADDED_TOKENS_FILE)
+    config = read_object(folder / CONFIG_FILE)
+    whole = read_object(folder / JSON_FILE)
+    ours = read_object(folder / OURS_FILE)
     if added is None and config is None and whole is None:
         return None
     names: dict[int, str] = {}
@@ -65,19 +70,55 @@ def read_folder_tokens(folder: epath.Path) -> FolderTokens | None:
     for entry in (whole or {}).get("added_tokens") or ():
         _entry(names, flags, folder / JSON_FILE, entry.get("id") if isinstance(entry, dict) else None, entry)
     end = _end(config or {})
-    right = frozenset(name for name, entry in flags.items() if entry.get("rstrip") is True)
-    left = frozenset(name for name, entry in flags.items() if entry.get("lstrip") is True)
+    control = _named(config) | _named(read_object(folder / MAP_FILE)) | {end}
+    # added_tokens.json alone has no flags: in a folder of ours all are control tokens, elsewhere none.
+    unflagged: dict[str, Any] = {"special": config is None and whole is None}
+    symbols = frozenset(
+        name for name in names.values() if is_symbol(name, flags.get(name, unflagged)) and name not in control
+    )
+    right, left = _flagged(flags, "rstrip"), _flagged(flags, "lstrip")
+    words, normalized = _flagged(flags, "single_word"), _flagged(flags, "normalized") & symbols
     said = bool(flags) or config is not None
     # Without tokenizer.json each segment has one: so it is in phi-3's, although its `legacy` is false.
     dummy_space = dummy_space_of(whole) if whole else "each"
     if ours is not None:
         right, said = frozenset(ours.get("strips_right", ())), True
         left = frozenset(ours.get("strips_left", ()))
+        symbols, words, normalized = (frozenset(ours.get(k, ())) for k in ("symbols", "whole_words", "normalized"))
         end, dummy_space = ours.get("end_of_text", end), ours.get("dummy_space", dummy_space)
-    return FolderTokens(names, right if said else None, left, end, dummy_space, _vocab_size(whole))
+    right_said = right if said else None
+    size = _vocab_size(whole)
+    return FolderTokens(names, right_said, left, end, dummy_space, size, symbols, words, normalized)
 
 
-def _object(path: epath.Path) -> dict[str, Any] | None:
+def is_symbol(name: str, entry: Mapping[str, Any]) -> bool:
+    """Whether an added token is found in plain text: flagged as not special, and not for control all the same."""
+    return not entry.get("special") and not looks_like_control(name)
+
+
+def _flagged(flags: Mapping[str, Mapping[str, Any]], flag: str) -> frozenset[str]:
+    return frozenset(name for name, entry in flags.items() if entry.get(flag) is True)
+
+
+_KINDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def control_names(folder: epath.Path) -> frozenset[str]:
+    """Tokens that a folder's settings name, as eos_token: transformers makes them special, whatever their flags."""
+    return _named(read_object(folder / CONFIG_FILE)) | _named(read_object(folder / MAP_FILE))
+
+
+def _named(settings: Mapping[str, Any] | None) -> frozenset[str]:
+    found = [(settings or {}).get(kind) for kind in _KINDS]
+    for kind in ("additional_special_tokens", "extra_special_tokens"):
+        more = (settings or {}).get(kind) or ()
+        found += more.values() if isinstance(more, dict) else more if isinstance(more, list) else ()
+    texts = (entry.get("content") if isinstance(entry, dict) else entry for entry in found)
+    return frozenset(text for text in texts if isinstance(text, str))
+
+
+def read_object(path: epath.Path) -> dict[str, Any] | None:
+    """None where there is no such file. Raises: UserError for what is not one object of JSON."""
     if not path.exists():
         return None
     try:
@@ -100,8 +141,6 @@ def _entry(names: dict[int, str], flags: dict[str, dict[str, Any]], path: epath.
         raise UserError(f"{path}: the added token {i!r} must be an object with its content, but is {entry!r}.")
     name = entry.get("content")
     _name(names, path, name, i)
-    if entry.get("single_word") is True:
-        raise UserError(f"{path}: {name!r} is to be found only as a whole word (single_word), which is not known here.")
     flags[name] = entry
 
 

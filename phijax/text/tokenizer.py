@@ -5,13 +5,13 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 from etils import epath
 
 from phijax.errors import UserError
 from phijax.text.decoding import decode_text
-from phijax.text.huggingface_files import name_of_special, write_sentencepiece
+from phijax.text.huggingface_files import name_of_special, spec_of_model, write_sentencepiece
 from phijax.text.pieces import (
     END_OF_TEXT,
     PHI3_ADDED_TOKENS,
@@ -20,68 +20,26 @@ from phijax.text.pieces import (
     own_specials,
     phi3_strips_right,
 )
-from phijax.text.sentencepiece_model import interchangeable
+from phijax.text.sentencepiece_model import interchangeable, user_defined, with_control
 from phijax.text.special_files import ADDED_TOKENS_FILE, JSON_FILE, OURS_FILE, read_folder_tokens
-from phijax.text.specials import SPACE_MARK, DummySpace, Specials
+from phijax.text.specials import SPACE_MARK, DummySpace, Specials, looks_like_control
+from phijax.text.text_tokenizer import TextTokenizer
+
+__all__ = [
+    "ADDED_TOKENS_FILE",
+    "END_OF_TEXT",
+    "JSON_FILE",
+    "MODEL_FILE",
+    "PHI3_ADDED_TOKENS",
+    "TextTokenizer",
+    "Tokenizer",
+]
 
 MODEL_FILE = "tokenizer.model"
 
 # SentencePiece keeps some 100 bytes a character, so that a file of 1 GB in one piece would end the process; and short
 # pieces stay in the cache: 3.4 MB/s against 1.6 in pieces of a million characters.
 _LONGEST_PIECE_OF_TEXT = 1 << 13  # characters
-
-
-class TextTokenizer(Protocol):
-    """What every tokenizer has, whichever library is behind it. Immutable, and can be sent to another process."""
-
-    vocab_size: int  # ids are 0 to vocab_size - 1; a model's matrix may have more rows
-    end_of_text: int  # ends every document
-    unknown: int | None
-    added_tokens: Mapping[str, int]  # names behind the model's own pieces, as <|user|>
-    specials: Specials  # every name that encode_with_specials knows: the added tokens and the model's own, as <s>
-    strips_right: frozenset[str]  # those that swallow the whitespace behind them
-    fingerprint: str  # of the files' contents: where it is equal every text gets the same ids
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text: names of special tokens inside it are text as any other; nothing is put around it."""
-        ...
-
-    def encode_with_specials(self, text: str) -> list[int]:
-        """Ids of text in which names of special tokens stand for those tokens. Never give it text of strangers."""
-        ...
-
-    def encode_segment(self, text: str, first: bool) -> list[int]:
-        """Ids of the plain text between two special tokens; `first`: nothing is before it."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; special tokens show as their names. Raises ValueError for an id that is no token."""
-        ...
-
-    def token_bytes(self, id: int, first: bool = False) -> bytes:
-        """What `id` adds to the text. `first`: without the dummy space that some tokenizers put before a text.
-
-        Raises ValueError for an id that is no token.
-        """
-        ...
-
-    def begins_behind(self, previous: int | None) -> bool:
-        """Whether the id behind `previous` (None: nothing before it) is `first` in the sense of `token_bytes`."""
-        ...
-
-    def same_ids(self, other: "TextTokenizer") -> bool:
-        """Whether every text, chats too, is known to get the same ids, be the files others."""
-        ...
-
-    def save(self, folder: str | epath.PathLike) -> None:
-        """Writes what `phijax.text.open.open_tokenizer` reads."""
-        ...
-
-    def save_huggingface(
-        self, folder: str | epath.PathLike, *, chat_template: str | None = None, eos: int | None = None
-    ) -> None:
-        """Writes the files by which AutoTokenizer gives the same ids. `eos`: what generation stops at."""
-        ...
 
 
 class Tokenizer:
@@ -102,6 +60,9 @@ class Tokenizer:
         strips_left: Collection[str] = (),
         end_of_text: str = END_OF_TEXT,
         dummy_space: DummySpace = "each",
+        symbols: Collection[str] = (),
+        whole_words: Collection[str] = (),
+        normalized: Collection[str] = (),
     ):
         """Raises UserError, naming `where`, for what is no tokenizer.
 
@@ -112,31 +73,45 @@ class Tokenizer:
           strips_left: those that swallow the whitespace before them.
           end_of_text: the name of the token that ends every document.
           dummy_space: where the space goes that the model puts before text, if it does.
+          symbols: added tokens that are found in plain text; of those the `normalized` as Hugging Face finds them:
+            behind the dummy space or a space, which they swallow.
+          whole_words: added tokens that are found only where no letter stands beside them.
         """
         self._model = model
-        self._pieces = load_pieces(model, where)
+        # Names for control are never taken out of text, and symbols are before the model sees it: neither is its own.
+        mine = user_defined(model)
+        taken = {i for name, i in mine.items() if name in symbols or looks_like_control(name)}
+        self._pieces = load_pieces(with_control(model, taken) if taken else model, where)
         self._num_pieces = self._pieces.get_piece_size()
         if added_tokens is None:
             added_tokens = {text: self._num_pieces + i for i, text in enumerate(PHI3_ADDED_TOKENS)}
-        own = own_specials(self._pieces)
-        check_added_tokens(added_tokens, self._pieces, own, end_of_text, where)
+        own = {name: i for name, i in own_specials(self._pieces).items() if name not in symbols}
+        check_added_tokens(added_tokens, self._pieces, {**own, **mine}, end_of_text, where, symbols)
         self.added_tokens: Mapping[str, int] = MappingProxyType(dict(added_tokens))
         if strips_right is None:
             strips_right = phi3_strips_right(added_tokens, self._pieces)
-        ids = MappingProxyType(own | dict(added_tokens))
-        self.specials = Specials(ids, frozenset(strips_right), frozenset(strips_left))
+        right, left = frozenset(strips_right), frozenset(strips_left)
+        ids = own | {name: i for name, i in added_tokens.items() if name not in symbols}
+        words = frozenset(whole_words)
+        self.specials = Specials(MappingProxyType(ids), *(flagged & ids.keys() for flagged in (right, left, words)))
         self.strips_right: frozenset[str] = self.specials.strips_right
+        found = {name: i for name, i in {**mine, **added_tokens}.items() if name in symbols}
+        flags = (right, left, words, frozenset(normalized))
+        self.symbols = Specials(MappingProxyType(found), *(flagged & found.keys() for flagged in flags))
+        self._retyped = sorted(name for name in mine if looks_like_control(name))
         self._end_of_text = end_of_text
         self._adds_space = self._pieces.id_to_piece(self._pieces.encode("a")[0]).startswith(SPACE_MARK)
         self._dummy_space: DummySpace = dummy_space if self._adds_space else "never"
-        if self._adds_space and dummy_space != "each" and not self._splits_at_newlines:
+        unlike = dummy_space != "each" or self.symbols.normalized
+        if self._adds_space and unlike and not self._splits_at_newlines:
             raise UserError(
                 f"{where}: its pieces join newlines with words, which leaves no way around the dummy space."
             )
         self.end_of_text: int = self.specials.ids[end_of_text]
         self.unknown: int = self._pieces.unk_id()
-        self.vocab_size: int = max(self._num_pieces, 1 + max(self.specials.ids.values()))
-        self.fingerprint: str = fingerprint(model, added_tokens, self._unlike_phi3)
+        self.vocab_size: int = max(self._num_pieces, 1 + max({**ids, **found}.values()))
+        retyped = {"control": self._retyped} if self._retyped else {}
+        self.fingerprint: str = fingerprint(model, added_tokens, self._unlike_phi3 | retyped)
 
     @classmethod
     def open(cls, path: str | epath.PathLike) -> "Tokenizer":
@@ -157,7 +132,7 @@ class Tokenizer:
         model = model_path.read_bytes()
         own = own_specials(load_pieces(model, str(model_path)))
         added = {name: i for name, i in said.ids().items() if own.get(name) != i}
-        named = {*own, *added}
+        named, symbols = {*own, *added}, said.symbols - own.keys()
         opened = cls(
             model,
             added,
@@ -166,6 +141,9 @@ class Tokenizer:
             strips_left=said.strips_left & named,
             end_of_text=END_OF_TEXT if END_OF_TEXT in added or not said.end else said.end,
             dummy_space=said.dummy_space,
+            symbols=symbols,
+            whole_words=said.whole_words & named,
+            normalized=said.normalized & symbols,
         )
         if said.vocab_size not in (None, opened.vocab_size):
             raise UserError(
@@ -183,6 +161,10 @@ class Tokenizer:
         if self._unlike_phi3:
             (folder / OURS_FILE).write_text(json.dumps(self._unlike_phi3, indent=2) + "\n")
 
+    def huggingface_json(self) -> dict[str, Any] | None:
+        """None for a model that is unigram or folds characters: merges cannot stand for it."""
+        return spec_of_model(self._model, self.specials, self.symbols, self._dummy_space)
+
     def save_huggingface(
         self, folder: str | epath.PathLike, *, chat_template: str | None = None, eos: int | None = None
     ) -> None:
@@ -198,6 +180,7 @@ class Tokenizer:
             model=self._model,
             added_tokens=self.added_tokens,
             specials=self.specials,
+            symbols=self.symbols,
             dummy_space=self._dummy_space,
             eos=name_of_special(self.specials, self.end_of_text if eos is None else eos),
             pad=self._end_of_text,
@@ -205,9 +188,9 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: the names of added tokens inside it are text as any other; nothing is put around it.
+        """Ids of plain text: the names of special tokens inside it are text as any other; nothing is put around it.
 
-        Raises ValueError for a lone surrogate, which is no text in UTF-8.
+        Symbols are found in it. Raises ValueError for a lone surrogate, which is no text in UTF-8.
         """
         return self.encode_segment(text, first=True)
 
@@ -229,21 +212,50 @@ class Tokenizer:
         between two tokens gets its own dummy space.
         Raises ValueError for a lone surrogate.
         """
-        ids: list[int] = []
-        for part in self.specials.cut(text):
-            if isinstance(part, int):
-                ids.append(part)
-            else:
-                ids += self.encode_segment(part, first=not ids)
-        return ids
+        return self._encode_around(self._raw_names, text, first=True)
 
     def encode_segment(self, text: str, first: bool) -> list[int]:
         """Ids of the plain text between two special tokens; `first`: nothing is before it."""
+        if not self.symbols.ids:
+            return self._encode_run(text, first)
+        return self._encode_around(self._raw_symbols, text, first)
+
+    def _encode_around(self, names: Specials, text: str, first: bool) -> list[int]:
+        """Ids of `names` and of what lies between them, where normalized symbols are looked for."""
+        ids: list[int] = []
+        for part in names.cut(text):
+            if isinstance(part, int):
+                ids.append(part)
+            elif self.symbols.normalized:
+                ids += self._encode_normalized(part, first and not ids)
+            else:
+                ids += self._encode_run(part, first and not ids)
+        return ids
+
+    def _encode_normalized(self, text: str, first: bool) -> list[int]:
+        """As Hugging Face's tokenizers do: both text and names have their dummy space first, then names are found."""
+        each = self._dummy_space == "each"
+        parts = list(self._folded_symbols.cut(SPACE_MARK * each + text.replace(" ", SPACE_MARK)))
+        if all(isinstance(part, str) for part in parts):
+            return self._encode_run(text, first)
+        ids: list[int] = []
+        for part in parts:
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self._encode_bare(part) if each else self._encode_run(part, first and not ids)
+        return ids
+
+    def _encode_bare(self, text: str) -> list[int]:
+        # Behind a newline, which is a piece of its own, no dummy space is put.
+        return self._encode("\n" + text)[self._dummy_before_newline + 1 :]
+
+    def _encode_run(self, text: str, first: bool) -> list[int]:
+        """Ids of a text without added tokens."""
         allowed = self._dummy_space == "always" or (first and self._dummy_space == "first")
         if self._dummy_space == "each" or not self._adds_space or (allowed and text[:1] not in (" ", SPACE_MARK)):
             return self._encode(text)
-        # Behind a newline, which is a piece of its own, no dummy space is put.
-        return self._encode("\n" + text)[self._dummy_before_newline + 1 :]
+        return self._encode_bare(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens show as their names, and what lies between two of them is decoded on its own.
@@ -256,6 +268,8 @@ class Tokenizer:
         """What `id` adds to the text; `first`: without the dummy space. Raises ValueError for what is no token."""
         if not 0 <= id < self.vocab_size or (text := self._bytes[id]) is None:
             raise ValueError(f"token id {id} is not in the tokenizer, which has {self.vocab_size} ids")
+        if id in self.symbols.names:
+            return text[1:] if first and self._swallows_space(id) else text
         # A space that was a byte of its own is no dummy.
         return text[1:] if first and text[:1] == b" " and not self._pieces_is_byte(id) else text
 
@@ -263,7 +277,10 @@ class Tokenizer:
         """Whether the id behind `previous` is the first of a segment, whose leading space is a dummy."""
         if self._dummy_space == "never":
             return False
-        return previous is None or (self._dummy_space != "first" and previous in self.specials.names)
+        if previous is None or self._dummy_space == "first":
+            return previous is None
+        symbol = previous in self.symbols.names and not self._swallows_space(previous)
+        return symbol or previous in self.specials.names
 
     def same_ids(self, other: TextTokenizer) -> bool:
         """Whether every text, chats too, is known to get the same ids. (GGUF has the pieces, not the model's bytes.)"""
@@ -283,6 +300,15 @@ class Tokenizer:
             "end_of_text": self._end_of_text,
             "dummy_space": self._dummy_space,
         }
+        if words := self.specials.whole_words | self.symbols.whole_words:
+            given["whole_words"] = sorted(words)
+        if self.symbols.ids:
+            given |= {
+                "strips_right": sorted(self.strips_right | self.symbols.strips_right),
+                "strips_left": sorted(self.specials.strips_left | self.symbols.strips_left),
+                "symbols": sorted(self.symbols.ids),
+                "normalized": sorted(self.symbols.normalized),
+            }
         phi3 = {
             "strips_right": sorted(phi3_strips_right(self.added_tokens, self._pieces)),
             "strips_left": [],
@@ -290,6 +316,24 @@ class Tokenizer:
             "dummy_space": "each" if self._adds_space else "never",
         }
         return {} if given == phi3 else given
+
+    def _swallows_space(self, id: int) -> bool:
+        """Whether the space before a symbol, which may be the dummy, is part of it."""
+        return self._dummy_space == "each" and self.symbols.names.get(id) in self.symbols.normalized
+
+    @functools.cached_property
+    def _raw_symbols(self) -> Specials:
+        return self.symbols.renamed({name: name for name in self.symbols.ids.keys() - self.symbols.normalized})
+
+    @functools.cached_property
+    def _raw_names(self) -> Specials:
+        return self.specials.joined(self._raw_symbols)
+
+    @functools.cached_property
+    def _folded_symbols(self) -> Specials:
+        """The normalized ones, by what the normalizer makes of their names."""
+        mark = SPACE_MARK * (self._dummy_space == "each")
+        return self.symbols.renamed({name: mark + name.replace(" ", SPACE_MARK) for name in self.symbols.normalized})
 
     def _pieces_is_byte(self, id: int) -> bool:
         return id < self._num_pieces and self._pieces.is_byte(id)
@@ -302,8 +346,8 @@ class Tokenizer:
             piece = self._pieces.id_to_piece(i)
             is_byte = self._pieces.is_byte(i)
             table[i] = bytes([int(piece[3:5], 16)]) if is_byte else piece.replace(SPACE_MARK, " ").encode()
-        for name, i in self.specials.ids.items():
-            table[i] = name.encode()
+        for name, i in self.specials.joined(self.symbols).ids.items():
+            table[i] = b" " * self._swallows_space(i) + name.encode()
         return table
 
     @functools.cached_property

@@ -96,6 +96,8 @@ def test_k_quants_without_llama_say_what_to_install(small, tmp_path, monkeypatch
     from phijax.checkpoint.gguf_k_quants import write_k_quants
 
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(UserError, match=r"made by llama.cpp, which is not installed: pip install 'phijax\[llama\]'"):
+    with pytest.raises(
+        UserError, match=r"made by llama.cpp, which is not installed: .venv/bin/pip install -e '.\[llama\]'"
+    ):
         write_k_quants(small("mixed"), tmp_path, kind="Q4_K_M")
     assert not list(tmp_path.iterdir())

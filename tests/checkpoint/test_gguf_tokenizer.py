@@ -1,20 +1,19 @@
 """Tokenizers in GGUF files: written and read they give the same ids, and transformers reads the same from ours."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 import sentencepiece
-from gguf_case import LLAMA, PHI3, TEXT, opened, tokenizer
+from gguf_case import LLAMA, PHI3, opened, tokenizer
 from gguf_real_texts import TEXTS
+from gguf_tokenizer_case import arrays, byte_level, rewritten, trained
 
 from phijax.checkpoint.gguf import open_gguf, write_gguf
 from phijax.errors import UserError
-from phijax.text.bpe import BpeTokenizer
 from phijax.text.pre_tokenizers import PRE_TOKENIZERS
 from phijax.text.sentencepiece_model import PieceKind
-from phijax.text.tokenizer import PHI3_ADDED_TOKENS, Tokenizer
+from phijax.text.tokenizer import PHI3_ADDED_TOKENS
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
@@ -26,12 +25,6 @@ CHAT = "<|system|>\n Be short.<|end|>\n<|user|>\n  Hi \t<|end|>\n<|assistant|>\n
 def written(tmp_path_factory):
     source = opened(PHI3, chat_template="{{ messages }}")
     return write_gguf(source, tmp_path_factory.mktemp("gguf") / "m.gguf", kind="F32")
-
-
-def arrays(path):
-    fields = gguf.GGUFReader(path).fields
-    prefix = "tokenizer.ggml."
-    return {key.removeprefix(prefix): field.contents() for key, field in fields.items() if key.startswith(prefix)}
 
 
 def test_arrays_are_those_of_llama_cpps_converter(written):
@@ -50,7 +43,7 @@ def test_arrays_are_those_of_llama_cpps_converter(written):
     names = mine.added_tokens
     end = names["<|endoftext|>"]
     ids = {"bos_token_id": 1, "eos_token_id": end, "unknown_token_id": 0, "padding_token_id": end}
-    ids["eot_token_id"] = names["<|end|>"]
+    ids |= {"eot_token_id": names["<|end|>"], "eom_token_id": names["<|assistant|>"]}
     flags = {"add_bos_token": False, "add_eos_token": False, "add_space_prefix": True}
     assert {key: got[key] for key in got if key.endswith("_id") or key.startswith("add_")} == ids | flags
     types = gguf.GGUFReader(written).fields
@@ -73,7 +66,7 @@ def test_special_tokens_come_back(written):
     assert back.vocab_size == mine.vocab_size == 380 and back.end_of_text == mine.end_of_text
     assert back.encode_with_specials(CHAT) == mine.encode_with_specials(CHAT)
     assert read.chat_template == "{{ messages }}"
-    assert set(read.stop_ids) == {mine.added_tokens["<|end|>"], mine.end_of_text}
+    assert set(read.stop_ids) == {mine.added_tokens[name] for name in ("<|endoftext|>", "<|end|>", "<|assistant|>")}
 
 
 def test_the_tokenizer_of_a_file_is_known_again(written):
@@ -110,20 +103,6 @@ def test_files_of_2024_are_read(written, tmp_path):
     assert back.unknown == 0 and mine.added_tokens["<|end|>"] in read.stop_ids
 
 
-def byte_level(pre="smollm", **changed):
-    """A vocabulary of bytes and a few merges."""
-    from phijax.text.byte_level import byte_of_character
-
-    letters = list(byte_of_character())
-    merges = ["h e", "l l", "Ġ w", "he ll", "o r", "1 2", "Ċ Ċ", "Ġ Ġ"]
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters, *(merge.replace(" ", "") for merge in merges)]
-    types = [3, 3, 4] + [1] * (len(tokens) - 3)
-    made = BpeTokenizer.from_gguf(tokens, merges, types, pre)
-    spec = json.loads(made._spec)
-    spec |= changed
-    return BpeTokenizer(json.dumps(spec))
-
-
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2", "gpt-4o"])
 def test_byte_level_ids_come_back(pre, tmp_path):
     mine = byte_level(pre)
@@ -131,7 +110,8 @@ def test_byte_level_ids_come_back(pre, tmp_path):
     path = write_gguf(source, tmp_path / "m.gguf", kind="F32")
     got, read = arrays(path), open_gguf(path)
     assert got["model"] == "gpt2" and got["pre"] == pre and got["merges"][0] == "h e"
-    assert got["token_type"][:3] == [3, 3, 4] and got["token_type"][mine.vocab_size :] == [5] * (400 - mine.vocab_size)
+    # As llama.cpp's converter: what is for control by its name is no user's own symbol, whatever flagged.
+    assert got["token_type"][:3] == [3, 3, 3] and got["token_type"][mine.vocab_size :] == [5] * (400 - mine.vocab_size)
     assert (got["bos_token_id"], got["eos_token_id"], got["eot_token_id"]) == (1, 2, 2)
     back = read.tokenizer()
     for text in TEXTS:
@@ -167,23 +147,6 @@ def test_rules_of_published_files_have_names(pre_tokenizer, name, tmp_path):
         assert back.encode(text) == mine.encode(text)
 
 
-def trained(**changed):
-    import io
-
-    model = io.BytesIO()
-    options = {
-        "model_type": "bpe",
-        "vocab_size": 360,
-        "byte_fallback": True,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "minloglevel": 2,
-    }
-    lines = (TEXT * 3).split("\n")
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options | changed)
-    return Tokenizer(model.getvalue())
-
-
 REFUSED = {
     "unigram": (lambda: trained(model_type="unigram", vocab_size=330), "is no BPE model"),
     "no bytes": (lambda: trained(byte_fallback=False, vocab_size=110), "has no pieces for bytes"),
@@ -209,26 +172,6 @@ def test_no_dummy_space_comes_back(tmp_path):
         assert open_gguf(path).tokenizer().encode(text) == mine.encode(text)
 
 
-def rewritten(path, **changed):
-    """The file with other arrays, through gguf's own writer."""
-    source = gguf.GGUFReader(path)
-    out = path.with_name("changed.gguf")
-    writer = gguf.GGUFWriter(out, "phi3")
-    for key, field in source.fields.items():
-        name = key.removeprefix("tokenizer.ggml.")
-        if key.startswith("GGUF.") or key == "general.architecture" or changed.get(name, "") is None:
-            continue
-        value = changed.get(name, field.contents())
-        writer.add_key_value(key, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
-    for tensor in source.tensors:
-        writer.add_tensor(tensor.name, tensor.data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
-
-
 DAMAGED = {
     "none": ({"model": None}, "has no tokenizer"),
     "another kind": ({"model": "t5"}, "of kind 't5'"),
@@ -252,11 +195,20 @@ def test_damaged_tokenizers_are_refused_when_asked_for(case, written):
 
 def test_whether_bos_goes_in_front_is_kept(written, tmp_path):
     """llama.cpp's rule: before SentencePiece's ids it does, where a file does not say."""
-    assert open_gguf(written).extra["add_bos"] is False
+    assert open_gguf(written).begin == ()
     silent = open_gguf(rewritten(written, add_bos_token=None))
-    assert silent.extra["add_bos"] is True and silent.extra["bos_id"] == 1
+    assert silent.begin == (1,)
     again = write_gguf(silent, tmp_path / "m.gguf", kind="F32")
-    assert arrays(again)["add_bos_token"] is True and open_gguf(again).extra["add_bos"] is True
+    assert arrays(again)["add_bos_token"] is True and open_gguf(again).begin == (1,)
+
+
+def test_texts_that_begin_with_end_of_text_say_so(tmp_path):
+    end = tokenizer().end_of_text
+    path = write_gguf(dataclasses.replace(opened(PHI3), begin=(end,)), tmp_path / "m.gguf", kind="F32")
+    assert (arrays(path)["bos_token_id"], arrays(path)["add_bos_token"]) == (end, True)
+    assert open_gguf(path).begin == (end,)
+    with pytest.raises(UserError, match="begin with 2 tokens"):
+        write_gguf(dataclasses.replace(opened(PHI3), begin=(1, end)), tmp_path / "other.gguf", kind="F32")
 
 
 def test_ids_that_are_no_tokens_are_refused(written):

@@ -85,3 +85,13 @@ def test_lock_removed_by_hand_is_written_again(tmp_path):
         assert "is gone" in lines[0]
         with pytest.raises(UserError):
             acquire(tmp_path)
+
+
+def test_a_process_that_looks_elsewhere_does_not_see_it(tmp_path):
+    with acquire(tmp_path) as held:
+        assert held.is_seen()
+        held._path = tmp_path / "elsewhere" / LOCK_FILE  # as on a process that was given another --workdir
+        assert not held.is_seen(0.2)
+        held._path.parent.mkdir()
+        write_lock(held._path.parent)  # of another run
+        assert not held.is_seen()

@@ -152,7 +152,7 @@ def test_a_file_that_is_gone(tmp_path):
 def test_what_a_missing_extra_says(tmp_path, monkeypatch, module, name):
     (tmp_path / name).write_bytes(b"x")
     monkeypatch.setitem(__import__("sys").modules, module, None)
-    with pytest.raises(UserError, match=rf"needs {module}: pip install 'phijax\[data\]'"):
+    with pytest.raises(UserError, match=rf"needs {module}: .venv/bin/pip install -e '.\[data\]'"):
         read(tmp_path / name)
 
 

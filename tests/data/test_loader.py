@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from synthetic_shards import write_synthetic
+from synthetic_shards import small_tokenizer, write_synthetic
 
 from phijax.data import loader, mixture
 from phijax.data.loader import DataConfig, Loader, check_resume, fingerprint
@@ -22,6 +22,7 @@ from phijax.report.meter import host_memory_bytes
 from phijax.text.train_tokenizer import train_tokenizer
 
 BLOCK = 16
+END = small_tokenizer().end_of_text
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 2, 2), (1, 1, 1, 8)]
 
 
@@ -50,7 +51,7 @@ def phases(root):
 
 
 def make_plan(phases, seed=0):
-    return Plan(phases, loader.open_sources(phases, vocab_size=300), seed=seed)
+    return Plan(phases, loader.open_sources(phases, vocab_size=300), seed=seed, begin=END)
 
 
 def run(phases, config=None, mesh=None, start=0, seed=0):
@@ -179,7 +180,7 @@ def edit_manifest(folder, **changes):
 def one_folder(tmp_path):
     """A folder of its own, to damage, and a run of one epoch over it."""
     folder = write_synthetic(tmp_path / "web", block=BLOCK)
-    rows = len(RowIndex(Shards.open(folder), BLOCK, "", ""))
+    rows = len(RowIndex(Shards.open(folder), BLOCK, "", "", begin=None))
     return folder, [Phase(rows, BLOCK, 1, (Source(str(folder)),))]
 
 
@@ -214,7 +215,7 @@ def test_a_corrupt_record_is_named_also_from_a_reading_thread(one_folder, thread
 
 def test_validation_reads_in_file_order_once_and_fills_the_last_batch(root):
     shards = Shards.open(root / "a")
-    rows = RowIndex(shards, 32, "", "")
+    rows = RowIndex(shards, 32, "", "", begin=END)
     assert len(rows) % 8
     batches = list(validation(root, shards))
     assert len(batches) == -(-len(rows) // 8)
@@ -229,7 +230,7 @@ def test_validation_reads_in_file_order_once_and_fills_the_last_batch(root):
 @pytest.mark.parametrize(("max_rows", "expected"), [(1, 1), (8, 8), (11, 11), (10**6, None), (None, None)])
 def test_validation_stops_at_max_rows(root, max_rows, expected):
     shards = Shards.open(root / "a")
-    expected = expected or len(RowIndex(shards, 32, "", ""))
+    expected = expected or len(RowIndex(shards, 32, "", "", begin=END))
     batches = list(validation(root, shards, max_rows))
     assert len(batches) == -(-expected // 8)
     filled = sum(int(np.asarray(batch["segment_ids"]).any(axis=-1).sum()) for batch in batches)  # padding has segment 0
@@ -247,7 +248,7 @@ def test_validation_rows_are_the_same_on_every_mesh(root):
 
 def validation(root, shards, max_rows=None, mesh=None):
     mesh = mesh or mesh_of(2, 4, 1, 1)
-    return loader.validation_batches("x", shards, length=32, batch_size=8, max_rows=max_rows, mesh=mesh)
+    return loader.validation_batches("x", shards, length=32, batch_size=8, max_rows=max_rows, mesh=mesh, begin=END)
 
 
 def edited(found, phase, **changes):

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from synthetic_shards import write_synthetic
+from synthetic_shards import small_tokenizer, write_synthetic
 from test_mixture import sources_one_by_one
 
 from phijax.data import mixture
@@ -17,6 +17,7 @@ from phijax.data.shards import Shards
 from phijax.errors import UserError
 
 BLOCK = 16
+END = small_tokenizer().end_of_text
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +66,13 @@ def all_places(plan):
 
 
 def test_three_phases_equal_the_count(shards):
-    places = all_places(Plan(PHASES, shards, seed=3))
+    places = all_places(Plan(PHASES, shards, seed=3, begin=None))
     assert places == places_one_by_one(PHASES, shards, seed=3)
     assert {place.epoch for place in places.values()} >= {0, 1}  # some source began anew
 
 
 def test_a_later_phase_moves_no_earlier_row(shards):
-    before = all_places(Plan(PHASES, shards, seed=3))
+    before = all_places(Plan(PHASES, shards, seed=3, begin=None))
     first_two = {key: place for key, place in before.items() if key[0] < 12}
     edits = [
         PHASES[:2],
@@ -79,19 +80,21 @@ def test_a_later_phase_moves_no_earlier_row(shards):
         (*PHASES[:2], dataclasses.replace(PHASES[2], mixture=(Source("b", 5),)), PHASES[0]),
     ]
     for phases in edits:
-        after = all_places(Plan(phases, shards, seed=3))
+        after = all_places(Plan(phases, shards, seed=3, begin=None))
         assert {key: after[key] for key in first_two} == first_two
 
 
 def test_a_phase_cut_in_two_keeps_its_rows_where_the_mixtures_cycles_meet(shards):
     whole = dataclasses.replace(PHASES[0], steps=8)
     half = dataclasses.replace(whole, steps=4)  # 24 rows, 8 cycles of the mixture
-    assert all_places(Plan([half, half], shards, seed=3)) == all_places(Plan([whole], shards, seed=3))
+    assert all_places(Plan([half, half], shards, seed=3, begin=None)) == all_places(
+        Plan([whole], shards, seed=3, begin=None)
+    )
 
 
 def test_an_epoch_visits_every_row_of_a_source_once(shards):
-    rows = len(RowIndex(shards["a"], 32, "", "a"))
-    plan = Plan([Phase(2 * rows, 32, 1, (Source("a"),))], shards, seed=0)
+    rows = len(RowIndex(shards["a"], 32, "", "a", begin=None))
+    plan = Plan([Phase(2 * rows, 32, 1, (Source("a"),))], shards, seed=0, begin=None)
     visits = [plan.place(step, 0) for step in range(2 * rows)]
     assert [v.epoch for v in visits] == [0] * rows + [1] * rows
     orders = [[v.row for v in visits if v.epoch == epoch] for epoch in (0, 1)]
@@ -104,7 +107,7 @@ def test_the_content_decides_the_order_not_the_path(shards, tmp_path):
     other = write_synthetic(tmp_path / "other", seed=0, documents=59, block=BLOCK)  # nearly the same content
 
     def order(path, opened):
-        plan = Plan([Phase(30, 32, 1, (Source(path),))], {path: opened}, seed=0)
+        plan = Plan([Phase(30, 32, 1, (Source(path),))], {path: opened}, seed=0, begin=None)
         return [plan.place(step, 0).row for step in range(30)]
 
     moved = Shards.open(tmp_path / "moved")
@@ -113,61 +116,63 @@ def test_the_content_decides_the_order_not_the_path(shards, tmp_path):
 
 
 def test_a_source_that_runs_out_is_refused_at_the_start(shards):
-    rows = len(RowIndex(shards["a"], 32, "", "a"))
+    rows = len(RowIndex(shards["a"], 32, "", "a", begin=None))
     fits = Phase(2 * rows, 32, 1, (Source("a", 1, max_epochs=2),))
-    Plan([fits], shards, seed=0)
+    Plan([fits], shards, seed=0, begin=None)
     message = rf"data.phases\[0\]: a runs out. It has {rows} rows of 32 tokens.*2 times.*row {2 * rows + 1}, epoch 2.01"
     with pytest.raises(UserError, match=message):
-        Plan([dataclasses.replace(fits, steps=2 * rows + 1)], shards, seed=0)
+        Plan([dataclasses.replace(fits, steps=2 * rows + 1)], shards, seed=0, begin=None)
     # What earlier phases took counts, in another length too.
     earlier = Phase(2 * rows, 16, 1, (Source("a"),))
-    Plan([earlier, dataclasses.replace(fits, steps=rows)], shards, seed=0)
+    Plan([earlier, dataclasses.replace(fits, steps=rows)], shards, seed=0, begin=None)
     with pytest.raises(UserError, match=r"data.phases\[1\]: a runs out.*epoch 2.01"):
-        Plan([earlier, dataclasses.replace(fits, steps=rows + 1)], shards, seed=0)
+        Plan([earlier, dataclasses.replace(fits, steps=rows + 1)], shards, seed=0, begin=None)
 
 
 @pytest.mark.parametrize(("length", "nearest"), [(40, 32), (41, 48), (7, 16), (15, 16)])
 def test_a_length_that_is_no_multiple_of_the_block_is_refused(shards, length, nearest):
     with pytest.raises(UserError, match=rf"data.phases\[0\].sequence_length={length} .* 16, .*\nNearest.*: {nearest};"):
-        Plan([Phase(1, length, 1, (Source("a"),))], shards, seed=0)
+        Plan([Phase(1, length, 1, (Source("a"),))], shards, seed=0, begin=None)
 
 
 def test_a_length_that_no_shard_holds_is_refused(shards):
     longest = max(shards["b"].records_per_shard) * BLOCK
-    assert len(RowIndex(shards["b"], longest, "", "b")) >= 1
+    assert len(RowIndex(shards["b"], longest, "", "b", begin=None)) >= 1
     with pytest.raises(UserError, match=rf"b has no row of {longest + BLOCK} tokens: .* holds {longest} tokens"):
-        Plan([Phase(1, longest + BLOCK, 1, (Source("b"),))], shards, seed=0)
+        Plan([Phase(1, longest + BLOCK, 1, (Source("b"),))], shards, seed=0, begin=None)
 
 
+@pytest.mark.parametrize("begin", [None, END, 1], ids=["runs of before", "end-of-text", "another id"])
 @pytest.mark.parametrize("records", [1, 2, 3, 5])
-def test_rows_are_cut_from_each_shards_stream(shards, records):
+def test_rows_are_cut_from_each_shards_stream(shards, records, begin):
     """Row r of a shard is tokens r T .. r T + T of its stream, document starts and all; no row crosses shards."""
     source, length = shards["b"], records * BLOCK
-    index, row = RowIndex(source, length, "", "b"), 0
+    index, row = RowIndex(source, length, "", "b", begin=begin), 0
     for shard, count in enumerate(source.records_per_shard):
         parts = source.read(shard, range(count))
         stream = np.concatenate([parts[0][0][:1], *(tokens[1:] for tokens, _ in parts)])
         starts = np.concatenate([parts[0][1][:1], *(starts[1:] for _, starts in parts)])
         for first in range(0, count // records * length, length):
             got = index.read(row)
-            check_row(got, stream[first : first + length + 1], starts[first : first + length + 1])
+            check_row(got, stream[first : first + length + 1], starts[first : first + length + 1], begin)
             row += 1
     assert row == len(index)
     assert index.unused_records == source.num_records - row * records
-    plan = Plan([Phase(1, T, 1, (Source("b"),)) for T in sorted({BLOCK, length})], {"b": source}, seed=0)
+    plan = Plan([Phase(1, T, 1, (Source("b"),)) for T in sorted({BLOCK, length})], {"b": source}, seed=0, begin=None)
     assert plan.unused_records("b") == index.unused_records
 
 
-def check_row(row, tokens, starts):
+def check_row(row, tokens, starts, begin):
     """Each array written out token by token."""
     length = len(tokens) - 1
     segment, position = 0, 0
     for i in range(length):
-        if starts[i] or i == 0:
+        if i == 0 or (starts[i] if begin is None else starts[i + 1]):
             segment, position = segment + 1, 0
-        assert row["tokens"][i] == tokens[i] and row["targets"][i] == tokens[i + 1]
+        context = begin if begin is not None and starts[i + 1] else tokens[i]
+        assert row["tokens"][i] == context and row["targets"][i] == tokens[i + 1]
         assert row["segment_ids"][i] == segment and row["positions"][i] == position
-        assert row["weights"][i] == (0 if starts[i + 1] else 1)
+        assert row["weights"][i] == (0 if begin is None and starts[i + 1] else 1)
         position += 1
     assert {name: (a.shape, a.dtype.name) for name, a in row.items()} == {
         **{name: ((length,), "int32") for name in ("tokens", "targets", "segment_ids", "positions")},
@@ -175,17 +180,18 @@ def check_row(row, tokens, starts):
     }
 
 
-def test_no_token_is_lost_between_the_rows_of_a_shard(shards):
-    """Every token of the stream but the first is a target exactly once, and all but document starts count."""
+@pytest.mark.parametrize("begin", [None, END])
+def test_no_token_is_lost_between_the_rows_of_a_shard(shards, begin):
+    """Every token of the stream but the first is a target once, and counts (in old runs documents' first do not)."""
     source = shards["c"]  # one shard
     parts = source.read(0, range(source.num_records))
     stream = np.concatenate([parts[0][0][:1], *(tokens[1:] for tokens, _ in parts)])
     starts = np.concatenate([parts[0][1][:1], *(starts[1:] for _, starts in parts)])
-    index = RowIndex(source, BLOCK, "", "c")
+    index = RowIndex(source, BLOCK, "", "c", begin=begin)
     rows = [index.read(i) for i in range(len(index))]
     np.testing.assert_array_equal(np.concatenate([row["targets"] for row in rows]), stream[1:])
     np.testing.assert_array_equal(np.concatenate([row["tokens"] for row in rows]), stream[:-1])
-    assert sum(row["weights"].sum() for row in rows) == len(stream) - 1 - starts[1:].sum()
+    assert sum(row["weights"].sum() for row in rows) == len(stream) - 1 - (begin is None) * starts[1:].sum()
     assert starts[1:].sum() > 10
 
 
@@ -193,7 +199,21 @@ def test_a_row_by_hand():
     #         [..] document 1 goes on, then documents 2 (3 tokens), 3 (1 token), 4; 9 is end-of-text
     first = np.array([5, 9, 6, 7, 9]), np.array([0, 0, 1, 0, 0], bool)
     second = np.array([9, 9, 8, 4, 4]), np.array([0, 1, 1, 0, 0], bool)
-    row = make_row([first, second])
+    row = make_row([first, second], 9)
+    assert row["tokens"].tolist() == [5, 9, 6, 7, 9, 9, 8, 4]
+    assert row["targets"].tolist() == [9, 6, 7, 9, 9, 8, 4, 4]
+    assert row["segment_ids"].tolist() == [1, 2, 2, 2, 3, 4, 4, 4]
+    assert row["positions"].tolist() == [0, 0, 1, 2, 0, 0, 1, 2]
+    assert row["weights"].tolist() == [1] * 8
+    # Weights that were trained with a BOS of their own before each document go on so; targets keep the end-of-text.
+    assert make_row([first, second], 1)["tokens"].tolist() == [5, 1, 6, 7, 1, 1, 8, 4]
+    assert make_row([first, second], 1)["targets"].tolist() == row["targets"].tolist()
+
+
+def test_a_row_of_a_run_from_before_the_rule_by_hand():
+    first = np.array([5, 9, 6, 7, 9]), np.array([0, 0, 1, 0, 0], bool)
+    second = np.array([9, 9, 8, 4, 4]), np.array([0, 1, 1, 0, 0], bool)
+    row = make_row([first, second], None)
     assert row["tokens"].tolist() == [5, 9, 6, 7, 9, 9, 8, 4]
     assert row["targets"].tolist() == [9, 6, 7, 9, 9, 8, 4, 4]
     assert row["segment_ids"].tolist() == [1, 1, 2, 2, 2, 3, 4, 4]
@@ -202,6 +222,6 @@ def test_a_row_by_hand():
 
 
 def test_a_padding_row_counts_for_nothing_and_has_the_arrays_of_a_row(shards):
-    row, padding = RowIndex(shards["a"], 32, "", "a").read(0), padding_row(32)
+    row, padding = RowIndex(shards["a"], 32, "", "a", begin=None).read(0), padding_row(32)
     assert {n: (a.shape, a.dtype) for n, a in padding.items()} == {n: (a.shape, a.dtype) for n, a in row.items()}
     assert not any(a.any() for a in padding.values())

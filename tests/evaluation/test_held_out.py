@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from quick_compilation import QUICK
-from synthetic_shards import write_synthetic
+from synthetic_shards import small_tokenizer, write_synthetic
 
 from phijax.data import loader
 from phijax.data.rows import RowIndex
@@ -25,6 +25,7 @@ from phijax.training.cross_entropy import LossConfig
 from phijax.training.optimizer import OptimizerConfig
 
 LENGTH = 32
+END = small_tokenizer().end_of_text
 MODEL = ModelConfig(
     vocab_size=300,
     model_dim=32,
@@ -96,7 +97,14 @@ def scores(recipe, shards, mesh_shape, rows, max_rows=None):
         "web",
         step,
         functools.partial(
-            loader.validation_batches, "web", shards, length=LENGTH, batch_size=rows, max_rows=max_rows, mesh=mesh
+            loader.validation_batches,
+            "web",
+            shards,
+            length=LENGTH,
+            batch_size=rows,
+            max_rows=max_rows,
+            mesh=mesh,
+            begin=END,
         ),
     )
     return evaluator(start(mesh), {})
@@ -104,7 +112,7 @@ def scores(recipe, shards, mesh_shape, rows, max_rows=None):
 
 def expected_scores(shards, max_rows=None):
     """All rows at once, logits in full, log-softmax in float64; (loss, weight) of the first `max_rows`."""
-    index = RowIndex(shards, LENGTH, "", "")
+    index = RowIndex(shards, LENGTH, "", "", begin=END)
     rows = [index.read(i) for i in range(len(index))]
     row = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     logits = np.asarray(all_logits(row["tokens"], row["positions"], row["segment_ids"]), np.float64)
@@ -123,7 +131,7 @@ def all_logits(tokens, positions, segment_ids):
 @pytest.mark.parametrize(("mesh_shape", "rows"), [((1, 1, 1, 1), 7), ((1, 2, 2, 2), 8)])
 def test_a_set_is_scored_as_by_log_softmax(recipe, shards, mesh_shape, rows):
     """Whatever mesh and batch size, rows that fill the last batch included."""
-    assert len(RowIndex(shards, LENGTH, "", "")) % rows
+    assert len(RowIndex(shards, LENGTH, "", "", begin=END)) % rows
     loss, weight = expected_scores(shards)
     found = scores(recipe, shards, mesh_shape, rows)
     assert found["heldout_tokens/web"] == weight

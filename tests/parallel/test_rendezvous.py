@@ -7,8 +7,9 @@ import time
 
 import pytest
 
+from phijax.errors import UserError
 from phijax.parallel import rendezvous
-from phijax.parallel.rendezvous import ProcessFailure, gather
+from phijax.parallel.rendezvous import Failed, ProcessFailure, gather
 
 
 @pytest.fixture
@@ -18,14 +19,17 @@ def address():
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def gather_all(address, calls, timeout=3.0):
-    """Runs gather(count, index) for each of `calls` at once: (results or failures, what was written)."""
+def gather_all(address, calls, timeout=3.0, failed=None):
+    """Runs gather(count, index) for each of `calls` at once: (results or failures, what was written).
+
+    Args: failed: index -> Failed, of those that come to say so.
+    """
     results, lines = [None] * len(calls), []
 
     def call(slot, count, index):
         try:
-            results[slot] = gather(address, count, index, timeout, lines.append)
-        except ProcessFailure as failure:
+            results[slot] = gather(address, count, index, timeout, lines.append, (failed or {}).get(index))
+        except (ProcessFailure, UserError) as failure:
             results[slot] = failure
 
     threads = [threading.Thread(target=call, args=(slot, *arguments)) for slot, arguments in enumerate(calls)]
@@ -49,6 +53,34 @@ def test_everyone_present_hears_who_is_missing(address):
     host = socket.gethostname()
     for failure in results:
         assert f"processes 1, 3 of 4 did not report within 1 s (here: 0 on {host}, 2 on {host})" in str(failure)
+
+
+@pytest.mark.parametrize("who", [0, 2])
+def test_a_process_that_cannot_go_on_is_heard_by_all(address, who):
+    results, _ = gather_all(address, [(3, 0), (3, 1), (3, 2)], failed={who: Failed("there is no key 'x'.", 2)})
+    for failure in results:
+        assert type(failure) is UserError
+        assert str(failure) == f"process {who} on {socket.gethostname()} cannot go on: there is no key 'x'."
+
+
+def test_one_mistake_of_all_is_said_once_and_a_crash_is_no_mistake(address):
+    calls, mistake = [(3, 0), (3, 1), (3, 2)], Failed("no such file", 2)
+    results, _ = gather_all(address, calls, failed=dict.fromkeys(range(3), mistake))
+    assert {str(failure) for failure in results} == {"processes 0, 1, 2 cannot go on: no such file"}
+    results, _ = gather_all(address, calls, failed={1: mistake, 2: Failed("OSError: stale", 1)})
+    assert {type(failure) for failure in results} == {ProcessFailure} and "OSError: stale" in str(results[0])
+
+
+def test_who_cannot_go_on_is_named_beside_who_is_missing(address):
+    results, _ = gather_all(address, [(3, 0), (3, 1)], timeout=1.0, failed={1: Failed("no such file", 2)})
+    for failure in results:
+        assert "cannot go on: no such file\nprocess 2 of 3 did not report" in str(failure)
+
+
+@pytest.mark.parametrize("letter", ["x", "\U0001f600", '"'])
+def test_a_long_reason_fits_into_a_line_and_says_that_there_is_more(address, letter):
+    results, _ = gather_all(address, [(2, 0), (2, 1)], failed={1: Failed(letter * 100_000, 2)})
+    assert letter * 200 in str(results[0]) and "... (all of it in its log)" in str(results[0])
 
 
 def test_two_processes_with_one_id(address):

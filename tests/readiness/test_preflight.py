@@ -104,7 +104,8 @@ def test_other_configs_and_another_folder_on_one_process(config, tmp_path):
 
     (code, output), (other, quiet) = group(2, [f"--config={config}", "--time_limit=100"], own)
     assert (code, other) == (2, 2), output + quiet
-    assert "checks failed: versions, storage" in output and "config: " in output
+    assert "checks failed: versions, storage" in output
+    assert "config: seed: 0 on " in output and "(process 0), 1 on " in output and "(process 1)" in output
     assert "what process 1 wrote is not seen here" in output and "NOT READY" not in quiet
 
 
@@ -126,3 +127,24 @@ def test_who_did_not_come_to_a_check_is_named(tmp_path):
     ends = group(2, [f"--workdir={tmp_path}", "--time_limit=20"], program=[CHILD, "never_comes_to_storage"])
     assert [code for code, _ in ends] == [2, 2]
     assert ("storage" in ends[0][1] and "[1] of 2" in ends[0][1]) or "Not come to it: process 1 of 2" in ends[0][1]
+
+
+@pytest.mark.slow
+def test_other_data_on_one_process_are_named(config, tmp_path):
+    other = write_synthetic(tmp_path / "other", seed=5, documents=300)
+
+    def own(index):
+        return [f"--config.data.phases[0].mixture[0].path={other}"] if index else []
+
+    (code, output), (second, _) = group(2, [f"--config={config}", f"--workdir={tmp_path / 'run'}"], own)
+    assert (code, second) == (2, 2)
+    assert "checks failed: data" in output and "data.phases[0].mixture[0].path: digest " in output
+    assert f"({other}) on " in output and "(process 1)" in output
+
+
+@pytest.mark.slow
+def test_a_config_that_is_wrong_on_one_process_is_heard_by_the_other(config, tmp_path):
+    flags = [f"--config={config}", f"--workdir={tmp_path}", "--time_limit=60"]
+    ends = group(2, flags, lambda index: ["--config.seed=x"] * index)
+    assert [code for code, _ in ends] == [2, 2]
+    assert "NOT READY: processes: process 1 on " in ends[0][1] and "--config.seed=x: expected int" in ends[0][1]

@@ -157,7 +157,7 @@ def scalars(workdir):
 
 def test_wandb_missing(workdir, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"wandb is not installed.  Try pip install"):
+    with pytest.raises(UserError, match=r"wandb is not installed.  Try .venv/bin/pip install -e '.\[wandb\]'"):
         Wandb("phi", workdir, {})
     assert list(workdir.iterdir()) == []
 

@@ -76,7 +76,7 @@ def bucket() -> Iterator[Bucket]:
     server = pytest.importorskip(
         "gcp_storage_emulator.server", reason="pip install gcp-storage-emulator: no bucket to test with"
     )
-    pytest.importorskip("gcsfs", reason="pip install 'phijax[gcs]': gs:// cannot be tested")
+    pytest.importorskip("gcsfs", reason="no gcsfs, of the extra gcs: gs:// cannot be tested")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import types
 
+import jax
+import numpy as np
 import pytest
 from bucket_case import bucket as open_bucket
 from etils import epath
@@ -15,6 +17,7 @@ from synthetic_shards import write_synthetic
 
 from phijax.checkpoint import durable, upkeep
 from phijax.errors import UserError
+from phijax.training import compile_cache
 
 STEPS, EVERY = 10, 2
 EXPERIMENT = f"""
@@ -153,6 +156,32 @@ def test_what_comes_into_the_way_later_is_refused_by_the_save(bucket):
     assert bucket.names("later/") == ["later/7/notes.txt"]
 
 
+def test_compiled_programs_are_believed_by_their_digest_and_deleted_after_a_crash(bucket, monkeypatch):
+    monkeypatch.setattr(compile_cache, "LEAST_SECONDS", 0.0)
+    workdir, numbers, said = epath.Path("gs://bucket/programs"), np.arange(4), []
+    durable.prepare_store(workdir)
+    bucket.write("programs/writer.lock", b"held")
+
+    def compiled():
+        jax.clear_caches()
+        return jax.jit(lambda x: x + 1).lower(numbers).compile()(numbers).tolist()
+
+    with compile_cache.opened(workdir, said.append):
+        assert compiled() == [1, 2, 3, 4] and said == []
+    (entry,) = bucket.names("programs/compile_cache/jit")
+    written = bucket.read(entry)
+    bucket.write(entry, written[:-1] + bytes([written[-1] ^ 1]))
+    with pytest.warns(UserWarning, match="dropped"), compile_cache.opened(workdir, said.append):
+        assert compiled() == [1, 2, 3, 4]
+    assert bucket.read(entry) != b"" and said == []
+    with pytest.raises(RuntimeError), compile_cache.opened(workdir, said.append):
+        assert compiled() == [1, 2, 3, 4] and bucket.names("programs/compile_cache.unproven") != []
+        raise RuntimeError  # a crash
+    with compile_cache.opened(workdir, said.append):
+        assert bucket.names("programs/compile_cache/jit") == []
+    assert "is deleted (a bucket cannot rename)" in said.pop() and bucket.names("programs/compile_cache.unproven") == []
+
+
 def test_nothing_was_renamed(trained, bucket):
     """Over all requests so far: a bucket can neither rename nor copy at one instant."""
     assert len(bucket.requests) > 100 and bucket.renames() == []
@@ -186,4 +215,4 @@ def test_preflight_writes_and_reads_through_both_clients(command, bucket):
 def test_a_machine_without_the_client_says_what_to_install(command, tmp_path):
     (tmp_path / "gcsfs.py").write_text("raise ImportError('not here')")
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    assert "pip install 'phijax[gcs]'" in end(command("main", "--workdir=gs://bucket/x", PYTHONPATH=path), 2)
+    assert "pip install -e '.[gcs]'" in end(command("main", "--workdir=gs://bucket/x", PYTHONPATH=path), 2)

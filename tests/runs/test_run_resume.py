@@ -38,6 +38,24 @@ def unchanged(workdir: pathlib.Path) -> bool:
     return saved_steps(workdir)[-1] == AT and not (workdir / "config_history.jsonl").exists()
 
 
+def test_a_run_from_before_segments_began_with_end_of_text_keeps_its_rows(runs, halfway, unbroken):
+    """Its manifests say nothing of it: first tokens of documents stay without a loss, and new steps are silent too."""
+    for step in saved_steps(halfway):
+        folder = halfway / "checkpoints" / str(step)
+        content = reading.read_manifest(folder)
+        del content["identity"]["data"]["begin"]
+        manifest.write(
+            folder, step=step, leaves=content["leaves"], identity=content["identity"], extra=content["extra"]
+        )
+    ended = runs.run(halfway)
+    assert ended.code == 0, ended.output
+    whole, old = (
+        {step: line["predicted_tokens"] for step, line in metrics(workdir).items()} for workdir in (unbroken, halfway)
+    )
+    assert all(old[step] < whole[step] == 8 * 96 for step in range(AT, STEPS))
+    assert "begin" not in reading.read_manifest(halfway / "checkpoints" / str(STEPS))["identity"]["data"]
+
+
 def test_another_model_is_refused_by_key(runs, halfway):
     ended = runs.run(halfway, "--config.model.ffn_dim=72", "--config.model.norm_eps=1e-6")
     ended.refused(

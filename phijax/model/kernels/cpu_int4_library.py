@@ -3,6 +3,7 @@
 PHIJAX_CPU_KERNEL: "auto" (the best path that this CPU has), the name of a path, or "off" for plain XLA.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -10,6 +11,7 @@ import importlib.metadata
 import os
 import pathlib
 import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
@@ -74,22 +76,27 @@ class _CannotBuild(Exception):
     """Why there is no library."""
 
 
-def _cache() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "phijax"
+def _cache() -> pathlib.Path | None:
+    """None: no home is known."""
+    try:
+        return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "phijax"
+    except RuntimeError:
+        return None
 
 
-def _open(cache: pathlib.Path) -> ctypes.CDLL:
+def _open(cache: pathlib.Path | None) -> ctypes.CDLL:
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise _CannotBuild(f"no compiler among {', '.join(COMPILERS)} in PATH.")
+    if cache is None or not _is_ours(cache):
+        return _built(compiler, None)
     folder = cache / _key(compiler)
-    if not _is_whole(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder = _build(compiler, folder)
-    try:
-        return ctypes.CDLL(str(folder / LIBRARY_FILE))
-    except OSError as error:
-        raise _CannotBuild(f"{folder / LIBRARY_FILE} does not load: {error}") from error
+    reason = _why_not(folder)
+    if reason is None:
+        return _loaded_from(folder / LIBRARY_FILE)
+    if os.path.lexists(folder):
+        warnings.warn(f"The CPU kernel in {folder} is not loaded: {reason}. It is built anew.", stacklevel=2)
+    return _built(compiler, folder)
 
 
 def _key(compiler: str) -> str:
@@ -100,37 +107,97 @@ def _key(compiler: str) -> str:
     return "cpu_int4-" + hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
-def _is_whole(folder: pathlib.Path) -> bool:
-    """A library cut short may load and crash later, so its bytes are compared with what was written."""
+def _is_ours(cache: pathlib.Path) -> bool:
+    """Whether a library may lie there: whoever can write the folder decides what this process runs. Makes it."""
     try:
-        digest = hashlib.sha256((folder / LIBRARY_FILE).read_bytes()).hexdigest()
-        return (folder / DIGEST_FILE).read_text() == digest
-    except (OSError, UnicodeDecodeError):
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        reason = _others_may_write(cache.stat())
+    except OSError:  # nothing can be kept there
         return False
+    if reason:
+        warnings.warn(
+            f"{cache} {reason}: the CPU kernel is not loaded from there, and built for this process alone, which takes "
+            f"some seconds. Try chmod 700 {cache}, or set XDG_CACHE_HOME to a folder of yours.",
+            stacklevel=2,
+        )
+    return reason is None
 
 
-def _build(compiler: str, folder: pathlib.Path) -> pathlib.Path:
-    """Builds aside, then renames: several processes may do so at once, and the first one's is taken."""
+def _why_not(folder: pathlib.Path) -> str | None:
+    """Why the library in `folder` is not to be loaded; None: it is what this user has built, whole.
+
+    One cut short may load, and crash later. A link is not followed: what it leads to may be anybody's.
+    """
+    library, digest = folder / LIBRARY_FILE, folder / DIGEST_FILE
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        aside = pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    except OSError:  # a home that cannot be written: for this process alone
-        aside = pathlib.Path(tempfile.mkdtemp(prefix="phijax-"))
-        folder = aside / folder.name
+        for path, is_kind in ((folder, stat.S_ISDIR), (library, stat.S_ISREG), (digest, stat.S_ISREG)):
+            found = path.lstat()
+            if not is_kind(found.st_mode):
+                return f"{path.name} is a link, or no {'folder' if path == folder else 'file'}"
+            if reason := _others_may_write(found):
+                return f"{path.name} {reason}"
+        if digest.read_bytes() != hashlib.sha256(library.read_bytes()).hexdigest().encode():
+            return "its bytes are not those that were built"
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _others_may_write(found: os.stat_result) -> str | None:
+    if found.st_uid != os.geteuid():
+        return f"belongs to user {found.st_uid}"
+    if found.st_mode & 0o022:
+        return f"may be written by others (mode {found.st_mode & 0o777:o})"
+    return None
+
+
+def _built(compiler: str, folder: pathlib.Path | None) -> ctypes.CDLL:
+    """Builds aside, loads that, then renames it to `folder`: several processes may do so at once, one of them is kept.
+
+    None, and a folder that cannot be written: nothing is kept.
+    """
+    aside = _new_folder(folder)
     library = aside / LIBRARY_FILE
     command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCES[0]), "-o", str(library)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False)
         if done.returncode:
             raise _CannotBuild(f"{compiler} failed:\n" + "\n".join(done.stderr.splitlines()[:8]))
         (aside / DIGEST_FILE).write_text(hashlib.sha256(library.read_bytes()).hexdigest())
-        if folder.parent == aside:
-            return aside
-        aside.rename(folder)
+        for path in (library, aside / DIGEST_FILE):
+            path.chmod(0o600)  # a umask may let the group write
+        loaded = _loaded_from(library)
+        if folder is not None and aside.parent == folder.parent:
+            _keep(aside, folder)
+        return loaded
     except (OSError, subprocess.TimeoutExpired) as error:
-        if not _is_whole(folder):  # else another process was first
-            raise _CannotBuild(f"building it failed: {error}") from error
+        raise _CannotBuild(f"building it failed: {error}") from error
     finally:
-        if folder.parent != aside:
-            shutil.rmtree(aside, ignore_errors=True)
-    return folder
+        shutil.rmtree(aside, ignore_errors=True)  # unless it was renamed; what is loaded stays in memory
+
+
+def _new_folder(folder: pathlib.Path | None) -> pathlib.Path:
+    """Beside `folder`, else among the temporary files; this user's alone."""
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            return pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        return pathlib.Path(tempfile.mkdtemp(prefix="phijax-"))
+    except OSError as error:
+        raise _CannotBuild(f"there is no folder to build it in: {error}") from error
+
+
+def _keep(aside: pathlib.Path, folder: pathlib.Path) -> None:
+    """What cannot be kept is built again next time."""
+    if os.path.lexists(folder) and _why_not(folder) is not None:
+        with contextlib.suppress(OSError):
+            folder.unlink() if folder.is_symlink() or not folder.is_dir() else shutil.rmtree(folder)
+    with contextlib.suppress(OSError):  # there by now: another process was first
+        aside.rename(folder)
+
+
+def _loaded_from(library: pathlib.Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise _CannotBuild(f"{library} does not load: {error}") from error
