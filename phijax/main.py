@@ -12,7 +12,7 @@ import sys
 from absl import flags
 
 from phijax import command
-from phijax.errors import EXIT_DONE, EXIT_RESTART, EXIT_USER_ERROR, UserError
+from phijax.errors import EXIT_CRASH, EXIT_DONE, EXIT_RESTART, EXIT_USER_ERROR, RunFailure, UserError
 
 FLAGS = flags.FlagValues()
 command.define_path("config", "Experiment file; --config.KEY=VALUE changes one key of it.", FLAGS)
@@ -88,6 +88,8 @@ def dry_run(config) -> int:
 
     from phijax.checkpoint import reading
     from phijax.checkpoint.ours import CHECKPOINTS_FOLDER
+    from phijax.data import verification
+    from phijax.data.shards import files_of
     from phijax.parallel.hardware import a_chip_with, generation
     from phijax.parallel.mesh import mesh_shape
     from phijax.parallel.sharding import MESH_AXES
@@ -107,14 +109,17 @@ def dry_run(config) -> int:
     print("\n".join(summary.describe(recipe, sizes, shapes)))
     try:
         plan = recipes.open_plan(config, recipe.model)
-        recipes.open_evaluation(config, recipe.model, plan, sizes)
-    except UserError as error:
+        sets = recipes.open_evaluation(config, recipe.model, plan, sizes)
+        files = files_of([*plan.sources.values(), *(held_out.shards for held_out in sets)])
+        checked = verification.look(files, FLAGS.workdir, seconds=60) if config.data.verify else verification.SIZES
+    except (UserError, RunFailure) as error:
         print(f"error: data: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASH
     for path, epochs in plan.epochs().items():
         unused = plan.unused_records(path)
         tails = f"; {unused:,} at the ends of shards fill no row" if unused else ""
         print(f"data: {path}: {plan.sources[path].num_records:,} records, seen {epochs:.3g} times{tails}")
+    print(checked)
     if config.init_from and not (workdir and reading.newest_identity(workdir / CHECKPOINTS_FOLDER)):
         for line in start.open_start(config, recipe.model, next(iter(plan.sources.values())), verify=False).lines:
             print(line)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from phijax import config as configs
 from phijax.checkpoint import durable, reading
@@ -17,8 +18,11 @@ from phijax.checkpoint.run_state import RunCheckpoints
 from phijax.checkpoint.sampled import sampled_digest
 from phijax.config import Config
 from phijax.data import loader, mixture
+from phijax.data.checking import DataCheck
+from phijax.data.gate import Gate
 from phijax.data.loader import Loader
 from phijax.data.rows import Plan, RowIndex
+from phijax.data.shards import files_of
 from phijax.evaluation.held_out import HeldOut, score_name
 from phijax.model import params
 from phijax.model.config import ModelConfig, model_to_dict
@@ -46,30 +50,19 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
 
     Raises: UserError before device memory is taken; loop.Diverged, SaveFailed while it runs.
     """
-    alike = functools.partial(agreement.alike, seconds=config.processes.initialization_timeout)
-    with alike("config") as facts:
-        durable.prepare_store(workdir)
-        facts.add({f"version of {name}": version for name, version in host.versions().items()})
-        facts.add(agreement.of_config(configs.to_dict(config)))
-    with alike("data") as facts:
-        mesh = make_mesh(config.mesh, jax.devices())
-        sizes = dict(mesh.shape)
-        device = mesh.devices.flat[0]
-        model = start.resolve(config, workdir)
-        recipe = make_recipe(config, sizes, device.platform, generation(device.device_kind), model)
-        plan = open_plan(config, recipe.model)
-        sets = open_evaluation(config, recipe.model, plan, sizes)
-        facts.update(data_facts(plan, sets))
+    mesh, recipe, plan, sets = checked(config, workdir)
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda text: None
-    for text in params.check_mesh(recipe.model, sizes):
+    for text in params.check_mesh(recipe.model, dict(mesh.shape)):
         say(f"warning: {text}")
     if recipe.options:
         say(f"options of the compiler: {recipe.options}")
+    shards = [*plan.sources.values(), *(held_out.shards for held_out in sets)] if config.data.verify else []
     with (
         WriterLock(workdir, break_lock=config.checkpoint.break_lock, log=say) as lock,
         compile_cache.opened(workdir, log=say) as programs,
+        DataCheck(files_of(shards), workdir) as check,  # reads while the run is restored and compiled
     ):
-        with alike("workdir") as facts:
+        with agreement.alike("workdir", config.processes.initialization_timeout) as facts:
             seen = lock.is_seen(config.processes.initialization_timeout / 2)
             facts.add({"--workdir": "holds the run's lock" if seen else "does not"}, {"--workdir": str(workdir)})
         before = from_process_zero(lambda: reading.newest_identity(workdir / CHECKPOINTS_FOLDER))
@@ -94,7 +87,9 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         with open_report(config, workdir, recipe, plan, sets, first_step, mesh) as report:
             for fields in went_back:
                 report.event("went_back", **fields)
-            outcome = run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, programs, first_step)
+            outcome = run_loop(
+                config, recipe, mesh, state, batches, sets, checkpoints, report, programs, first_step, check, say
+            )
         if outcome.stopped and not outcome.saved:
             newest = max(checkpoints.steps(), default=0)
             say(f"stopped after step {outcome.step - 1}, not saved: the same command goes on from step {newest}")
@@ -103,6 +98,25 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
             for line in summarise(workdir / "metrics.jsonl", guessing(recipe.model, sets)):
                 say(line)
         return outcome
+
+
+def checked(config: Config, workdir: epath.Path) -> tuple[Mesh, Recipe, Plan, list[EvaluationSet]]:
+    """What the run is, the same on all processes. Collective. Raises: UserError, before device memory is taken."""
+    alike = functools.partial(agreement.alike, seconds=config.processes.initialization_timeout)
+    with alike("config") as facts:
+        durable.prepare_store(workdir)
+        facts.add({f"version of {name}": version for name, version in host.versions().items()})
+        facts.add(agreement.of_config(configs.to_dict(config)))
+    with alike("data") as facts:
+        mesh = make_mesh(config.mesh, jax.devices())
+        sizes = dict(mesh.shape)
+        device = mesh.devices.flat[0]
+        model = start.resolve(config, workdir)
+        recipe = make_recipe(config, sizes, device.platform, generation(device.device_kind), model)
+        plan = open_plan(config, recipe.model)
+        sets = open_evaluation(config, recipe.model, plan, sizes)
+        facts.update(data_facts(plan, sets))
+    return mesh, recipe, plan, sets
 
 
 def open_start(config: Config, recipe: Recipe, plan: Plan) -> Start:
@@ -124,7 +138,9 @@ def begin(recipe: Recipe, mesh, checkpoints: RunCheckpoints, first_step: int, be
     return program.initial_state(recipe, mesh, load_params(begun.opened, mesh))
 
 
-def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, programs, first_step) -> loop.Outcome:
+def run_loop(
+    config, recipe, mesh, state, batches, sets, checkpoints, report, programs, first_step, check, say
+) -> loop.Outcome:
     pace = loop.Pace(
         recipe.total_steps,
         config.evaluation.every_steps,
@@ -133,6 +149,7 @@ def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, pr
         score_saves=config.checkpoint.keep_best is not None,
     )
     stop, watchdog = StopSignal(), Watchdog(config.processes.watchdog_seconds)
+    gate = Gate(check, first_step, recipe.total_steps, stop.asked, watchdog.beat, report.pause, say)
     try:
         return loop.train(
             state,
@@ -145,6 +162,7 @@ def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, pr
             ],
             report=report,
             checkpoints=checkpoints,
+            gate=gate,
             stop=stop,
             watchdog=watchdog,
         )
