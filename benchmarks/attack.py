@@ -106,7 +106,7 @@ def start(experiment: pathlib.Path, workdir: pathlib.Path) -> tuple[int, str]:
     A signal's code is below zero, as subprocess gives it.
     """
     from phijax import main as command
-    from phijax import run  # noqa: F401  imported once, here
+    from phijax.run import assemble  # noqa: F401  imported once, here
 
     log = workdir.with_suffix(".txt")
     child = os.fork()

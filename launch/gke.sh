@@ -30,8 +30,10 @@ service_account=default namespace=default verb=main kueue=false delete=false"
 required=
 read_flags "$@"
 
+check_name namespace "$namespace" 63 a-z0-9
 if $delete; then
   [[ -n "$name" ]] || refuse "--name=... is missing"
+  check_name name "$name" 63
   run kubectl delete jobset "$name" --namespace="$namespace"
   exit 0
 fi
@@ -42,8 +44,8 @@ case "$tpu" in
   v6e) accelerator=tpu-v6e-slice ;;
   *) refuse "--tpu=$tpu must be v5e, v5p or v6e" ;;
 esac
-[[ "$topology" =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || refuse "--topology=$topology is meant as 16x16 or 4x4x8"
-[[ "$slices" =~ ^[1-9][0-9]*$ ]] || refuse "--slices=$slices is not a number of slices"
+[[ "$topology" =~ ^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$ ]] || refuse "--topology=$topology is meant as 16x16 or 4x4x8"
+[[ "$slices" =~ ^[1-9][0-9]{0,5}$ ]] || refuse "--slices=$slices is not a number of slices"
 chips=$((${topology//x/*}))
 # Hosts of a slice have four chips; the smallest slices are one host with all of them.
 per_host=$((chips < 4 ? chips : 4))
@@ -75,6 +77,10 @@ fill() {
 without() { sed "/# only with $1\$/d"; }
 labelled() { if [[ -n "$2" && "$2" != false ]]; then cat; else without "$1"; fi; }
 
+check_number max-restarts "$max_restarts"
+check_number grace-seconds "$grace_seconds"
+[[ -z "$queue" ]] || check_name queue "$queue" 63 a-z0-9
+
 if $kueue; then
   [[ -n "$queue" ]] || refuse "--queue=... is missing"
   yaml=$(fill "$folder/gke/kueue.yaml" ACCELERATOR="$accelerator" TOPOLOGY="$topology" QUEUE="$queue" \
@@ -82,6 +88,11 @@ if $kueue; then
 else
   for key in name image; do [[ -n "${!key}" ]] || refuse "--$key=... is missing"; done
   ((${#rest[@]})) || refuse "the flags of phijax.$verb are missing: ... -- --config=FILE --workdir=gs://BUCKET/RUN"
+  # JobSet names its Jobs and their pods so, and Kubernetes takes 63 characters.
+  behind="-slice-$((slices - 1))-$((hosts - 1))-abcde"
+  check_name name "$name" $((63 - ${#behind}))
+  [[ -z "$data_bucket" || "$data_bucket" =~ ^[a-z0-9][-_.a-z0-9]{1,61}[a-z0-9]$ ]] \
+    || refuse "--data-bucket=$data_bucket is meant as the name alone, without gs:// and folders"
   [[ -z "$data_bucket" || "$data_to" == /* ]] || refuse "--data-bucket needs --data-to=/FOLDER"
   yaml=$(fill "$folder/gke/jobset.yaml" NAME="$name" NAMESPACE="$namespace" QUEUE="$queue" SLICES="$slices" HOSTS="$hosts" \
     MAX_RESTARTS="$max_restarts" SERVICE_ACCOUNT="$service_account" GRACE_SECONDS="$grace_seconds" \

@@ -44,6 +44,16 @@ read_flags() {
   for key in ${required:-}; do [[ -n "${!key}" ]] || refuse "--${key//_/-}=... is missing. --help says what it is."; done
 }
 
+# check_name FLAG NAME LONGEST [FIRST]: a label of DNS, which clusters and clouds want; FIRST: what it may begin with.
+check_name() {
+  local LC_ALL=C first=${4:-a-z}
+  [[ "$2" =~ ^[$first]([-a-z0-9]*[a-z0-9])?$ ]] \
+    || refuse "--$1=$2 holds what a name cannot: it is of lower-case letters, digits and hyphens, with ${first//-/ to } first and no hyphen last"
+  ((${#2} <= $3)) || refuse "--$1=$2 has ${#2} characters; at most $3 are taken"
+}
+
+check_number() { [[ "$2" =~ ^(0|[1-9][0-9]{0,8})$ ]] || refuse "--$1=$2 is not a number"; }
+
 quoted() { local text; printf -v text '%q ' "$@"; printf '%s' "${text% }"; }
 
 # Does a command, or prints it as it could be pasted.

@@ -18,6 +18,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/shell.sh"
 defaults="name= cluster= zone= image= tpu_type= slices=1 spot=false max_restarts=50 project="
 required="name cluster zone image tpu_type"
 read_flags "$@"
+check_name name "$name" 40  # as xpk itself
+check_name cluster "$cluster" 40
+[[ "$slices" =~ ^[1-9][0-9]{0,5}$ ]] || refuse "--slices=$slices is not a number of slices"
+check_number max-restarts "$max_restarts"
 ((${#rest[@]})) || refuse "the flags of the run are missing: ... -- --config=FILE --workdir=gs://BUCKET/RUN"
 
 command=(xpk workload create --workload="$name" --cluster="$cluster" --zone="$zone" --docker-image="$image"

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     Model = Any
     __version__: str
 
+importlib.import_module("phijax.storage.local_paths").mend()
+
 
 def load(path: Any, **options: Any) -> "Model":
     """Opens a checkpoint (a run of ours, a Hugging Face folder, a GGUF file) for use: phijax.library.load.

@@ -18,11 +18,26 @@ from absl import flags
 
 from phijax import distribution, errors
 from phijax.parallel import hardware
+from phijax.report import streams
+from phijax.storage.named import named
 
-# Full, read-only and forbidden disks may show anywhere, and are no bugs of ours.
-_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# Full, read-only and forbidden disks, and names that no disk takes, may show anywhere, and are no bugs of ours.
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 _EXIT_UNREAD = 141  # as a shell says of a command that SIGPIPE ended
 _HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
+
+
+def define_path(name: str, help: str, flag_values: flags.FlagValues) -> None:
+    """A flag that names a file or folder, None by default; `~` is the home folder in it."""
+    flags.DEFINE(_Path(), name, None, help, flag_values)
+
+
+class _Path(flags.ArgumentParser):
+    def parse(self, argument: str) -> str:
+        return named(argument)
+
+    def flag_type(self) -> str:
+        return "path"
 
 
 def run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues = flags.FLAGS) -> NoReturn:
@@ -36,13 +51,17 @@ def run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues =
       flag_values: where the flags of this command are defined.
     Exit codes: `phijax.errors.EXIT_*`.
     """
+    streams.mend()
     warnings.formatwarning = _our_warnings_alone(warnings.formatwarning)
     if stranger := distribution.foreign():
         print(f"warning: {stranger}", file=sys.stderr)
     code = _exit_code(main, flag_values)
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    error = streams.flush()
+    if error is not None and code == errors.EXIT_DONE:
+        code = _EXIT_UNREAD if isinstance(error, BrokenPipeError) else errors.EXIT_USER_ERROR
+        if code != _EXIT_UNREAD:
+            _tell(f"error: what was printed could not be written: {error}")
     if code != errors.EXIT_DONE:
         # In a job of many processes the interpreter's own exit waits at a barrier for peers that may never come.
         os._exit(code)
@@ -53,6 +72,7 @@ def run_with_overrides(
     main: Callable[[list[str], list[tuple[str, str]]], int | None], flag_values: flags.FlagValues
 ) -> NoReturn:
     """`run` for a command of an experiment: `main` also takes the (KEY, VALUE) pairs of `--config.KEY=VALUE`."""
+    streams.mend()
     hardware.prepare_cpu()
     overrides: list[tuple[str, str]] = []
 
@@ -109,29 +129,31 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
 
 def _exit_code(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues) -> int:
     try:
-        code = _help_or_main(main, flag_values)
-        sys.stdout.flush()
-        return code
+        return _help_or_main(main, flag_values)
     except errors.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         return errors.EXIT_USER_ERROR
     except flags.Error as error:
-        print(f"error: {error}\nAll flags: --help", file=sys.stderr)
+        _tell(f"error: {error}\nAll flags: --help")
         return errors.EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("stopped from the keyboard; the same command can be started again", file=sys.stderr)
+        _tell("stopped from the keyboard; the same command can be started again")
         return errors.EXIT_RESTART
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else errors.EXIT_DONE if stop.code is None else errors.EXIT_CRASH
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
-            print(f"error: {error}. Start the same command again when that is mended.", file=sys.stderr)
+            _tell(f"error: {error}. Start the same command again when that is mended.")
             return errors.EXIT_USER_ERROR
         if isinstance(error, BrokenPipeError) and _nobody_reads():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed
             return _EXIT_UNREAD
-        traceback.print_exc()
+        _tell(traceback.format_exc().rstrip())
         return errors.EXIT_CRASH
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads that either
+        print(text, file=sys.stderr, flush=True)
 
 
 def _our_warnings_alone(others: Callable[..., str]) -> Callable[..., str]:
@@ -159,7 +181,8 @@ def _help_or_main(main: Callable[[list[str]], int | None], flag_values: flags.Fl
 def _nobody_reads() -> bool:
     """Whether the broken pipe is our output, as in `phijax show DIR | head`."""
     poll = select.poll()
-    poll.register(sys.stdout, select.POLLOUT)
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream, select.POLLOUT)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 

@@ -26,8 +26,12 @@ from phijax.parallel.hardware import CompilerConfig
 from phijax.parallel.mesh import MeshConfig
 from phijax.parallel.processes import ProcessConfig
 from phijax.report.config import LoggingConfig
+from phijax.storage.named import named
 from phijax.training.cross_entropy import LossConfig
 from phijax.training.optimizer import OptimizerConfig
+
+# Keys that name files and folders; `~` is the home folder in them.
+PATHS = ("init_from", "model.long_rope_from", "data.phases[].mixture[].path", "evaluation.sets[].path")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +252,8 @@ def _typed(kind: Any, value: Any, key: str, where: str) -> Any:
         elif option is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         elif type(value) is option:
-            return value
+            is_path = option is str and re.sub(r"\[\d+\]", "[]", key) in PATHS
+            return named(value) if is_path else value
     near = nearest_name(value, _described(kind).split(", ")) if isinstance(value, str) else None
     raise UserError(f"{where}: {key}={value!r} must be {_described(kind)}." + (f" Nearest: {near!r}." if near else ""))
 

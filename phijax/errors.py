@@ -17,6 +17,10 @@ class RunFailure(Exception):
     """What ends a run and is neither a bug of ours nor a mistake in its config: exit code 1, no traceback."""
 
 
+class StoppedUnsaved(Exception):
+    """A run was asked to stop where there is nothing that it could save: exit code 75, one message."""
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """The known name closest to `name`, or None when nothing is close enough to be a typing slip."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -29,9 +29,9 @@ GGUF_KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 K_QUANTS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("checkpoint", None, "What to export; any kind of checkpoint.", flag_values=FLAGS)
+command.define_path("checkpoint", "What to export; any kind of checkpoint.", FLAGS)
 flags.DEFINE_string("format", None, f"One of {', '.join(FORMATS)}.", flag_values=FLAGS)
-flags.DEFINE_string("output", None, "The folder to write; it must not be there yet.", flag_values=FLAGS)
+command.define_path("output", "The folder to write; it must not be there yet.", FLAGS)
 flags.DEFINE_string("dtype", None, f"One of {', '.join(DTYPES)}; none: as stored.", flag_values=FLAGS)
 flags.DEFINE_string(
     "kind",

@@ -17,11 +17,11 @@ from phijax.errors import EXIT_DONE, UserError
 from phijax.parallel import hardware
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("checkpoint", None, "Workdir or step of a run, Hugging Face folder, GGUF file.", flag_values=FLAGS)
+command.define_path("checkpoint", "Workdir or step of a run, Hugging Face folder, GGUF file.", FLAGS)
 flags.DEFINE_multi_string(
     "prompt", None, "Text to continue; none: the start of a document. Again for a batch.", flag_values=FLAGS
 )
-flags.DEFINE_string("prompt_file", None, "A file that is a prompt; .jsonl: a prompt a line.", flag_values=FLAGS)
+command.define_path("prompt_file", "A file that is a prompt; .jsonl: a prompt a line.", FLAGS)
 flags.DEFINE_bool("chat", False, "Talk with the model.", flag_values=FLAGS)
 flags.DEFINE_string("message", None, "With --chat: one message, one answer.", flag_values=FLAGS)
 flags.DEFINE_string("system", None, "With --chat: the system message.", flag_values=FLAGS)
@@ -159,6 +159,7 @@ def _chat(model, sampling) -> None:
             continue
         asked = [*messages, {"role": "user", "content": line}]
         try:
+            _check_text(line)
             answer = _print_pieces(model.stream_chat(asked, sampling))
         except UserError as error:  # as a conversation that has become too long
             print(f"{error}\n/new begins another conversation.", file=sys.stderr)

@@ -12,11 +12,11 @@ import sys
 from absl import flags
 
 from phijax import command
-from phijax.errors import EXIT_DONE, EXIT_RESTART, EXIT_USER_ERROR, UserError
+from phijax.errors import EXIT_CRASH, EXIT_DONE, EXIT_RESTART, EXIT_USER_ERROR, RunFailure, UserError
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("config", None, "Experiment file; --config.KEY=VALUE changes one key of it.", flag_values=FLAGS)
-flags.DEFINE_string("workdir", None, "Folder (local or gs://) of the run: checkpoints, metrics.", flag_values=FLAGS)
+command.define_path("config", "Experiment file; --config.KEY=VALUE changes one key of it.", FLAGS)
+command.define_path("workdir", "Folder (local or gs://) of the run: checkpoints, metrics.", FLAGS)
 flags.DEFINE_boolean("print_config", False, "Print the resolved config as JSON and stop.", flag_values=FLAGS)
 flags.DEFINE_boolean(
     "dry_run", False, "Print the plan, check the shards, read one batch, train nothing.", flag_values=FLAGS
@@ -61,8 +61,8 @@ def train(config) -> int:
     def run() -> int:
         from etils import epath
 
-        from phijax import run
         from phijax.checkpoint import lock
+        from phijax.run import assemble
         from phijax.training import compile_cache
 
         workdir = epath.Path(FLAGS.workdir)
@@ -74,7 +74,7 @@ def train(config) -> int:
             lock.abandon(workdir)
 
         with command.left_on_sigterm(abandon) if world.count == 1 else contextlib.nullcontext():
-            outcome = run.train(config, workdir)
+            outcome = assemble.train(config, workdir)
         processes.finish(config.processes.shutdown_timeout)
         return EXIT_RESTART if outcome.stopped else EXIT_DONE
 
@@ -86,13 +86,16 @@ def dry_run(config) -> int:
     import jax
     from etils import epath
 
-    from phijax import run, start
     from phijax.checkpoint import reading
     from phijax.checkpoint.ours import CHECKPOINTS_FOLDER
+    from phijax.data import verification
+    from phijax.data.shards import files_of
     from phijax.parallel.hardware import a_chip_with, generation
     from phijax.parallel.mesh import mesh_shape
     from phijax.parallel.sharding import MESH_AXES
     from phijax.planning import summary
+    from phijax.run import recipe as recipes
+    from phijax.run import start
 
     asked = [getattr(config.mesh, name) for name in MESH_AXES]
     here = jax.device_count() if -1 in asked or math.prod(asked) == jax.device_count() else 0
@@ -101,19 +104,22 @@ def dry_run(config) -> int:
     platform = jax.default_backend() if here else "tpu"
     chip = generation(jax.devices()[0].device_kind) if here else a_chip_with(config.compiler)
     workdir = epath.Path(FLAGS.workdir) if FLAGS.workdir else None
-    recipe = run.make_recipe(config, sizes, platform, chip, start.resolve(config, workdir))
-    shapes = run.shapes_by_phase(config)
+    recipe = recipes.make_recipe(config, sizes, platform, chip, start.resolve(config, workdir))
+    shapes = recipes.shapes_by_phase(config)
     print("\n".join(summary.describe(recipe, sizes, shapes)))
     try:
-        plan = run.open_plan(config, recipe.model)
-        run.open_evaluation(config, recipe.model, plan, sizes)
-    except UserError as error:
+        plan = recipes.open_plan(config, recipe.model)
+        sets = recipes.open_evaluation(config, recipe.model, plan, sizes)
+        files = files_of([*plan.sources.values(), *(held_out.shards for held_out in sets)])
+        checked = verification.look(files, FLAGS.workdir, seconds=60) if config.data.verify else verification.SIZES
+    except (UserError, RunFailure) as error:
         print(f"error: data: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASH
     for path, epochs in plan.epochs().items():
         unused = plan.unused_records(path)
         tails = f"; {unused:,} at the ends of shards fill no row" if unused else ""
         print(f"data: {path}: {plan.sources[path].num_records:,} records, seen {epochs:.3g} times{tails}")
+    print(checked)
     if config.init_from and not (workdir and reading.newest_identity(workdir / CHECKPOINTS_FOLDER)):
         for line in start.open_start(config, recipe.model, next(iter(plan.sources.values())), verify=False).lines:
             print(line)

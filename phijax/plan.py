@@ -23,7 +23,7 @@ from phijax.errors import EXIT_DONE, EXIT_RESTART, UserError
 EXIT_DOES_NOT_FIT = 3  # planned, and the answer is no
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("config", None, "Experiment file; --config.KEY=VALUE changes one key of it.", flag_values=FLAGS)
+command.define_path("config", "Experiment file; --config.KEY=VALUE changes one key of it.", FLAGS)
 flags.DEFINE_string("topology", None, "TPU slice, such as v5e:16x16, v5p:4x4x8, v6e:16x16.", flag_values=FLAGS)
 flags.DEFINE_float("price_per_chip_hour", None, "To tell the cost, in any currency.", flag_values=FLAGS)
 flags.DEFINE_boolean("analytic", False, "Compile nothing; figures from shapes, in a second.", flag_values=FLAGS)
@@ -37,7 +37,7 @@ flags.DEFINE_boolean(
     flag_values=FLAGS,
 )  # fmt: skip
 flags.DEFINE_integer("compile_top", 6, "How many of the search's best are compiled.", flag_values=FLAGS)
-flags.DEFINE_string("plot", None, "PNG: memory and step time as stacked bars, and the roofline.", flag_values=FLAGS)
+command.define_path("plot", "PNG: memory and step time as stacked bars, and the roofline.", FLAGS)
 
 
 def main(arguments: list[str], overrides: list[tuple[str, str]]) -> int:

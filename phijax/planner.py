@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from phijax import config as configs
-from phijax import run, start
 from phijax.checkpoint.host_memory import SYNCHRONOUS_LIMIT_GB, bytes_held_by_save, bytes_on_host
 from phijax.config import Config
 from phijax.distribution import install_hint
@@ -21,6 +20,8 @@ from phijax.planning.found import Found
 from phijax.planning.run_plan import HostMemory, RunPlan
 from phijax.planning.search import Candidate, Ranked, Work
 from phijax.planning.step_plan import plan_step
+from phijax.run import recipe as recipes
+from phijax.run import start
 from phijax.training.program import BatchShape, Recipe, abstract_state
 
 
@@ -47,12 +48,12 @@ def make_plan(config: Config, slice_name: str, how: How, *, price: float | None)
     Raises: UserError for a config that this slice cannot run.
     """
     where = analytic.make_slice(slice_name, config.mesh)
-    recipe = run.make_recipe(config, dict(where.sizes), "tpu", where.chip.name)
+    recipe = recipes.make_recipe(config, dict(where.sizes), "tpu", where.chip.name)
     mesh = None
     if how.can_compile():
         mesh = make_mesh(config.mesh, topology.tpu_devices(slice_name, config.mesh.slices))
     answers, steps = {}, []  # phases of one shape share a program
-    for phase, (name, shape) in zip(config.data.phases, run.shapes_by_phase(config).items(), strict=True):
+    for phase, (name, shape) in zip(config.data.phases, recipes.shapes_by_phase(config).items(), strict=True):
         if mesh is not None and shape not in answers:
             how.say(f"compiling {shape} for {slice_name}: a minute or two ...")
             answers[shape] = compiled.compile_step(recipe, mesh, slice_name, shape, options=how.options)
@@ -94,8 +95,8 @@ def find(config: Config, slice_name: str, how: How, *, top: int) -> Found:
 
     def work_of(candidate: Candidate, where: analytic.Slice) -> Work:
         changed = apply(config, candidate)
-        shapes = run.shapes_by_phase(changed).values()
-        recipe = run.make_recipe(changed, dict(where.sizes), "tpu", where.chip.name, model)
+        shapes = recipes.shapes_by_phase(changed).values()
+        recipe = recipes.make_recipe(changed, dict(where.sizes), "tpu", where.chip.name, model)
         if not host_memory(recipe, where, None).fits(config.checkpoint.asynchronous):
             raise UserError("Its hosts have not the memory.")
         return Work(recipe, tuple((phase.steps, shape) for phase, shape in zip(phases, shapes, strict=True)))

@@ -16,8 +16,8 @@ from phijax import command
 from phijax.errors import EXIT_DONE, EXIT_USER_ERROR, RunFailure, UserError
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("config", None, "Experiment file: mesh, memory, disk and data are compared.", flag_values=FLAGS)
-flags.DEFINE_string("workdir", None, "Folder (local or gs://) of the run; written to and read back.", flag_values=FLAGS)
+command.define_path("config", "Experiment file: mesh, memory, disk and data are compared.", FLAGS)
+command.define_path("workdir", "Folder (local or gs://) of the run; written to and read back.", FLAGS)
 flags.DEFINE_integer("time_limit", 180, "Seconds until the verdict, whatever hangs.", flag_values=FLAGS, lower_bound=4)
 flags.DEFINE_integer("devices", None, "How many there must be, where no config says it.", flag_values=FLAGS)
 flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where JAX cannot find it.", flag_values=FLAGS)
@@ -85,13 +85,14 @@ def needs_of(config, workdir=None):
     """What the run of this config takes on this process, and whether mesh and data are right here."""
     import jax
 
-    from phijax import run, start
     from phijax.checkpoint.host_memory import bytes_held_by_save, bytes_on_host
     from phijax.parallel.hardware import generation
     from phijax.parallel.mesh import make_mesh
     from phijax.readiness.agreement import Facts
     from phijax.readiness.check import FAIL, OK, Check
     from phijax.readiness.inspection import Needs
+    from phijax.run import recipe as recipes
+    from phijax.run import start
     from phijax.training.program import abstract_state
 
     if config is None:
@@ -100,7 +101,7 @@ def needs_of(config, workdir=None):
     try:
         mesh, device = make_mesh(config.mesh, jax.devices()), jax.devices()[0]
         model = start.resolve(config, workdir)
-        recipe = run.make_recipe(config, dict(mesh.shape), device.platform, generation(device.device_kind), model)
+        recipe = recipes.make_recipe(config, dict(mesh.shape), device.platform, generation(device.device_kind), model)
         state = abstract_state(recipe, mesh)
     except UserError as error:
         return dataclasses.replace(needs, checks=(Check("config", FAIL, str(error)),))
@@ -108,10 +109,10 @@ def needs_of(config, workdir=None):
     checks = [Check("config", OK, f"mesh {sizes}, attention {recipe.backend.attention}, remat {recipe.backend.remat}")]
     shards, data = 0, Facts()
     try:
-        plan = run.open_plan(config, recipe.model)
-        held_out = run.open_evaluation(config, recipe.model, plan, dict(mesh.shape))
+        plan = recipes.open_plan(config, recipe.model)
+        held_out = recipes.open_evaluation(config, recipe.model, plan, dict(mesh.shape))
         plan.read(plan.place(0, 0), plan.phases[0].sequence_length)
-        data = run.data_facts(plan, held_out)
+        data = recipes.data_facts(plan, held_out)
         shards = sum(len(source.manifest.shards) for source in plan.sources.values())
         shards += sum(len(one.shards.manifest.shards) for one in held_out)
         checks.append(Check("data", OK, f"folders: {len(plan.sources) + len(held_out)}, shards: {shards}, a row read"))

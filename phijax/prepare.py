@@ -22,13 +22,10 @@ from phijax.data.shard_manifest import Manifest
 from phijax.errors import UserError
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("input", None, "a folder (with all below it), a file, or a quoted glob", flag_values=FLAGS)
-flags.DEFINE_string("output", None, "a new or empty folder, or one to go on with", flag_values=FLAGS)
-flags.DEFINE_string(
-    "tokenizer",
-    None,
-    "folder with tokenizer.model or tokenizer.json; none: one is trained on the input",
-    flag_values=FLAGS,
+command.define_path("input", "a folder (with all below it), a file, or a quoted glob", FLAGS)
+command.define_path("output", "a new or empty folder, or one to go on with", FLAGS)
+command.define_path(
+    "tokenizer", "folder with tokenizer.model or tokenizer.json; none: one is trained on the input", FLAGS
 )
 flags.DEFINE_integer("vocab_size", 32011, "ids of a tokenizer trained here, phi-3's is 32011", flag_values=FLAGS)
 flags.DEFINE_integer("block", 1024, "tokens in a record; rows of training are multiples of it", flag_values=FLAGS)

@@ -25,9 +25,9 @@ from phijax.parallel import hardware
 METHODS = ("rtn", "awq", "gptq")
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("checkpoint", None, "What to quantise; any kind of checkpoint.", flag_values=FLAGS)
+command.define_path("checkpoint", "What to quantise; any kind of checkpoint.", FLAGS)
 flags.DEFINE_string("scheme", None, "As above: int8, int4, int4_g128, int4_g64, ...", flag_values=FLAGS)
-flags.DEFINE_string("output", None, "The folder to write; it must not be there yet.", flag_values=FLAGS)
+command.define_path("output", "The folder to write; it must not be there yet.", FLAGS)
 flags.DEFINE_string(
     "method",
     "rtn",
@@ -35,9 +35,9 @@ flags.DEFINE_string(
     "gptq: input after input, each making up for the errors before it.",
     flag_values=FLAGS,
 )
-flags.DEFINE_string("calibration", None, "Of --method=awq and gptq: token shards or a text file.", flag_values=FLAGS)
+command.define_path("calibration", "Of --method=awq and gptq: token shards or a text file.", FLAGS)
 flags.DEFINE_integer("calibration_rows", 16, "Rows of --calibration.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_string("held_out", None, "A folder of token shards, or a text file, to compare on.", flag_values=FLAGS)
+command.define_path("held_out", "A folder of token shards, or a text file, to compare on.", FLAGS)
 flags.DEFINE_integer("rows", 16, "Held-out rows.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("row_length", 512, "Tokens of a row, of a text file.", lower_bound=2, flag_values=FLAGS)
 flags.DEFINE_boolean("dry_run", False, "Says what would be written, and writes nothing.", flag_values=FLAGS)
@@ -52,8 +52,10 @@ def main(arguments: list[str]) -> int:
     from phijax.checkpoint import manifest, quantized_export, staging
     from phijax.checkpoint.open import open_checkpoint
     from phijax.checkpoint.ours import QUALITY_FILE
+    from phijax.parallel.mesh import check_32_bits
     from phijax.quantization import policy, report
 
+    check_32_bits()
     opened = open_checkpoint(FLAGS.checkpoint)
     quantized_export.refuse_quantized(opened)
     assigned = policy.assign(opened.model, policy.parse(FLAGS.scheme))

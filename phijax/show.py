@@ -15,6 +15,7 @@ from phijax import command
 from phijax.data.shard_manifest import MANIFEST_FILE, Manifest
 from phijax.data.shards import Shards
 from phijax.errors import UserError
+from phijax.storage.named import named
 from phijax.text.tokenizer import TextTokenizer
 
 FLAGS = flags.FlagValues()
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> None:
         raise UserError("Give one folder of shards or of checkpoints: python -m phijax.show DIR")
     if FLAGS.rows < 0:
         raise UserError(f"--rows={FLAGS.rows} must be 0 or more.")
-    folder = epath.Path(arguments[0])
+    folder = epath.Path(named(arguments[0]))
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder.")
     splits = [folder / name for name in ("train", "validation") if (folder / name / MANIFEST_FILE).exists()]

@@ -30,6 +30,12 @@ def main(arguments):
             warnings.warn("of another")
             warnings.warn_explicit("of ours", UserWarning, os.sep.join(["", "phijax", "x.py"]), 3)
         case "full": raise OSError(28, "No space left on device")
+        case "accents": print("na\\u00efve \\u4e2d \\udce9"); print("caf\\u00e9", file=sys.stderr)
+        case "reads": print(repr(sys.stdin.readline()))
+        case "opens":
+            with open("opened.bin", "wb") as file:
+                os.write(1, b"of a library"); os.write(2, b"of a library"); file.write(b"ours")
+            os.system("echo of a child; echo of a child >&2")
         case "restart": return errors.EXIT_RESTART
         case "exit": sys.exit(3)
         case "exit_text": sys.exit("text")
@@ -93,6 +99,66 @@ def test_a_reader_that_stops_early_ends_it_in_silence(tmp_path):
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+def shell(tmp_path, argument, redirection, **environment):
+    (tmp_path / "example.py").write_text(SCRIPT)
+    return subprocess.run(
+        ["bash", "-c", f'exec "$@" {redirection}', "bash", sys.executable, "example.py", argument],
+        capture_output=True,
+        cwd=tmp_path,
+        env=ENVIRONMENT | environment,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_closed_streams_lead_nowhere_and_change_no_exit_code(tmp_path, closed):
+    for argument, code in (("fine", 0), ("user", 2), ("crash", 1), ("restart", 75), ("reads", 0), ("exit_none", 0)):
+        result = shell(tmp_path, argument, closed)
+        assert result.returncode == code and (code == 1 or b"Traceback" not in result.stderr), (argument, result)
+    assert shell(tmp_path, "opens", closed).returncode == 0
+    assert (tmp_path / "opened.bin").read_bytes() == b"ours"  # and nothing that was written to a number
+
+
+LATIN = dict(PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C")
+
+
+@pytest.mark.parametrize(
+    ("environment", "printed"),
+    [
+        (LATIN, b"na\\xefve \\u4e2d \\udce9\n"),
+        ({"PYTHONIOENCODING": "latin-1"}, b"na\xefve \\u4e2d \\udce9\n"),
+        ({"PYTHONIOENCODING": "ascii:strict"}, b"na\\xefve \\u4e2d \\udce9\n"),
+        ({"PYTHONIOENCODING": "utf-8"}, "naïve 中 ".encode() + b"\\udce9\n"),
+    ],
+)
+def test_what_a_stream_cannot_hold_is_written_out(tmp_path, environment, printed):
+    result = shell(tmp_path, "accents", "", **environment)
+    assert result.returncode == 0 and result.stdout.splitlines(True)[1] == printed and b"caf" in result.stderr
+
+
+@pytest.mark.parametrize("environment", [LATIN, {"PYTHONIOENCODING": "utf-8"}])
+def test_input_in_another_encoding_is_read(tmp_path, environment):
+    (tmp_path / "typed").write_bytes(b"caf\xe9\n")
+    result = shell(tmp_path, "reads", "< typed", **environment)
+    assert (result.returncode, result.stdout.splitlines()[1]) == (0, rb"'caf\udce9\n'")
+
+
+@pytest.mark.parametrize(("argument", "code"), [("long", 141), ("user", 2), ("crash", 1), ("restart", 75)])
+def test_readers_that_stopped_change_no_other_exit_code(tmp_path, argument, code):
+    """Both outputs into `true`, which reads nothing."""
+    (tmp_path / "example.py").write_text(SCRIPT)
+    command = f'"{sys.executable}" "{tmp_path}/example.py" {argument} 2>&1 | true; exit ${{PIPESTATUS[0]}}'
+    assert subprocess.run(["bash", "-c", command], env=ENVIRONMENT, check=False).returncode == code
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full: of Linux")
+def test_an_output_on_a_full_disk_is_one_message(tmp_path):
+    for argument in ("fine", "long"):
+        result = shell(tmp_path, argument, "> /dev/full")
+        assert result.returncode == 2 and result.stderr.startswith(b"error: ")
+        assert b"No space left" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("flags_of", ["own", "absl's"])

@@ -68,6 +68,26 @@ def test_generate_takes_one_text_or_several(model):
     assert "".join(piece.text for piece in pieces) == one.text and pieces[-1].result == one
 
 
+def test_texts_as_long_as_the_model_and_texts_that_are_none(folder, model):
+    """This model has 128 positions; the prompt of an answer must leave room for one token of it."""
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = np.random.default_rng(0).integers(0, 300, 129).tolist()
+    for length in (127, 128):
+        with torch.inference_mode():
+            out = reference(torch.tensor([ids[:length]]), labels=torch.tensor([ids[:length]]))
+        np.testing.assert_allclose(model.logits(ids[:length]), out.logits[0].numpy(), rtol=0, atol=1e-4)
+        assert math.isclose(model.loss(ids[:length]), out.loss.item(), rel_tol=1e-5)
+    with pytest.raises(UserError, match="text has 129 tokens; the model takes 128"):
+        model.logits(ids)
+    with pytest.raises(UserError, match="prompt has 128 tokens; with at least one of an answer the model takes 128"):
+        model.generate([ids[:128]], max_tokens=1)
+    for empty in ("", []):
+        with pytest.raises(UserError, match="text is empty"):
+            model.logits(empty)
+    with pytest.raises(UserError, match="whole numbers"):
+        model.generate([[1.5]], max_tokens=1)
+
+
 def test_logits_and_loss_are_those_of_transformers(folder, model):
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor(model.tokenizer.encode(TEXT))[None]

@@ -18,7 +18,7 @@ from phijax.data.shards import Shards
 from phijax.errors import UserError
 from phijax.inference.sampling import Sampling
 from phijax.model.config import ModelConfig
-from phijax.run import begin_of
+from phijax.run.resume import begin_of
 from phijax.text.beginning import write_beginning
 from phijax.text.chat import PHI3
 from phijax.text.train_tokenizer import train_tokenizer

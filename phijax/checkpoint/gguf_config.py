@@ -50,17 +50,21 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def architecture_of(file: GgufFile) -> str:
     """Raises: UserError for an architecture that is not ours."""
+    # First of all: only the first part of several has the other keys.
+    parts, number = (file.metadata.get(f"split.{name}", 0) for name in ("count", "no"))
+    if parts not in (0, 1):
+        part = f"part {number + 1} of {parts}" if type(number) is int else f"one of {parts} parts"
+        raise UserError(
+            f"{file.path} is {part}. Join all parts into one file first: llama-gguf-split --merge FIRST_PART OUTPUT."
+        )
     architecture = file.metadata.get("general.architecture")
+    if architecture is None:
+        raise UserError(f"{file.path} is no model: it has no general.architecture.")
+    if file.metadata.get("general.type", "model") != "model":
+        raise UserError(f"{file.path} holds a {file.metadata['general.type']!r}, not a model.")
     if architecture not in TABLE:
         raise UserError(
             f"{file.path} is a model of architecture {architecture!r}; read are {', '.join(map(repr, TABLE))}."
-        )
-    if file.metadata.get("general.type", "model") != "model":
-        raise UserError(f"{file.path} holds a {file.metadata['general.type']!r}, not a model.")
-    if file.metadata.get("split.count", 0) not in (0, 1):
-        raise UserError(
-            f"{file.path} is one of {file.metadata['split.count']} parts. "
-            "Join them first: llama-gguf-split --merge PART OUTPUT."
         )
     return architecture
 

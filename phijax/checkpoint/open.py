@@ -11,13 +11,15 @@ from jax.sharding import Mesh
 
 from phijax.checkpoint.huggingface import is_huggingface, open_huggingface
 from phijax.checkpoint.opened import Opened
-from phijax.checkpoint.ours import OursSource, is_ours, open_ours
+from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, OursSource, is_ours, open_ours
+from phijax.checkpoint.safetensors_files import ADAPTER_FILES, INDEX_FILE, SINGLE_FILE
 from phijax.checkpoint.weight_source import WeightSource, blocks
 from phijax.errors import UserError
 from phijax.model import params
 from phijax.model.quantized import Quantized
 from phijax.parallel import sharding
 from phijax.quantization.policy import summed_axis
+from phijax.storage.named import named
 
 __all__ = ["Opened", "load_params", "open_checkpoint"]
 
@@ -28,7 +30,7 @@ def open_checkpoint(path: epath.PathLike, *, verify: bool = True) -> Opened:
     Args: verify: of one of ours, read every byte against its digest; without, no process waits for another.
     Raises: UserError that names what was looked for; for what is damaged, hostile, or of an unknown architecture.
     """
-    path = epath.Path(path)
+    path = epath.Path(named(path))
     if not path.exists():
         hub = not path.is_absolute() and len(path.parts) == 2
         raise UserError(
@@ -43,13 +45,26 @@ def open_checkpoint(path: epath.PathLike, *, verify: bool = True) -> Opened:
         near = " Give the folder that it is in." if path.suffix in (".safetensors", ".json", ".bin") else ""
         raise UserError(f"{path} is no checkpoint.{near} {LOOKED_FOR}")
     if is_ours(path):
+        _refuse_other_kind(path)
         return open_ours(path, verify=verify)
     if is_huggingface(path):
         return open_huggingface(path)
     files = [file for file in path.iterdir() if file.suffix == ".gguf"]
     if len(files) == 1:  # what `phijax export --format=gguf` writes
         return open_checkpoint(files[0])
+    if files:
+        raise UserError(f"{path} has {len(files)} GGUF files. Give the one you mean: {min(files, key=str)}, say.")
+    if any((path / name).exists() for name in ADAPTER_FILES):
+        raise UserError(f"{path} is an adapter, not a model. Merge it into its model (merge_and_unload of peft) first.")
     raise UserError(f"{path} is no checkpoint: it has {_listing(path)}.\n{LOOKED_FOR}")
+
+
+def _refuse_other_kind(path: epath.Path) -> None:
+    """A workdir has a config.json too, but no safetensors of its own."""
+    for name in (SINGLE_FILE, INDEX_FILE):
+        if (path / name).exists():
+            what = f"a {CHECKPOINTS_FOLDER}/ of a run" if (path / CHECKPOINTS_FOLDER).exists() else "a step of a run"
+            raise UserError(f"{path} is two checkpoints: {what}, and {name}. Move one of them out of the folder.")
 
 
 def _begins_as_gguf(path: epath.Path) -> bool:

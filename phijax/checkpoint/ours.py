@@ -25,7 +25,7 @@ from phijax.text.tokenizer import TextTokenizer
 TOKENIZER_FOLDER = "tokenizer"
 CHECKPOINTS_FOLDER = "checkpoints"
 PARAMS = "params/"
-START = "start"  # in a run's identity: what its start weights brought with them (phijax/start.py)
+START = "start"  # in a run's identity: what its start weights brought with them (run/start.py)
 QUANTIZATION = "quantization"  # in the manifest's extra: the schemes by leaf, the method, the errors
 QUALITY_FILE, PLOT_FILE = "quality.json", "error_by_layer.png"  # what it cost; beside the weights
 VALUES, SCALES = "values", "scales"  # of four bits: two to a byte, see quantization/packing.py
@@ -125,8 +125,7 @@ def described(path: str, shape: tuple[int, ...], scheme: Scheme) -> list[dict]:
 
 def array_spec(state: epath.Path, path: str) -> dict[str, Any]:
     """How TensorStore finds one array of what Orbax writes: zarr inside an OCDBT database."""
-    base = f"file://{state}/" if durable.is_local(state) else f"{state}/"
-    return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{path}/"}}
+    return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": durable.kvstore(state), "path": f"{path}/"}}
 
 
 def is_ours(path: epath.Path) -> bool:

@@ -21,6 +21,7 @@ def restore_arrays(folder: epath.PathLike, like: Any, *, partial: bool = False) 
       partial: takes what `like` names and leaves the rest, as the weights without the optimizer's state.
     """
     folder = durable.absolute(folder)
+    durable.check_name(folder, orbax=True)
     leaves = manifest.flatten(like)
     stored = read_manifest(folder)["leaves"]
     lines = manifest.differences(stored, manifest.describe_leaves(leaves), partial=partial)

@@ -66,11 +66,12 @@ class RunCheckpoints:
           identity: what the checkpoints belong to (model config, tokenizer hash, data fingerprint); JSON, stored in
             every manifest, compared by the caller.
           lock: held, for `directory` or a folder above it.
-        Raises: UserError if `directory` cannot be written.
+        Raises: UserError if `directory` cannot be written, or has a name that Orbax would take for another.
         """
         if not lock.held:
             raise ValueError("RunCheckpoints removes leftovers and needs a WriterLock that is held")
         self._directory = durable.absolute(directory)
+        durable.check_name(self._directory, orbax=True)
         self._config = config
         self._identity = json.loads(json.dumps(identity))
         self._lock = lock

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
@@ -21,6 +22,9 @@ from phijax.errors import UserError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+# Of peft and of mlx-lm.
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors"}
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 LONGEST_HEADER = 16_000_000  # bytes: 100,000 tensors; headers of real models have some ten thousand bytes
 LONGEST_INDEX = 16_000_000
 
@@ -59,13 +63,23 @@ class Stored:
 def open_folder(folder: epath.Path) -> dict[str, Stored]:
     """Every tensor of a folder with model.safetensors, or with an index and the files that it names.
 
-    Raises: UserError for files that are missing, cut off, or whose headers do not describe them.
+    Raises: UserError for files that are missing, cut off, or whose headers do not describe them, and for a folder with
+      two sets of weights, of which other readers may take the other.
     """
-    if not (folder / INDEX_FILE).exists():
-        if not (folder / SINGLE_FILE).exists():
-            raise UserError(_no_weights(folder))
+    names = {file.name for file in folder.iterdir()}
+    if adapters := sorted(names & ADAPTER_FILES):
+        raise UserError(
+            f"{folder} has an adapter in it ({adapters[0]}), which phijax does not apply and other readers do. Merge "
+            "it into the weights (merge_and_unload of peft), or move it out of the folder."
+        )
+    if INDEX_FILE not in names:
+        if SINGLE_FILE not in names:
+            raise UserError(_no_weights(folder, names))
+        _refuse_second_set(folder, names, SINGLE_FILE, {SINGLE_FILE})
         return read_header(folder / SINGLE_FILE)
     index = _weight_map(folder / INDEX_FILE)
+    if SINGLE_FILE in names:
+        _refuse_second_set(folder, names, INDEX_FILE, set(index.values()))
     found: dict[str, Stored] = {}
     for name in sorted(set(index.values())):
         file = folder / name
@@ -78,6 +92,7 @@ def open_folder(folder: epath.Path) -> dict[str, Stored]:
     for tensor, name in index.items():
         if tensor not in found or found[tensor].file.name != name:
             raise UserError(f"{folder / INDEX_FILE} says that {_shown(tensor)} is in {name}; it is not.")
+    _refuse_second_set(folder, names, INDEX_FILE, set(index.values()))
     return found
 
 
@@ -162,15 +177,37 @@ def _weight_map(path: epath.Path) -> dict[str, str]:
     return index
 
 
-def _no_weights(folder: epath.Path) -> str:
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
-    if not pickles:
-        return f"{folder} has config.json but no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there."
-    return (
-        f"{folder} has its weights in {pickles[0]}, a pickle: loading one runs whatever code is in it, so phijax does "
-        "not.\nConvert it where you trust it: `AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)` of "
-        "transformers writes safetensors."
-    )
+def _refuse_second_set(folder: epath.Path, names: set[str], first: str, belong: set[str]) -> None:
+    """`belong`: the files that `first` stands for. Left by an earlier download, or by a tool that wrote beside it."""
+    others = sorted(name for name in names - belong if name == SINGLE_FILE or _SHARD.fullmatch(name))
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise UserError(
+            f"{folder} has two sets of weights: {first}, and {others[0]}{more}, which is no part of it. Readers differ "
+            "in which they take. Move the older set, with its index, out of the folder."
+        )
+
+
+def _no_weights(folder: epath.Path, names: set[str]) -> str:
+    def ending(*suffixes: str) -> list[str]:
+        return sorted(name for name in names if name.endswith(suffixes))
+
+    if found := ending(".safetensors"):
+        return (
+            f"{folder} has {found[0]}, but no {INDEX_FILE} that says what is in which file: the download is incomplete."
+            f" (Weights in one file are called {SINGLE_FILE}.)"
+        )
+    if found := ending(".gguf"):
+        return f"{folder} has config.json, but its weights are GGUF: give the file, {folder / found[0]}."
+    if found := ending(".bin", ".pt", ".pth", ".ckpt"):
+        return (
+            f"{folder} has its weights in {found[0]}, a pickle: loading one runs whatever code is in it, so phijax "
+            "does not.\nConvert it where you trust it: `AutoModelForCausalLM.from_pretrained(FOLDER)"
+            ".save_pretrained(NEW)` of transformers writes safetensors."
+        )
+    other = ending(".h5", ".msgpack", ".npz", ".onnx")
+    beside = f" ({other[0]} is of a kind that is not read)" if other else ""
+    return f"{folder} has config.json but no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there{beside}."
 
 
 def _shown(name: str) -> str:

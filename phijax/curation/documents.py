@@ -2,16 +2,17 @@
 
 import codecs
 import dataclasses
-import glob
 import gzip
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 from etils import epath
 
+from phijax.curation import walk
 from phijax.distribution import install_hint
 from phijax.errors import UserError, nearest_name
 
@@ -51,17 +52,19 @@ def find_inputs(pattern: str, outside: str) -> tuple[list[InputFile], list[str]]
 
     What lies in the folder `outside`, where the output goes, is no input.
 
-    Raises UserError when nothing is found, or a glob names a file of no kind that is read.
+    Raises UserError when nothing is found, a glob names a file of no kind that is read, or a link leads nowhere.
     """
-    folder = epath.Path(pattern)
-    if folder.is_dir():
-        found = list(_below(folder, "", os.path.realpath(outside)))
+    if "://" in pattern:
+        folder = epath.Path(pattern).is_dir()
+        found, left = walk.in_bucket(pattern), []
     else:
-        found = _matches(pattern)
-    files = sorted((file for file in found if _suffix(file.name)), key=lambda file: file.name)
-    ignored = sorted(file.name for file in found if not _suffix(file.name))
-    if ignored and not folder.is_dir():
+        folder = os.path.isdir(pattern)
+        found, left = walk.below(pattern, outside) if folder else walk.matching(pattern, outside)
+    files = sorted((_input_file(name, path) for name, path in found if _suffix(name)), key=lambda file: file.name)
+    ignored = sorted(name for name, _ in found if not _suffix(name))
+    if ignored and not folder:
         raise UserError(f"--input={pattern} means {ignored[0]} too, which is none of {' '.join(SUFFIXES)}.")
+    ignored = sorted([*ignored, *left])
     if not files:
         other = f" It has {len(ignored)} others, as {ignored[0]}." if ignored else ""
         raise UserError(f"--input={pattern} means no file of {' '.join(SUFFIXES)}.{other}")
@@ -97,34 +100,17 @@ def _suffix(name: str) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), None)
 
 
-def _below(folder: epath.Path, prefix: str, outside: str) -> Iterator[InputFile]:
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue  # .git and its like
-        if path.is_dir():
-            if not os.path.islink(path) and os.path.realpath(path) != outside:  # a link could lead back to where we are
-                yield from _below(path, f"{prefix}{path.name}/", outside)
-        else:
-            yield _input_file(f"{prefix}{path.name}", path)
-
-
-def _matches(pattern: str) -> list[InputFile]:
-    if "://" in pattern:
-        root = epath.Path(pattern).parent
-        paths = [path for path in root.glob(epath.Path(pattern).name) if not path.is_dir()]
-        return [_input_file(path.name, path) for path in paths]
-    names = [name for name in glob.glob(pattern, recursive=True) if not os.path.isdir(name)]
-    if not names and os.path.exists(pattern):
-        names = [pattern]  # a name with brackets in it
-    # What stands before the first wildcard is where the data happen to lie.
-    fixed = pattern[: min((pattern.index(c) for c in "*?[" if c in pattern), default=len(pattern))]
-    root = os.path.dirname(fixed)
-    return [_input_file(os.path.relpath(name, root or "."), epath.Path(name)) for name in names]
-
-
-def _input_file(name: str, path: epath.Path) -> InputFile:
+def _input_file(name: str, path: str) -> InputFile:
     try:
-        return InputFile(name, os.fspath(path), path.stat().length)
+        if "://" not in path and not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path} is a pipe, a device or the like, not a file. Take it out of --input.")
+        return InputFile(name, path, epath.Path(path).stat().length)
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise UserError(
+                f"{path} is a link to {os.readlink(path)}, where nothing is. Mend the link, or take it out of --input."
+            ) from error
+        raise UserError(f"{path} cannot be read: {error}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 

@@ -282,7 +282,11 @@ def _sample(plan: Plan) -> Iterator[str]:
     """Text of training documents, all of it or SAMPLE_BYTES from 256 parts that lie all over the input."""
     parts = [part for unit in plan.units for part in unit]
     if plan.text_bytes > SAMPLE_BYTES:
-        parts.sort(key=lambda part: hashlib.sha256(f"{part.file.name}\0{part.start}".encode()).digest())
+        parts.sort(
+            key=lambda part: hashlib.sha256(
+                f"{part.file.name}\0{part.start}".encode("utf-8", "surrogateescape")
+            ).digest()
+        )
         parts = parts[:256]
     share = max(SAMPLE_BYTES // len(parts), 1)
     left = SAMPLE_BYTES if plan.text_bytes <= SAMPLE_BYTES else 0

@@ -23,6 +23,7 @@ class DataConfig:
     micro_batches: int = 1  # A: gradients are summed over them, activations of only one are held
     read_threads: int = 4
     read_ahead: int = 8  # steps held ready on the host; at least read_threads
+    verify: bool = True  # every shard's sha256 is compared with its manifest, in the background, once (gate.py)
 
     def __post_init__(self):
         if self.micro_batches < 1:

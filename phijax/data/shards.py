@@ -11,13 +11,15 @@ import os
 import pathlib
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
+from phijax.data import verification
 from phijax.data.shard_manifest import DTYPES, Manifest, ShardEntry, read_manifest
+from phijax.data.verification import ShardFile
 from phijax.errors import UserError
 from phijax.text.open import open_tokenizer
 from phijax.text.tokenizer import TextTokenizer
@@ -223,15 +225,15 @@ class Shards:
             found = [self._read_one(reader, entry, record) for record in wanted]
         return [self._decode(entry, record, data) for record, data in zip(wanted, found, strict=True)]
 
+    def files(self) -> list[ShardFile]:
+        """Where they lie, absolute, and what the manifest says of them."""
+        folder = self._folder if "://" in self._folder else os.path.abspath(self._folder)
+        return [ShardFile(f"{folder}/{shard.file}", shard.bytes, shard.sha256) for shard in self.manifest.shards]
+
     def verify(self) -> None:
         """Reads every file whole. Raises UserError naming the first whose sha256 is not the manifest's."""
-        for shard in self.manifest.shards:
-            digest = hashlib.sha256()
-            with (epath.Path(self._folder) / shard.file).open("rb") as file:
-                while piece := file.read(1 << 22):
-                    digest.update(piece)
-            if digest.hexdigest() != shard.sha256:
-                raise UserError(f"{self._folder}/{shard.file} is corrupt: its sha256 is not the manifest's.")
+        for file in self.files():
+            verification.check(file)
 
     def __reduce__(self):
         return Shards, (self._folder, self.manifest)
@@ -269,6 +271,11 @@ class Shards:
             # On the device such an id would read the last row of the embedding without an error.
             raise UserError(f"{where} holds the token id {largest}; the vocabulary has {self.vocab_size} ids.")
         return tokens, starts
+
+
+def files_of(folders: Iterable[Shards]) -> list[ShardFile]:
+    """Of all folders, each file once."""
+    return list({file.path: file for shards in folders for file in shards.files()}.values())
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:

@@ -1,6 +1,7 @@
 """Generator: prompts in, continuations out."""
 
 import dataclasses
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -140,30 +141,43 @@ class Generator:
             if self.tokenizer is None:
                 raise UserError("This checkpoint has no tokenizer: give prompts as token ids.")
             prompt = [*self.begin, *self.tokenizer.encode(prompt)]
-        ids = [int(i) for i in prompt]
-        if not ids:
-            raise UserError("The prompt is empty, and this model has no token that begins a text. Give it some text.")
-        if wrong := [i for i in ids if not 0 <= i < self.model.vocab_size]:
-            raise UserError(f"The prompt has id {wrong[0]}; the model's ids are 0 to {self.model.vocab_size - 1}.")
+        ids = self._known(prompt, "prompt")
         if len(ids) >= self.max_length:
-            raise UserError(
-                f"The prompt has {len(ids)} tokens; with at least one of an answer the model takes {self.max_length}."
-                + (
-                    f"\nIt was opened for max_length={self.max_length}; it has positions for {self.model.max_position}."
-                    if self.max_length < self.model.max_position
-                    else ""
-                )
-            )
+            raise UserError(f"The prompt has {len(ids)} tokens; with at least one of an answer {self._room()}")
         return ids
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """(T,) -> (T, V) float32: row t is what the model says of token t + 1. Computed as prompts are."""
-        ids = self.ids([*ids, 0])[:-1] if len(ids) < self.max_length else self.ids(ids)
+        """(T,) -> (T, V) float32: row t is what the model says of token t + 1. Computed as prompts are.
+
+        Raises: UserError for a text that is empty, longer than the model takes, or has ids that the model lacks.
+        """
+        ids = self._known(ids, "text")
+        if len(ids) > self.max_length:
+            raise UserError(f"The text has {len(ids)} tokens; {self._room()}")
         parts = [
             np.asarray(values)[:count, : self.model.vocab_size]
             for values, count, _ in self._prefill(ids, self._frequencies(len(ids)), every=True)
         ]
         return np.concatenate(parts)
+
+    def _known(self, ids: Sequence[int], what: str) -> list[int]:
+        try:
+            ids = [operator.index(i) for i in ids]
+        except TypeError as error:
+            raise UserError(f"The {what} must be a text or a list of ids, whole numbers: {error}.") from error
+        if not ids:
+            raise UserError(f"The {what} is empty, and this model has no token that begins a text. Give it some text.")
+        if wrong := [i for i in ids if not 0 <= i < self.model.vocab_size]:
+            raise UserError(f"The {what} has id {wrong[0]}; the model's ids are 0 to {self.model.vocab_size - 1}.")
+        return ids
+
+    def _room(self) -> str:
+        declared = (
+            f"\nIt was opened for max_length={self.max_length}; it has positions for {self.model.max_position}."
+            if self.max_length < self.model.max_position
+            else ""
+        )
+        return f"the model takes {self.max_length}.{declared}"
 
     def _groups(self, ids, names, sampling, with_logits, kept: Kept) -> Iterator[Piece]:
         for start in range(0, len(ids), LARGEST_BATCH):

@@ -10,6 +10,12 @@ import numpy as np
 
 from phijax.errors import UserError
 
+# Below it logits are not divided, which float32 would not hold: any two that differ are then further apart than draws
+# reach, so the most likely token it is. Above its inverse all that is finite is equal.
+LEAST_TEMPERATURE = 1e-30
+MOST_PENALTY = 1e3
+_LARGEST = {np.float32: 1 / LEAST_TEMPERATURE, np.int32: 2**31 - 1}
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -42,7 +48,11 @@ class Sampling:
             (self.top_k < 0, "top_k", "0 (all tokens) or above"),
             (not 0 < self.top_p <= 1, "top_p", "above 0, at most 1 (all tokens)"),
             (not 0 <= self.min_p <= 1, "min_p", "0 (all tokens) to 1"),
-            (not 0 < self.repetition_penalty < math.inf, "repetition_penalty", "above 0; 1 is none"),
+            (
+                not 1 / MOST_PENALTY <= self.repetition_penalty <= MOST_PENALTY,
+                "repetition_penalty",
+                f"{1 / MOST_PENALTY:g} to {MOST_PENALTY:g}; 1 is none",
+            ),
             (not 0 <= self.seed < 2**32, "seed", "0 to 2^32 - 1"),
             ("" in self.stop, "stop", "texts that are not empty"),
         ]
@@ -52,11 +62,11 @@ class Sampling:
 
     @property
     def plan(self) -> "Plan":
-        draws = self.temperature > 0
+        draws = bool(self.temperature >= LEAST_TEMPERATURE)
         return Plan(
             draws=draws,
-            filters=draws and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0),
-            penalises=self.repetition_penalty != 1,
+            filters=draws and bool(self.top_k > 0 or self.top_p < 1 or self.min_p > 0),
+            penalises=bool(self.repetition_penalty != 1),
         )
 
 
@@ -80,8 +90,10 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, s: Sampling) -> "Settings":
+        """Numbers that are too large for their types become the largest there are: no other token is chosen by them."""
         types = (np.float32, np.int32, np.float32, np.float32, np.float32, np.uint32)
-        return cls(*(kind(getattr(s, name)) for kind, name in zip(types, cls._fields, strict=True)))
+        values = (getattr(s, name) for name in cls._fields)
+        return cls(*(kind(min(value, _LARGEST.get(kind, value))) for kind, value in zip(types, values, strict=True)))
 
 
 def choose(
@@ -144,7 +156,7 @@ def filtered(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.A
     falling = jnp.where(index < jnp.where(top_k > 0, top_k, falling.shape[-1]), falling, -jnp.inf)
     p = jax.nn.softmax(falling)
     above = jnp.cumsum(p, axis=-1) - p  # probability of all that is more likely; 0 for the first
-    # top_p = 1 keeps all, whatever the rounding of the sum.
-    kept = ((above < top_p) | (top_p >= 1)) & (p >= min_p * p[..., :1]) & (falling > -jnp.inf)
+    # top_p = 1 keeps all, whatever the rounding of the sum; the first stays, though top_p be 0 in float32.
+    kept = ((above < top_p) | (top_p >= 1) | (index == 0)) & (p >= min_p * p[..., :1]) & (falling > -jnp.inf)
     lowest = jnp.min(jnp.where(kept, falling, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= lowest, logits, -jnp.inf)

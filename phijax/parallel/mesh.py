@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh
@@ -48,11 +49,21 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
     return sizes
 
 
+def check_32_bits() -> None:
+    """Whatever computes has a mesh, and asks here. Raises: UserError where jax's numbers are of 64 bits by default."""
+    if jax.config.jax_enable_x64:
+        raise UserError(
+            "jax_enable_x64 is on, by JAX_ENABLE_X64 or in this program. phijax's programs say which numbers are of 32 "
+            "bits, and leave the others to jax; of 64 they fail or are others. Unset it for this process."
+        )
+
+
 def make_mesh(config: MeshConfig, devices: Sequence) -> Mesh:
     """Lays the axes onto the devices' physical torus (and slices onto DCN); virtual and single devices in id order.
 
-    Raises: UserError when sizes or slices are not those of the devices.
+    Raises: UserError when sizes or slices are not those of the devices, and as `check_32_bits`.
     """
+    check_32_bits()
     sizes = mesh_shape(config, len(devices))
     shape = tuple(sizes.values())
     if config.slices > 1 or devices[0].platform == "tpu":

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import jax
 from jax.experimental import multihost_utils
 
-from phijax.errors import EXIT_CRASH, EXIT_DONE, EXIT_RESTART, EXIT_USER_ERROR, RunFailure, UserError
+from phijax.errors import EXIT_CRASH, EXIT_DONE, EXIT_RESTART, EXIT_USER_ERROR, RunFailure, StoppedUnsaved, UserError
 from phijax.parallel import rendezvous
 from phijax.parallel.rendezvous import ProcessFailure
 
@@ -219,8 +219,8 @@ def finish(seconds: float = 300) -> None:
 def guard(main: Callable[[], int | None]) -> NoReturn:
     """Runs `main` and leaves with its exit code, so that no exception of one process lets the others hang.
 
-    UserError: its message, code 2. RunFailure: its message, code 1. Ctrl-C: code 75. Anything else: the traceback,
-    code 1.
+    UserError: its message, code 2. RunFailure: its message, code 1. StoppedUnsaved: its message, code 75; Ctrl-C: code
+    75. Anything else: the traceback, code 1.
     """
     try:
         code = main() or EXIT_DONE
@@ -231,6 +231,10 @@ def guard(main: Callable[[], int | None]) -> NoReturn:
         _to_stderr("\n".join([f"error: {_who()}{error}", *getattr(error, "__notes__", ())]))
         if not isinstance(error, ProcessFailure):
             _leave_together()
+    except StoppedUnsaved as stopped:
+        code = EXIT_RESTART
+        _to_stderr(f"{_who()}{stopped}")
+        _leave_together()
     except KeyboardInterrupt:
         code = EXIT_RESTART  # before the loop, which saves first
         _to_stderr(f"{_who()}stopped from the keyboard; the same command can be started again")
@@ -309,6 +313,13 @@ class StopSignal:
             raise ValueError(f"StopSignal was asked at step {self._last_step} already, now at {step}: once a step")
         self._last_step = step
         return multihost_utils.reached_preemption_sync_point(step) if self._shared else self._asked
+
+    def asked(self) -> bool:
+        """Whether any process was asked to stop, by now: for waits inside of a step, which `agreed` does not see."""
+        if self._shared and not self._asked:
+            with contextlib.suppress(Exception):  # no such key yet; JAX's own name for it is not public
+                self._asked = bool(_world()[0].key_value_try_get("RECEIVED_PREEMPTION_NOTICE"))
+        return self._asked
 
     def close(self) -> None:
         """Puts the handlers back that were there before."""

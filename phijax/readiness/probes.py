@@ -80,8 +80,8 @@ def _write_and_read(folder: epath.Path, token: str, index: int) -> tuple[list[st
 
 
 def _through_tensorstore(folder: epath.Path, data: bytes) -> None:
-    folder = durable.absolute(folder)
-    store = tensorstore.KvStore.open(f"file://{folder}/" if durable.is_local(folder) else f"{folder}/").result()
+    durable.check_name(folder, orbax=True)
+    store = tensorstore.KvStore.open(durable.kvstore(folder)).result()
     store.write("probe", data).result()
     back = store.read("probe").result().value
     if back != data:

@@ -40,6 +40,12 @@ class Stop(Protocol):
     def agreed(self, step: int) -> bool: ...
 
 
+class Gate(Protocol):
+    def before_step(self, step: int) -> None: ...
+
+    def before_save(self, step: int) -> None: ...
+
+
 class Watchdog(Protocol):
     def beat(self, step: int) -> None: ...
 
@@ -86,6 +92,7 @@ def train(
     evaluators: Sequence[Evaluator],
     report: Report,
     checkpoints: Checkpoints,
+    gate: Gate,
     stop: Stop,
     watchdog: Watchdog,
 ) -> Outcome:
@@ -102,6 +109,7 @@ def train(
     del state  # donated step by step: only the newest is alive
     try:
         for step, batch in batches:
+            gate.before_step(step)
             watchdog.beat(step)
             program = program_of(step)
             state, metrics = program(outcome.state, batch)  # dispatched, not awaited
@@ -117,6 +125,7 @@ def train(
             checkpoints.poll()
             stopping = stop.agreed(step)  # all processes, once per step: a local look could hang a pod or lose the save
             if stopping or owed:
+                gate.before_save(step)  # waits until the data are known to be the right ones, or raises
                 said_before = not (stopping or pace.save_due(step))
                 saved = _save(state, scores, pace, report, checkpoints, watchdog, quiet=said_before)
                 owed, outcome = not saved, dataclasses.replace(outcome, saved=saved)

@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 from gguf_case import LLAMA, LONG, PARTIAL, PHI3, everything, opened, random_arrays
+from gguf_case import gguf as by_hand
+from gguf_case import key as key_of
 
 from phijax.checkpoint import gguf_names
 from phijax.checkpoint.gguf import open_gguf, write_gguf
@@ -236,6 +238,17 @@ def test_headers_that_describe_no_model(change, message, tmp_path):
     assert message in str(refused.value)
 
 
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_every_part_of_several_is_told_to_be_one(number, tmp_path):
+    """Only the first has the architecture among its keys."""
+    keys = [key_of("split.no", "u32", number), key_of("split.count", "u32", 3)]
+    keys += [key_of("general.architecture", "str", "llama")] if number == 0 else []
+    path = tmp_path / f"m-0000{number + 1}-of-00003.gguf"
+    path.write_bytes(by_hand(keys))
+    with pytest.raises(UserError, match=rf"is part {number + 1} of 3\. Join"):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize("key", ["embedding_length", "block_count", "attention.head_count", "feed_forward_length"])
 def test_a_missing_key_is_named(key, tmp_path):
     with pytest.raises(UserError, match=f"has no phi3.{key}"):
@@ -308,5 +321,5 @@ def test_a_folder_with_one_file_is_that_file_and_with_two_is_refused(tmp_path):
     path = write(tmp_path / "a.gguf", LLAMA, "llama", random_arrays(LLAMA))
     assert open_checkpoint(tmp_path).path.name == "a.gguf"
     (tmp_path / "b.gguf").write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match=r"it has a.gguf, b.gguf"):
+    with pytest.raises(UserError, match=r"has 2 GGUF files\. Give the one you mean: .*/a\.gguf"):
         open_checkpoint(tmp_path)

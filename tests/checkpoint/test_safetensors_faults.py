@@ -241,3 +241,70 @@ def test_what_a_killed_export_left_is_replaced(saved, tmp_path):
     (tmp_path / "out.unfinished" / "model.safetensors").write_bytes(b"half")
     ours_export.write(open_checkpoint(saved("phi3")), tmp_path / "out", dtype=None)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_old_index_beside_newer_weights(single, sharded):
+    """transformers reads model.safetensors, other tools what the index names."""
+    shutil.copy(single / WEIGHTS, sharded)
+    refused(sharded, f"two sets of weights: {INDEX}, and {WEIGHTS}, which is no part of it")
+    for shard in sharded.glob("model-*"):
+        shard.unlink()
+    refused(sharded, f"two sets of weights: {INDEX}, and {WEIGHTS}")
+    (sharded / INDEX).unlink()
+    assert open_checkpoint(sharded).kind == "huggingface"
+
+
+def test_shards_of_another_download(single, sharded):
+    others = sorted(path.name for path in sharded.glob("model-*"))
+    shutil.copy(sharded / others[0], sharded / "model-00001-of-00077.safetensors")
+    refused(sharded, f"two sets of weights: {INDEX}, and model-00001-of-00077.safetensors, which")
+    (sharded / "model-00001-of-00077.safetensors").unlink()
+    shutil.copy(sharded / others[0], single)
+    refused(single, f"two sets of weights: {WEIGHTS}, and {others[0]}")
+    (sharded / INDEX).unlink()
+    refused(sharded, f"but no {INDEX}.*incomplete")
+
+
+def test_an_index_of_one_file_and_weights_that_other_tools_read(single, sharded):
+    """As people publish them: nothing is doubtful."""
+    names = safetensors_files.read_header(epath.Path(single / WEIGHTS))
+    (single / INDEX).write_text(json.dumps({"weight_map": {name: WEIGHTS for name in names}}))
+    for folder in (single, sharded):
+        for name in ("consolidated.safetensors", "pytorch_model.bin", "optimizer.safetensors"):
+            (folder / name).write_bytes(b"of others")
+        assert open_checkpoint(folder).kind == "huggingface"
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors"]
+)
+def test_an_adapter_beside_the_weights_or_alone(single, tmp_path, name):
+    (single / name).write_text("{}")
+    refused(single, f"has an adapter in it \\({name}\\)")
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / name).write_text("{}")
+    refused(tmp_path / "alone", "is an adapter, not a model")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("pytorch_model.bin", "a pickle"),
+        ("pytorch_model-00001-of-00002.bin", "a pickle"),
+        ("consolidated.00.pth", "a pickle"),
+        ("tf_model.h5", r"no weights: .*tf_model.h5 is of a kind"),
+        ("model-q4.gguf", "its weights are GGUF: give the file"),
+        ("weights.safetensors", f"called {WEIGHTS}"),
+        ("notes.txt", f"no weights: neither {WEIGHTS} nor {INDEX} is there"),
+    ],
+)
+def test_weights_of_another_kind_alone(single, name, message):
+    (single / WEIGHTS).rename(single / name)
+    refused(single, message)
+
+
+@pytest.mark.parametrize("ours", ["checkpoints/1/state", "state"])
+def test_a_run_and_a_hugging_face_model_in_one_folder(single, ours):
+    (single / ours).mkdir(parents=True)
+    (single / "manifest.json").write_text("{}")
+    refused(single, f"two checkpoints: .*of a run, and {WEIGHTS}")

@@ -170,7 +170,7 @@ def test_folders_are_read_with_all_below(folder):
     files, ignored = find_inputs(str(folder), outside=str(folder / "out"))
     assert [file.name for file in files] == ["a/c.jsonl", "a/deep/d.md", "b.txt"]
     assert [file.bytes for file in files] == [9, 11, 5]
-    assert ignored == ["a/e.csv"]
+    assert ignored == ["a/e.csv", "a/loop/"]  # which leads back to where it is
 
 
 def test_globs_and_files(folder, monkeypatch):
@@ -185,6 +185,84 @@ def test_globs_and_files(folder, monkeypatch):
     assert names("*.txt") == ["b.txt"] and names("b.txt") == ["b.txt"]
     (folder / "with[1].txt").write_text("x")
     assert names(f"{folder}/with[1].txt") == ["with[1].txt"]
+
+
+def names(pattern, outside="out"):
+    files, ignored = find_inputs(str(pattern), outside=str(outside))
+    return [file.name for file in files], ignored
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """data/: a.txt, deep/b.txt, and links to a folder and a file beside it, to itself, and up."""
+    data, other = tmp_path / "data", tmp_path / "other"
+    for file in (
+        data / "a.txt",
+        data / "deep" / "b.txt",
+        other / "c.txt",
+        other / "inner" / "d.txt",
+        tmp_path / "e.txt",
+    ):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(file.name)
+    (data / "A_link").symlink_to(other)
+    (data / "A_loop").symlink_to(data)
+    (data / "A_up").symlink_to("..")
+    (data / "A_twice").symlink_to(data / "deep")
+    (data / "e.txt").symlink_to(tmp_path / "e.txt")
+    (other / "back").symlink_to(data / "deep")
+    return data
+
+
+def test_links_are_followed_once_and_what_is_not_is_told(linked):
+    files = ["A_link/c.txt", "A_link/inner/d.txt", "a.txt", "deep/b.txt", "e.txt"]
+    assert names(linked) == (files, ["A_link/back/", "A_loop/", "A_twice/", "A_up/"])
+    (linked.parent / "root").symlink_to(linked)
+    assert names(linked.parent / "root") == names(linked)
+
+
+def test_the_output_is_no_input_through_a_link_either(linked):
+    (linked / "A_link" / "c.txt").unlink()
+    assert names(linked, outside=linked.parent / "other")[0] == ["a.txt", "deep/b.txt", "e.txt"]
+
+
+def test_a_glob_follows_links_without_going_in_circles(linked):
+    files = ["A_link/c.txt", "A_link/inner/d.txt", "a.txt", "deep/b.txt", "e.txt"]
+    assert names(linked / "**" / "*.txt") == (files, ["A_link/back/", "A_loop/", "A_twice/", "A_up/"])
+    assert names(linked / "**" / "inner" / "*.txt")[0] == ["A_link/inner/d.txt"]
+    assert names(linked / "**")[0] == files
+    assert names(linked / "*") == (["a.txt", "e.txt"], ["A_link/", "A_loop/", "A_twice/", "A_up/", "deep/"])
+
+
+def test_links_to_nothing_and_pipes_are_refused_where_they_would_be_read(linked):
+    (linked / "notes").symlink_to("nowhere")  # of no kind that is read
+    os.mkfifo(linked / "pipe.log")
+    assert names(linked)[1][-2:] == ["notes", "pipe.log"]
+    for pattern in (linked, linked / "*.md", linked / "x.md"):
+        (linked / "x.md").symlink_to("nowhere")
+        with pytest.raises(UserError, match=r"x\.md is a link to nowhere, where nothing is"):
+            names(pattern)
+        (linked / "x.md").unlink()
+        os.mkfifo(linked / "x.md")
+        with pytest.raises(UserError, match=r"x\.md is a pipe"):
+            names(pattern)
+        (linked / "x.md").unlink()
+    (linked / "x.md").symlink_to("x.md")
+    with pytest.raises(UserError, match=r"x\.md cannot be read: .*symbolic links"):
+        names(linked)
+
+
+def test_folders_with_odd_names_are_entered(tmp_path):
+    odd = [b"caf\xe9", b"old~", b"[a]", b"a%20b", b"a\\b", b"a\nb"]
+    for name in odd:
+        os.mkdir(os.fsencode(tmp_path) + b"/" + name)
+        with open(os.fsencode(tmp_path) + b"/" + name + b"/" + name + b".txt", "wb") as file:
+            file.write(name)
+    files, ignored = find_inputs(str(tmp_path), outside="out")
+    assert sorted(os.fsencode(file.name) for file in files) == sorted(name + b"/" + name + b".txt" for name in odd)
+    assert ignored == [] and all(file.bytes == os.stat(file.path).st_size for file in files)
+    texts = [next(read_part(part, "text")).text for part in parts_of(files, 1 << 20)]
+    assert sorted(text or "" for text in texts) == sorted(["", "old~", "[a]", "a%20b", "a\\b", "a\nb"])
 
 
 def test_input_that_means_nothing(folder, tmp_path):

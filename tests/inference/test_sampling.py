@@ -82,6 +82,56 @@ def test_greedy_takes_the_first_of_the_likeliest():
     np.testing.assert_array_equal(tokens, logits().argmax(-1))
 
 
+@functools.cache
+def compiled(plan: Plan):
+    return jax.jit(functools.partial(choose, plan))
+
+
+def choice(sampling: Sampling) -> list[int]:
+    """A token for each of five rows; in the last two of 500 are close: 5e-7 apart, two steps of float32."""
+    sampling.check()
+    rows = np.concatenate([logits(), np.zeros((1, VOCABULARY), np.float32)])
+    rows[4, 3], rows[4, 9] = 2.0, np.nextafter(np.nextafter(np.float32(2), 3), 3)
+    rows = np.concatenate([rows, np.full((5, 12), -np.inf, np.float32)], axis=1)  # as where the vocabulary is padded
+    seen = jnp.zeros(rows.shape, bool) if sampling.plan.penalises else None
+    tokens, logprobs = compiled(sampling.plan)(
+        Settings.of(sampling), jnp.asarray(rows), seen, jnp.arange(5), jnp.zeros(5, jnp.int32)
+    )
+    assert np.isfinite(logprobs).all()
+    return tokens.tolist()
+
+
+@pytest.mark.parametrize("kind", [float, np.float32])
+@pytest.mark.parametrize("temperature", [1e-10, 1.1e-30, 1e-30, 1e-37, 1e-38, 1e-40, 1e-45, 1e-300])
+def test_the_smallest_temperatures_take_the_likeliest(temperature, kind):
+    """Whether the division would overflow, float32 holds them as subnormals, or not at all."""
+    greedy = choice(Sampling(temperature=0))
+    assert greedy[4] == 9
+    for more in ({}, {"top_k": 2, "top_p": 0.9, "min_p": 0.1}):
+        assert choice(Sampling(temperature=kind(temperature), seed=5, **more)) == greedy
+
+
+@pytest.mark.parametrize(
+    ("odd", "same"),
+    [
+        ({"top_k": 10**11}, {}),
+        ({"top_k": np.int64(2**31)}, {}),
+        ({"temperature": 1e39}, {"temperature": 1e20}),
+        ({"temperature": np.float64(0.5)}, {"temperature": 0.5}),
+        ({"temperature": np.float32(0.5), "top_k": np.int64(7)}, {"temperature": 0.5, "top_k": 7}),
+        ({"top_p": 1 - 1e-12}, {}),
+        ({"min_p": 1e-46}, {}),
+        ({"repetition_penalty": 1 + 1e-12}, {}),
+    ],
+)
+def test_numbers_at_the_edge_of_their_types_mean_what_they_say(odd, same):
+    assert choice(Sampling(seed=3, **odd)) == choice(Sampling(seed=3, **same))
+
+
+def test_the_likeliest_stays_whatever_top_p_rounds_to():
+    assert choice(Sampling(temperature=1, top_p=1e-46)) == choice(Sampling(temperature=0))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -93,6 +143,8 @@ def test_greedy_takes_the_first_of_the_likeliest():
         {"top_p": 1.1},
         {"min_p": 2},
         {"repetition_penalty": 0},
+        {"repetition_penalty": 1e39},
+        {"repetition_penalty": 1e-46},
         {"seed": -1},
         {"stop": ("",)},
     ],

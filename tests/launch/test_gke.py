@@ -193,3 +193,55 @@ def test_kubectl_gets_what_the_dry_run_shows(cloud):
     assert asked["name"] == "kubectl" and asked["arguments"] == ["apply", "--filename=-"]
     assert asked["stdin"].splitlines() == shown.splitlines()[1:-1]
     assert json.dumps(RUN[1:]) in shown
+
+
+HOSTS_OF_64 = ["--image=i", "--tpu=v5e", "--topology=16x16"]  # their numbers go to 63
+
+
+@pytest.mark.parametrize("name", ["a", "a1", "mini-2", "m" * 42, "a--b"])
+def test_names_that_the_cluster_takes(name):
+    """JobSet's webhook checks NAME-slice-1-63-abcde as a DNS label (RFC 1035) of 63 characters."""
+    (found,) = rendered(f"--name={name}", *HOSTS_OF_64, "--slices=2", *RUN)
+    pod = f"{found['metadata']['name']}-slice-1-63-abcde"
+    assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", pod)
+
+
+NAMES_TO_REFUSE = ["m" * 47, "phi3-mini-" * 6 + "x", "Mini_Run", "MINI", "-mini", "mini-", "mini.v2", "2mini", "mi ni"]
+NAMES_TO_REFUSE += ["mini/x", "été", "-", "a:b", "a@b", "--help"]
+
+
+@pytest.mark.parametrize("name", NAMES_TO_REFUSE)
+@pytest.mark.parametrize("script", ["gke.sh", "gke.sh --delete", "xpk.sh"])
+def test_names_that_only_the_cluster_would_refuse(name, script):
+    script, *flags = script.split()
+    place = ["--cluster=c", "--zone=z", "--tpu-type=t", "--image=i"] if script == "xpk.sh" else HOSTS_OF_64
+    if len(name) > 46 and flags:
+        return  # how long the numbers behind it are is not said
+    ended = run(script, f"--name={name}", *place, *flags, "--dry-run", *RUN)
+    assert ended.code == 2 and "--name=" in ended.err and len(ended.err.splitlines()) == 1 and ended.out == "", ended
+
+
+def test_a_name_has_room_for_the_numbers_of_slices_and_hosts():
+    def code(length, *more):
+        return run("gke.sh", f"--name={'m' * length}", *HOSTS_OF_64, *more, "--dry-run", *RUN).code
+
+    assert (code(46), code(47)) == (0, 2)  # 63 - len("-slice-0-63-abcde")
+    assert (code(44, "--slices=1000"), code(45, "--slices=1000")) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--namespace=Team", "--namespace=a_b", "--queue=Phi", "--queue=x-", "--max-restarts=many", "--max-restarts=-1"]
+    + ["--grace-seconds=10m", "--slices=0", "--topology=0x0", "--topology=08x8", "--data-bucket=gs://b"],
+)
+def test_other_values_that_only_the_cluster_would_refuse(flag):
+    more = ["--data-to=/data"] if "data" in flag else []
+    ended = run("gke.sh", *ABOUT, flag, *more, "--dry-run", *RUN)
+    name = flag.split("=")[0]
+    assert ended.code == 2 and f"error: {name}=" in ended.err and len(ended.err.splitlines()) == 1, ended.err
+
+
+def test_names_that_yaml_reads_as_something_else_stay_names():
+    (found,) = rendered("--name=true", *ABOUT[1:], "--queue=12", "--namespace=0x10", *RUN)
+    assert found["metadata"]["name"] == "true" and found["metadata"]["namespace"] == "0x10"
+    assert found["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "12"

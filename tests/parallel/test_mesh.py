@@ -126,3 +126,9 @@ def test_peak_flops(kind, teraflops):
 def test_keep_freed_memory_says_whether_it_did(monkeypatch):
     monkeypatch.setattr("sys.platform", "darwin")
     assert keep_freed_memory() is False
+
+
+def test_numbers_of_64_bits_are_refused_before_anything_is_computed():
+    with jax.enable_x64(True), pytest.raises(UserError, match="jax_enable_x64 is on"):
+        make_mesh(MeshConfig(), jax.devices())
+    make_mesh(MeshConfig(), jax.devices())

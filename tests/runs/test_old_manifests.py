@@ -13,7 +13,6 @@ import pytest
 from run_case import ROOT, metrics, saved_steps
 
 from phijax import config as configs
-from phijax import run, start
 from phijax.checkpoint import huggingface_export, huggingface_folder, manifest, ours_export, quantized_export
 from phijax.checkpoint.gguf import write_gguf
 from phijax.checkpoint.open import load_params, open_checkpoint
@@ -23,6 +22,7 @@ from phijax.model.config import ModelConfig, fields_version, model_from_dict, mo
 from phijax.model.presets import PRESETS
 from phijax.parallel.mesh import MeshConfig, make_mesh
 from phijax.quantization import policy
+from phijax.run import resume, start
 
 KEPT = ROOT / "tests" / "manifests"
 STEP = 8
@@ -72,7 +72,7 @@ def test_an_old_run_resumes_and_nothing_is_said_of_keys_that_are_new(runs, halfw
 def test_a_new_key_that_is_set_is_said(halfway, runs):
     config = configs.load(str(runs.experiment), [("init_from_other_tokenizer", "true")])
     said: list[str] = []
-    run.keep_config(config, halfway, STEP, said.append)
+    resume.keep_config(config, halfway, STEP, said.append)
     assert said == [f"config: init_from_other_tokenizer was False, from step {STEP} on True"]
 
 
@@ -164,7 +164,7 @@ def test_a_newer_manifest_is_refused_by_name(runs, halfway, changes, message):
             open_checkpoint(path)
     if "identity" in content and content["format"] == 1 and not changes:
         with pytest.raises(UserError, match=message):
-            run.check_identity(content["identity"], {"model": {}}, STEP)
+            resume.check_identity(content["identity"], {"model": {}}, STEP)
 
 
 def test_what_an_old_manifest_does_not_say_is_at_its_default():
@@ -174,9 +174,9 @@ def test_what_an_old_manifest_does_not_say_is_at_its_default():
     }
     assert model_from_dict(lacking) == model_from_dict(whole)
     data = {"seed": 0, "tokenizer": "t", "phases": []}
-    run.check_identity({"model": lacking, "data": data}, {"model": whole, "data": data}, STEP)
+    resume.check_identity({"model": lacking, "data": data}, {"model": whole, "data": data}, STEP)
     with pytest.raises(UserError, match=r"model\.partial_rotary_factor was 1\.0, now 0\.5"):
-        run.check_identity(
+        resume.check_identity(
             {"model": lacking, "data": data}, {"model": whole | {"partial_rotary_factor": 0.5}, "data": data}, STEP
         )
     with pytest.raises(UserError, match=r"model\.ffn_dim is missing"):

@@ -5,7 +5,8 @@ import types
 
 from run_case import learned
 
-from phijax import run
+from phijax.run import assemble
+from phijax.run.recipe import EvaluationSet
 
 # Half a second of compiling is worth a file, whatever else this machine does; two steps of it are enough.
 LARGER = ["--config.model.num_layers=4", "--config.data.phases[0].steps=2", "--config.evaluation.sets=[]"]
@@ -34,14 +35,14 @@ def test_what_may_have_killed_a_start_is_not_loaded_again(runs, tmp_path):
 
 def test_every_program_of_a_run_is_tried_before_it_is_believed(monkeypatch):
     """Else a marker would stand to the end of the run, and any kill set the folder aside."""
-    monkeypatch.setattr(run.program, "lower_train_step", lambda *unused: "a step")
-    monkeypatch.setattr(run.program, "compile_with_options", lambda lowered, recipe: lowered)
-    monkeypatch.setattr(run, "_compiled_eval", lambda *unused: "an evaluation")
+    monkeypatch.setattr(assemble.program, "lower_train_step", lambda *unused: "a step")
+    monkeypatch.setattr(assemble.program, "compile_with_options", lambda lowered, recipe: lowered)
+    monkeypatch.setattr(assemble, "_compiled_eval", lambda *unused: "an evaluation")
     tried = []
     cache = types.SimpleNamespace(tried=lambda program: tried.append(program) or program)
     phases = [types.SimpleNamespace(steps=4)]
     batches = types.SimpleNamespace(plan=types.SimpleNamespace(phases=phases), shape=lambda phase: (1, 8, 64))
-    programs = run.Programs(None, None, batches, types.SimpleNamespace(pause=contextlib.nullcontext), cache)
+    programs = assemble.Programs(None, None, batches, types.SimpleNamespace(pause=contextlib.nullcontext), cache)
     assert [programs(step) for step in range(2)] == ["a step", "a step"]
-    run.make_evaluator(None, None, run.EvaluationSet("b", "there", None, (1, 8, 64)), None, cache)
+    assemble.make_evaluator(None, None, EvaluationSet("b", "there", None, (1, 8, 64)), None, None, cache)
     assert tried == ["a step", "an evaluation"]

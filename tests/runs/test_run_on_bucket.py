@@ -10,12 +10,13 @@ import types
 import jax
 import numpy as np
 import pytest
+import tensorstore
 from bucket_case import bucket as open_bucket
 from etils import epath
 from run_case import LIMIT, ROOT, environment, free_address
 from synthetic_shards import write_synthetic
 
-from phijax.checkpoint import durable, upkeep
+from phijax.checkpoint import durable, ours, upkeep
 from phijax.errors import UserError
 from phijax.training import compile_cache
 
@@ -216,3 +217,13 @@ def test_a_machine_without_the_client_says_what_to_install(command, tmp_path):
     (tmp_path / "gcsfs.py").write_text("raise ImportError('not here')")
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     assert "pip install -e '.[gcs]'" in end(command("main", "--workdir=gs://bucket/x", PYTHONPATH=path), 2)
+
+
+def test_tensorstore_is_told_the_names_of_objects_as_they_are(bucket):
+    for number, name in enumerate(("run b", "run%20b", "été")):
+        spec = ours.array_spec(epath.Path(f"gs://bucket/named/{name}"), "params/w")
+        spec["metadata"] = {"shape": [1], "dtype": "<f4", "chunks": [1]}
+        tensorstore.open(spec, create=True).result()[...] = number
+        assert any(found.startswith(f"named/{name}/") for found in bucket.names("named/")), name
+    found = tensorstore.open(ours.array_spec(epath.Path("gs://bucket/named/run%20b"), "params/w"), open=True).result()
+    assert found[0].read().result() == 1

@@ -14,7 +14,6 @@ from quick_compilation import QUICK
 from run_case import EVERY, STEPS, Ended, flip_byte, learned, metrics, saved_steps
 
 from phijax import config as configs
-from phijax import run
 from phijax.checkpoint import manifest, reading
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
@@ -23,6 +22,7 @@ from phijax.data.batch import batch_sharding
 from phijax.data.loader import Loader
 from phijax.model import params
 from phijax.parallel.mesh import make_mesh
+from phijax.run import recipe as recipes
 from phijax.training.step import eval_step
 
 AT = 4 * EVERY  # in the second phase, two steps behind its start
@@ -148,8 +148,8 @@ def assembled(experiment: pathlib.Path):
     """(config, recipe, mesh, loader) of the experiment, in this process, on one device."""
     config = configs.load(str(experiment))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    recipe = run.make_recipe(config, dict(mesh.shape), "cpu", None)
-    return config, recipe, mesh, Loader(run.open_plan(config, recipe.model), config.data, mesh)
+    recipe = recipes.make_recipe(config, dict(mesh.shape), "cpu", None)
+    return config, recipe, mesh, Loader(recipes.open_plan(config, recipe.model), config.data, mesh)
 
 
 def test_init_from_begins_at_step_0_with_those_weights(runs, unbroken, as_llama, tmp_path):

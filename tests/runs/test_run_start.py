@@ -12,7 +12,6 @@ from synthetic_shards import small_tokenizer, write_synthetic
 import phijax
 from phijax import config as configs
 from phijax import main as command
-from phijax import run, start
 from phijax.checkpoint import huggingface_export, huggingface_folder, ours_export, quantized_export
 from phijax.checkpoint.gguf import open_gguf, write_gguf
 from phijax.checkpoint.open import open_checkpoint
@@ -21,6 +20,7 @@ from phijax.checkpoint.reading import read_manifest
 from phijax.data.shards import Shards
 from phijax.errors import UserError
 from phijax.quantization import policy
+from phijax.run import resume, start
 from phijax.text.beginning import write_beginning
 from phijax.text.chat_formats import PHI4
 from phijax.text.train_tokenizer import train_tokenizer
@@ -87,7 +87,7 @@ def test_it_resumes_although_the_start_is_gone(runs, went_on, experiment, tmp_pa
     gone = config_of(experiment, ("init_from", "/gone"), ("model.rope_theta", "7.0"))
     assert start.resolve(gone, workdir).rope_theta == 7.0
     with pytest.raises(UserError, match=r"model\.rope_theta was 100000\.0, now 7\.0"):
-        run.check_identity(before, {**before, "model": before["model"] | {"rope_theta": 7.0}}, 6)
+        resume.check_identity(before, {**before, "model": before["model"] | {"rope_theta": 7.0}}, 6)
 
 
 def test_a_dry_run_says_what_a_start_would(went_on, published, experiment, capsys):

@@ -7,12 +7,12 @@ import pytest
 from etils import epath
 
 from phijax import config as configs
-from phijax import start
 from phijax.checkpoint.opened import Opened
 from phijax.config import Config
 from phijax.errors import UserError
 from phijax.model.config import LongRope, ModelSection, resolve_model
 from phijax.model.presets import PRESETS
+from phijax.run import start
 
 TINY = PRESETS["tiny"]
 LISTS = LongRope((1.0,) * 16, tuple(1.0 + i for i in range(16)), 512)

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 from small_training import LENGTH, mesh_of, recipe
 
-from phijax import run
 from phijax.config import Config
 from phijax.data.loader import DataConfig
 from phijax.data.mixture import Phase, Source
 from phijax.errors import UserError
 from phijax.parallel.hardware import COMPILER_PROFILES, CompilerConfig, fills_memory
+from phijax.run import recipe as recipes
 from phijax.training import program
 from phijax.training.optimizer import OptimizerConfig
 
@@ -56,9 +56,9 @@ def test_the_config_names_the_profile_of_the_recipe():
     tiny = Phase(steps=4000, sequence_length=1024, global_batch_size=8, mixture=(Source("shards"),))
     config = Config(compiler=CompilerConfig("sparse_core"), data=DataConfig(phases=(tiny,)))
     sizes = dict(data=1, fsdp=1, context=1, tensor=1)
-    made = run.make_recipe(config, sizes, "tpu", "v5p")
+    made = recipes.make_recipe(config, sizes, "tpu", "v5p")
     assert dict(made.compiler_options) == COMPILER_PROFILES["v5p"]["sparse_core"] == made.options
     on_host = dataclasses.replace(config, optimizer=OptimizerConfig(moments="host"))
-    assert fills_memory(run.make_recipe(on_host, sizes, "tpu", "v5p").options) and not fills_memory(made.options)
+    assert fills_memory(recipes.make_recipe(on_host, sizes, "tpu", "v5p").options) and not fills_memory(made.options)
     with pytest.raises(UserError, match="is not one of this device"):
-        run.make_recipe(config, sizes, "cpu", None)
+        recipes.make_recipe(config, sizes, "cpu", None)

@@ -14,7 +14,7 @@ PACE = Pace(total_steps=6, evaluate_every=2, save_every=3, max_skipped=3)
 
 
 class Recorded:
-    """report, checkpoints, stop and watchdog in one; `events` is what happened, in order."""
+    """report, checkpoints, gate, stop and watchdog in one; `events` is what happened, in order."""
 
     def __init__(self, stop_at: int | None = None, in_a_row: dict[int, int] | None = None, fail_in: str = ""):
         self.events: list[str] = []
@@ -65,6 +65,12 @@ class Recorded:
         self.extras[step] = extra
         self._happened(f"save {step}")
 
+    def before_step(self, step):
+        self._happened(f"before step {step}")
+
+    def before_save(self, step):
+        self._happened(f"before save {step}")
+
     def poll(self):
         self._happened("poll")
 
@@ -95,6 +101,7 @@ def run(recorded: Recorded, pace: Pace = PACE, first: int = 0, evaluators: int =
         evaluators=[recorded.evaluator] * evaluators,
         report=recorded,
         checkpoints=recorded,
+        gate=recorded,
         stop=recorded,
         watchdog=recorded,
     )
@@ -102,7 +109,7 @@ def run(recorded: Recorded, pace: Pace = PACE, first: int = 0, evaluators: int =
 
 def step_events(step: int) -> list[str]:
     names = "loss predicted_tokens skipped_steps skipped_in_a_row"
-    return [f"beat {step}", f"step {step}", f"add {step} {names}"]
+    return [f"before step {step}", f"beat {step}", f"step {step}", f"add {step} {names}"]
 
 
 def evaluation(step: int) -> list[str]:
@@ -116,7 +123,15 @@ def rest(step: int) -> list[str]:
 def saving(step: int) -> list[str]:
     """After `step`. The report is flushed before, so that what a checkpoint follows is on disk when it is."""
     started = {"step": step + 1}
-    return ["flush", "pause", f"save {step + 1}", f"beat {step}", "go on", f"event save_started {started}"]
+    return [
+        f"before save {step}",
+        "flush",
+        "pause",
+        f"save {step + 1}",
+        f"beat {step}",
+        "go on",
+        f"event save_started {started}",
+    ]
 
 
 def test_order_of_events():
@@ -145,7 +160,7 @@ def test_all_evaluators_run_and_none_is_needed():
     assert recorded.events.count("evaluate") == 6
     recorded = Recorded()
     run(recorded, evaluators=0)
-    assert [e for e in recorded.events if e.startswith("add")] == [step_events(s)[2] for s in range(6)]
+    assert [e for e in recorded.events if e.startswith("add")] == [step_events(s)[-1] for s in range(6)]
 
 
 def test_goes_on_from_the_states_step():
@@ -188,7 +203,7 @@ def test_diverged_after_so_many_in_a_row_names_the_last_good_step():
     with pytest.raises(Diverged, match=re.escape("3 updates in a row, up to step 3")) as error:
         run(recorded)
     assert "step 0 was the last good one" in str(error.value)
-    assert recorded.events[-2:] == [step_events(4)[2], "wait"]
+    assert recorded.events[-2:] == [step_events(4)[-1], "wait"]
 
 
 def test_fewer_in_a_row_go_on():

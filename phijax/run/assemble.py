@@ -1,130 +1,48 @@
 """One run, assembled out of the rooms: checked before device memory is taken, then restored, then trained."""
 
-import contextlib
 import dataclasses
 import functools
-import json
-import time
 from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from phijax import config as configs
-from phijax import start
 from phijax.checkpoint import durable, reading
 from phijax.checkpoint.agreement import from_process_zero
 from phijax.checkpoint.lock import WriterLock
 from phijax.checkpoint.open import load_params
-from phijax.checkpoint.opened import Opened
-from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, model_of
+from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER
 from phijax.checkpoint.run_state import RunCheckpoints
 from phijax.checkpoint.sampled import sampled_digest
 from phijax.config import Config
 from phijax.data import loader, mixture
-from phijax.data.batch import batch_shape, check_batch
+from phijax.data.checking import DataCheck
+from phijax.data.gate import Gate
 from phijax.data.loader import Loader
 from phijax.data.rows import Plan, RowIndex
-from phijax.data.shards import Shards
-from phijax.errors import UserError
-from phijax.evaluation.held_out import HeldOut, check_sets, score_name
+from phijax.data.shards import files_of
+from phijax.evaluation.held_out import HeldOut, score_name
 from phijax.model import params
-from phijax.model.backend import choose_backend
 from phijax.model.config import ModelConfig, model_to_dict
 from phijax.model.flops import train_flops_per_token
-from phijax.model.kernels.splash import check_splash
-from phijax.parallel.hardware import compiler_options, generation, peak_flops
+from phijax.parallel.hardware import generation, peak_flops
 from phijax.parallel.mesh import make_mesh
 from phijax.parallel.processes import StopSignal, Watchdog
 from phijax.readiness import agreement, host
-from phijax.readiness.agreement import Facts
 from phijax.report import baselines
-from phijax.report import config as logging
 from phijax.report import report as reports
 from phijax.report.again import same_command
 from phijax.report.report import Report
 from phijax.report.summary import summarise
-from phijax.start import Start
+from phijax.run import resume, start
+from phijax.run.recipe import EvaluationSet, data_facts, make_recipe, open_evaluation, open_plan
+from phijax.run.start import Start
 from phijax.training import compile_cache, loop, program
 from phijax.training.compile_cache import CompileCache
 from phijax.training.program import BatchShape, Recipe
 from phijax.training.state import TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationSet:
-    name: str
-    path: str
-    shards: Shards
-    shape: BatchShape
-
-
-def make_recipe(
-    config: Config, sizes: dict[str, int], platform: str, chip: str | None, model: ModelConfig | None = None
-) -> Recipe:
-    """Checks what can be checked without data.
-
-    Args:
-      platform, chip: of the devices that it will run on, "tpu" and "v5p", say (hardware.generation).
-      model: that of the config, where it is resolved already (start.resolve).
-    Raises: UserError.
-    """
-    model = model or start.resolve(config)
-    phases = config.data.phases
-    mixture.check_phases(phases)
-    total = mixture.total_steps(phases)
-    config.optimizer.check(total)
-    logging.check(config.logging, total)
-    backend = choose_backend(config.model, platform, context=sizes["context"])
-    for number, phase in enumerate(phases):
-        where = f"data.phases[{number}]"
-        check_batch(where, phase.global_batch_size, config.data.micro_batches, phase.sequence_length, sizes)
-        if phase.sequence_length > model.max_position:
-            raise UserError(
-                f"{where}.sequence_length={phase.sequence_length} exceeds model.max_position={model.max_position}."
-            )
-        reason = check_splash(phase.sequence_length, sizes["context"]) if backend.attention == "splash" else None
-        if reason:
-            raise UserError(f"{where}: {reason}.")
-    params.check_mesh(model, sizes)
-    check_sets(config.evaluation)
-    score_name(config.evaluation, config.checkpoint.keep_best)
-    options = compiler_options(config.compiler, chip, moments_on_host=config.optimizer.moments_on_host)
-    return Recipe(model, backend, config.optimizer, config.loss, total, config.seed, options)
-
-
-def open_plan(config: Config, model: ModelConfig) -> Plan:
-    """The rows of the run, their segments beginning with end-of-text; `begin_of` says with what a run's do.
-
-    Raises: UserError for what is missing, damaged, too short, or of another tokenizer.
-    """
-    sources = loader.open_sources(config.data.phases, vocab_size=model.vocab_size)
-    begin = next(iter(sources.values())).manifest.end_of_text
-    return Plan(config.data.phases, sources, seed=config.seed, begin=begin)
-
-
-def open_evaluation(config: Config, model: ModelConfig, plan: Plan, sizes: dict[str, int]) -> list[EvaluationSet]:
-    first, sets = config.data.phases[0], []
-    length = config.evaluation.sequence_length or first.sequence_length
-    rows = config.evaluation.batch_size or first.global_batch_size // config.data.micro_batches
-    check_batch("evaluation", rows, 1, length, sizes, size_key="batch_size")
-    if length > model.max_position:
-        raise UserError(f"evaluation.sequence_length={length} exceeds model.max_position={model.max_position}.")
-    tokenizer = next(iter(plan.sources.values())).tokenizer_fingerprint
-    for held_out in config.evaluation.sets:
-        shards = loader.open_for_model(held_out.path, vocab_size=model.vocab_size)
-        if shards.tokenizer_fingerprint != tokenizer:
-            raise UserError(f"evaluation.sets: {held_out.path} was made with another tokenizer than the training data.")
-        RowIndex(
-            shards, length, "evaluation", held_out.path, begin=plan.begin
-        )  # refuses a length that these shards cannot give
-        sets.append(EvaluationSet(held_out.name, held_out.path, shards, (1, rows, length)))
-    return sets
-
-
-def data_facts(plan: Plan, sets: list[EvaluationSet]) -> Facts:
-    """What must be the same on all processes of the data, wherever each has them."""
-    return agreement.of_data(loader.fingerprint(plan), [(one.path, one.shards.digest) for one in sets])
 
 
 def train(config: Config, workdir: epath.Path) -> loop.Outcome:
@@ -132,6 +50,58 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
 
     Raises: UserError before device memory is taken; loop.Diverged, SaveFailed while it runs.
     """
+    mesh, recipe, plan, sets = checked(config, workdir)
+    say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda text: None
+    for text in params.check_mesh(recipe.model, dict(mesh.shape)):
+        say(f"warning: {text}")
+    if recipe.options:
+        say(f"options of the compiler: {recipe.options}")
+    shards = [*plan.sources.values(), *(held_out.shards for held_out in sets)] if config.data.verify else []
+    with (
+        WriterLock(workdir, break_lock=config.checkpoint.break_lock, log=say) as lock,
+        compile_cache.opened(workdir, log=say) as programs,
+        DataCheck(files_of(shards), workdir) as check,  # reads while the run is restored and compiled
+    ):
+        with agreement.alike("workdir", config.processes.initialization_timeout) as facts:
+            seen = lock.is_seen(config.processes.initialization_timeout / 2)
+            facts.add({"--workdir": "holds the run's lock" if seen else "does not"}, {"--workdir": str(workdir)})
+        before = from_process_zero(lambda: reading.newest_identity(workdir / CHECKPOINTS_FOLDER))
+        begun = open_start(config, recipe, plan) if config.init_from and before is None else None
+        plan = plan.beginning_with(resume.begin_of(plan, before, begun and begun.opened))
+        batches = Loader(plan, config.data, mesh)
+        identity = {"model": model_to_dict(recipe.model), "data": loader.fingerprint(plan)}
+        identity |= start.kept(before, begun)
+        best = score_name(config.evaluation, config.checkpoint.keep_best)
+        policy = dataclasses.replace(config.checkpoint, keep_best=best)
+        checkpoints = RunCheckpoints(workdir / CHECKPOINTS_FOLDER, policy, identity=identity, lock=lock, log=say)
+        first_step = checkpoints.latest_verified(recipe.total_steps, lambda: resume.changes(config, workdir) == {}) or 0
+        went_back: list[dict] = []
+        if first_step:
+            resume.check_identity(checkpoints.manifest(first_step)["identity"], identity, first_step)
+            checkpoints.go_on_from(first_step, functools.partial(resume.note_going_back, workdir, went_back))
+        if jax.process_index() == 0:
+            resume.keep_config(config, workdir, first_step, say)
+            next(iter(plan.sources.values())).tokenizer().save(workdir / TOKENIZER_FOLDER)
+        checkpoints.check_host_memory(program.abstract_state(recipe, mesh))
+        state = begin(recipe, mesh, checkpoints, first_step, begun, say)
+        with open_report(config, workdir, recipe, plan, sets, first_step, mesh) as report:
+            for fields in went_back:
+                report.event("went_back", **fields)
+            outcome = run_loop(
+                config, recipe, mesh, state, batches, sets, checkpoints, report, programs, first_step, check, say
+            )
+        if outcome.stopped and not outcome.saved:
+            newest = max(checkpoints.steps(), default=0)
+            say(f"stopped after step {outcome.step - 1}, not saved: the same command goes on from step {newest}")
+        if not outcome.stopped and jax.process_index() == 0:
+            say(f"done: {outcome.step} steps")
+            for line in summarise(workdir / "metrics.jsonl", guessing(recipe.model, sets)):
+                say(line)
+        return outcome
+
+
+def checked(config: Config, workdir: epath.Path) -> tuple[Mesh, Recipe, Plan, list[EvaluationSet]]:
+    """What the run is, the same on all processes. Collective. Raises: UserError, before device memory is taken."""
     alike = functools.partial(agreement.alike, seconds=config.processes.initialization_timeout)
     with alike("config") as facts:
         durable.prepare_store(workdir)
@@ -146,63 +116,7 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         plan = open_plan(config, recipe.model)
         sets = open_evaluation(config, recipe.model, plan, sizes)
         facts.update(data_facts(plan, sets))
-    say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda text: None
-    for text in params.check_mesh(recipe.model, sizes):
-        say(f"warning: {text}")
-    if recipe.options:
-        say(f"options of the compiler: {recipe.options}")
-    with (
-        WriterLock(workdir, break_lock=config.checkpoint.break_lock, log=say) as lock,
-        compile_cache.opened(workdir, log=say) as programs,
-    ):
-        with alike("workdir") as facts:
-            seen = lock.is_seen(config.processes.initialization_timeout / 2)
-            facts.add({"--workdir": "holds the run's lock" if seen else "does not"}, {"--workdir": str(workdir)})
-        before = from_process_zero(lambda: reading.newest_identity(workdir / CHECKPOINTS_FOLDER))
-        begun = open_start(config, recipe, plan) if config.init_from and before is None else None
-        plan = plan.beginning_with(begin_of(plan, before, begun and begun.opened))
-        batches = Loader(plan, config.data, mesh)
-        identity = {"model": model_to_dict(recipe.model), "data": loader.fingerprint(plan)}
-        identity |= start.kept(before, begun)
-        best = score_name(config.evaluation, config.checkpoint.keep_best)
-        policy = dataclasses.replace(config.checkpoint, keep_best=best)
-        checkpoints = RunCheckpoints(workdir / CHECKPOINTS_FOLDER, policy, identity=identity, lock=lock, log=say)
-        first_step = checkpoints.latest_verified(recipe.total_steps, lambda: changes(config, workdir) == {}) or 0
-        went_back: list[dict] = []
-        if first_step:
-            check_identity(checkpoints.manifest(first_step)["identity"], identity, first_step)
-            checkpoints.go_on_from(first_step, functools.partial(note_going_back, workdir, went_back))
-        if jax.process_index() == 0:
-            keep_config(config, workdir, first_step, say)
-            next(iter(plan.sources.values())).tokenizer().save(workdir / TOKENIZER_FOLDER)
-        checkpoints.check_host_memory(program.abstract_state(recipe, mesh))
-        state = begin(recipe, mesh, checkpoints, first_step, begun, say)
-        with open_report(config, workdir, recipe, plan, sets, first_step, mesh) as report:
-            for fields in went_back:
-                report.event("went_back", **fields)
-            outcome = run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, programs, first_step)
-        if outcome.stopped and not outcome.saved:
-            newest = max(checkpoints.steps(), default=0)
-            say(f"stopped after step {outcome.step - 1}, not saved: the same command goes on from step {newest}")
-        if not outcome.stopped and jax.process_index() == 0:
-            say(f"done: {outcome.step} steps")
-            for line in summarise(workdir / "metrics.jsonl", guessing(recipe.model, sets)):
-                say(line)
-        return outcome
-
-
-def begin_of(plan: Plan, before: dict[str, Any] | None, start: Opened | None) -> int | None:
-    """The id that segments begin with (rows.make_row): as the run's own steps say, else as texts of `start` begin.
-
-    Where neither says anything it is end-of-text. Args: before: the identity that the newest step was saved with.
-    """
-    if before is not None:
-        return before["data"].get("begin")
-    if start is not None and len(start.begin) == 1:
-        with contextlib.suppress(UserError):  # a checkpoint without a tokenizer has no say in what its ids mean
-            if next(iter(plan.sources.values())).made_with(start.tokenizer()):
-                return start.begin[0]
-    return plan.begin
+    return mesh, recipe, plan, sets
 
 
 def open_start(config: Config, recipe: Recipe, plan: Plan) -> Start:
@@ -224,7 +138,9 @@ def begin(recipe: Recipe, mesh, checkpoints: RunCheckpoints, first_step: int, be
     return program.initial_state(recipe, mesh, load_params(begun.opened, mesh))
 
 
-def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, programs, first_step) -> loop.Outcome:
+def run_loop(
+    config, recipe, mesh, state, batches, sets, checkpoints, report, programs, first_step, check, say
+) -> loop.Outcome:
     pace = loop.Pace(
         recipe.total_steps,
         config.evaluation.every_steps,
@@ -233,6 +149,7 @@ def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, pr
         score_saves=config.checkpoint.keep_best is not None,
     )
     stop, watchdog = StopSignal(), Watchdog(config.processes.watchdog_seconds)
+    gate = Gate(check, first_step, recipe.total_steps, stop.asked, watchdog.beat, report.pause, say)
     try:
         return loop.train(
             state,
@@ -245,6 +162,7 @@ def run_loop(config, recipe, mesh, state, batches, sets, checkpoints, report, pr
             ],
             report=report,
             checkpoints=checkpoints,
+            gate=gate,
             stop=stop,
             watchdog=watchdog,
         )
@@ -346,64 +264,3 @@ def tokens_before(plan: Plan, step: int) -> int:
         total += done * phase.global_batch_size * phase.sequence_length
         start += phase.steps
     return total
-
-
-def check_identity(before: dict[str, Any], now: dict[str, Any], step: int) -> None:
-    """Whether the run in this workdir is this run. Raises: UserError naming the first difference."""
-    old, new = (start.computed(model_of(f"The checkpoint of step {step}", one)) for one in (before, now))
-    changed = configs.differences(old, new)
-    if changed:
-        key, (old, new) = next(iter(changed.items()))
-        raise UserError(
-            f"The checkpoint of step {step} is of another model: model.{key} was {old!r}, now {new!r}"
-            + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")
-            + ".\nSet it back, or take another --workdir (--config.init_from takes over weights of an equal model)."
-        )
-    loader.check_resume(before["data"], json.loads(json.dumps(now["data"])), step)
-
-
-def keep_config(config: Config, workdir: epath.Path, step: int, say) -> None:
-    """Writes config.json; what differs from the last start is said, and added to config_history.jsonl."""
-    path, now = workdir / "config.json", configs.to_dict(config)
-    if path.exists():
-        changed = changes(config, workdir)
-        if changed is None:
-            say(f"{path} cannot be read; written anew")
-        for key, (old, new) in (changed or {}).items():
-            say(f"config: {key} was {old!r}, from step {step} on {new!r}")
-        if changed:
-            add_to_history(workdir, {"step": step, "changed": {k: list(v) for k, v in changed.items()}})
-    durable.write_json(path, now)
-
-
-def changes(config: Config, workdir: epath.Path) -> dict[str, tuple[Any, Any]] | None:
-    """What differs from the config of the last start: key -> (old, new). None if that cannot be read.
-
-    A key that an older version did not know was at its default.
-    """
-    try:
-        before = json.loads((workdir / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return configs.differences(configs.filled(before), configs.to_dict(config)) if isinstance(before, dict) else None
-
-
-def note_going_back(workdir: epath.Path, went_back: list[dict], fields: dict) -> None:
-    """Before a step is set aside: what config_history.jsonl, and later events.jsonl, say of it."""
-    went_back.append(fields)
-    add_to_history(workdir, {"step": fields["went_back_to"], **fields})
-
-
-def add_to_history(workdir: epath.Path, fields: dict) -> None:
-    history = workdir / "config_history.jsonl"
-    line = json.dumps({"time": time.time(), **fields}) + "\n"
-    history.write_text((history.read_text() if history.exists() else "") + line)
-
-
-def shapes_by_phase(config: Config) -> dict[str, BatchShape]:
-    return {
-        f"phase {number} ({phase.steps:,} steps)": batch_shape(
-            phase.global_batch_size, config.data.micro_batches, phase.sequence_length
-        )
-        for number, phase in enumerate(config.data.phases)
-    }

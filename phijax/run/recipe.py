@@ -1,0 +1,106 @@
+"""What a run computes and reads, checked before memory is taken: by training, planning, preflight and dry run."""
+
+import dataclasses
+
+from phijax.config import Config
+from phijax.data import loader, mixture
+from phijax.data.batch import batch_shape, check_batch
+from phijax.data.rows import Plan, RowIndex
+from phijax.data.shards import Shards
+from phijax.errors import UserError
+from phijax.evaluation.held_out import check_sets, score_name
+from phijax.model import params
+from phijax.model.backend import choose_backend
+from phijax.model.config import ModelConfig
+from phijax.model.kernels.splash import check_splash
+from phijax.parallel.hardware import compiler_options
+from phijax.readiness import agreement
+from phijax.readiness.agreement import Facts
+from phijax.report import config as logging
+from phijax.run import start
+from phijax.training.program import BatchShape, Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSet:
+    name: str
+    path: str
+    shards: Shards
+    shape: BatchShape
+
+
+def make_recipe(
+    config: Config, sizes: dict[str, int], platform: str, chip: str | None, model: ModelConfig | None = None
+) -> Recipe:
+    """Checks what can be checked without data.
+
+    Args:
+      platform, chip: of the devices that it will run on, "tpu" and "v5p", say (hardware.generation).
+      model: that of the config, where it is resolved already (start.resolve).
+    Raises: UserError.
+    """
+    model = model or start.resolve(config)
+    phases = config.data.phases
+    mixture.check_phases(phases)
+    total = mixture.total_steps(phases)
+    config.optimizer.check(total)
+    logging.check(config.logging, total)
+    backend = choose_backend(config.model, platform, context=sizes["context"])
+    for number, phase in enumerate(phases):
+        where = f"data.phases[{number}]"
+        check_batch(where, phase.global_batch_size, config.data.micro_batches, phase.sequence_length, sizes)
+        if phase.sequence_length > model.max_position:
+            raise UserError(
+                f"{where}.sequence_length={phase.sequence_length} exceeds model.max_position={model.max_position}."
+            )
+        reason = check_splash(phase.sequence_length, sizes["context"]) if backend.attention == "splash" else None
+        if reason:
+            raise UserError(f"{where}: {reason}.")
+    params.check_mesh(model, sizes)
+    check_sets(config.evaluation)
+    score_name(config.evaluation, config.checkpoint.keep_best)
+    options = compiler_options(config.compiler, chip, moments_on_host=config.optimizer.moments_on_host)
+    return Recipe(model, backend, config.optimizer, config.loss, total, config.seed, options)
+
+
+def open_plan(config: Config, model: ModelConfig) -> Plan:
+    """The rows of the run, their segments beginning with end-of-text; `begin_of` says with what a run's do.
+
+    Raises: UserError for what is missing, damaged, too short, or of another tokenizer.
+    """
+    sources = loader.open_sources(config.data.phases, vocab_size=model.vocab_size)
+    begin = next(iter(sources.values())).manifest.end_of_text
+    return Plan(config.data.phases, sources, seed=config.seed, begin=begin)
+
+
+def open_evaluation(config: Config, model: ModelConfig, plan: Plan, sizes: dict[str, int]) -> list[EvaluationSet]:
+    first, sets = config.data.phases[0], []
+    length = config.evaluation.sequence_length or first.sequence_length
+    rows = config.evaluation.batch_size or first.global_batch_size // config.data.micro_batches
+    check_batch("evaluation", rows, 1, length, sizes, size_key="batch_size")
+    if length > model.max_position:
+        raise UserError(f"evaluation.sequence_length={length} exceeds model.max_position={model.max_position}.")
+    tokenizer = next(iter(plan.sources.values())).tokenizer_fingerprint
+    for held_out in config.evaluation.sets:
+        shards = loader.open_for_model(held_out.path, vocab_size=model.vocab_size)
+        if shards.tokenizer_fingerprint != tokenizer:
+            raise UserError(f"evaluation.sets: {held_out.path} was made with another tokenizer than the training data.")
+        RowIndex(
+            shards, length, "evaluation", held_out.path, begin=plan.begin
+        )  # refuses a length that these shards cannot give
+        sets.append(EvaluationSet(held_out.name, held_out.path, shards, (1, rows, length)))
+    return sets
+
+
+def data_facts(plan: Plan, sets: list[EvaluationSet]) -> Facts:
+    """What must be the same on all processes of the data, wherever each has them."""
+    return agreement.of_data(loader.fingerprint(plan), [(one.path, one.shards.digest) for one in sets])
+
+
+def shapes_by_phase(config: Config) -> dict[str, BatchShape]:
+    return {
+        f"phase {number} ({phase.steps:,} steps)": batch_shape(
+            phase.global_batch_size, config.data.micro_batches, phase.sequence_length
+        )
+        for number, phase in enumerate(config.data.phases)
+    }

@@ -1,0 +1,85 @@
+"""Whether a run may go on where its workdir is, what of it stays as it was, and the history of its config."""
+
+import contextlib
+import json
+import time
+from typing import Any
+
+from etils import epath
+
+from phijax import config as configs
+from phijax.checkpoint import durable
+from phijax.checkpoint.opened import Opened
+from phijax.checkpoint.ours import model_of
+from phijax.config import Config
+from phijax.data import loader
+from phijax.data.rows import Plan
+from phijax.errors import UserError
+from phijax.run import start
+
+
+def begin_of(plan: Plan, before: dict[str, Any] | None, opened: Opened | None) -> int | None:
+    """The id that segments begin with (rows.make_row): as the run's own steps say, else as texts of `opened` begin.
+
+    Where neither says anything it is end-of-text.
+    Args: before: the identity that the newest step was saved with. opened: the weights that a new run starts from.
+    """
+    if before is not None:
+        return before["data"].get("begin")
+    if opened is not None and len(opened.begin) == 1:
+        with contextlib.suppress(UserError):  # a checkpoint without a tokenizer has no say in what its ids mean
+            if next(iter(plan.sources.values())).made_with(opened.tokenizer()):
+                return opened.begin[0]
+    return plan.begin
+
+
+def check_identity(before: dict[str, Any], now: dict[str, Any], step: int) -> None:
+    """Whether the run in this workdir is this run. Raises: UserError naming the first difference."""
+    old, new = (start.computed(model_of(f"The checkpoint of step {step}", one)) for one in (before, now))
+    changed = configs.differences(old, new)
+    if changed:
+        key, (old, new) = next(iter(changed.items()))
+        raise UserError(
+            f"The checkpoint of step {step} is of another model: model.{key} was {old!r}, now {new!r}"
+            + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")
+            + ".\nSet it back, or take another --workdir (--config.init_from takes over weights of an equal model)."
+        )
+    loader.check_resume(before["data"], json.loads(json.dumps(now["data"])), step)
+
+
+def keep_config(config: Config, workdir: epath.Path, step: int, say) -> None:
+    """Writes config.json; what differs from the last start is said, and added to config_history.jsonl."""
+    path, now = workdir / "config.json", configs.to_dict(config)
+    if path.exists():
+        changed = changes(config, workdir)
+        if changed is None:
+            say(f"{path} cannot be read; written anew")
+        for key, (old, new) in (changed or {}).items():
+            say(f"config: {key} was {old!r}, from step {step} on {new!r}")
+        if changed:
+            add_to_history(workdir, {"step": step, "changed": {k: list(v) for k, v in changed.items()}})
+    durable.write_json(path, now)
+
+
+def changes(config: Config, workdir: epath.Path) -> dict[str, tuple[Any, Any]] | None:
+    """What differs from the config of the last start: key -> (old, new). None if that cannot be read.
+
+    A key that an older version did not know was at its default.
+    """
+    try:
+        before = json.loads((workdir / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return configs.differences(configs.filled(before), configs.to_dict(config)) if isinstance(before, dict) else None
+
+
+def note_going_back(workdir: epath.Path, went_back: list[dict], fields: dict) -> None:
+    """Before a step is set aside: what config_history.jsonl, and later events.jsonl, say of it."""
+    went_back.append(fields)
+    add_to_history(workdir, {"step": fields["went_back_to"], **fields})
+
+
+def add_to_history(workdir: epath.Path, fields: dict) -> None:
+    history = workdir / "config_history.jsonl"
+    line = json.dumps({"time": time.time(), **fields}) + "\n"
+    history.write_text((history.read_text() if history.exists() else "") + line)
