@@ -84,7 +84,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     if path.stat().length > LONGEST_CONFIG:
         raise UserError(f"{path} has {path.stat().length:,} bytes, which is no configuration.")
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_bytes().decode("utf-8-sig"))  # editors put a byte order mark first
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):

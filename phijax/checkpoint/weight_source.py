@@ -72,6 +72,7 @@ def check_finite(values: np.ndarray, where: str) -> None:
     bits = bits.view(integer)
     for start in range(0, bits.size, 1 << 20):  # in pieces that stay in the cache: no second array of that size
         if np.any((bits[start : start + (1 << 20)] & exponent) == exponent):
+            narrow = ", or beyond the 65,504 of float16 (take bfloat16)" if values.dtype == np.float16 else ""
             raise UserError(
-                f"{where} holds values that are NaN or infinite: the file is damaged, or training diverged."
+                f"{where} holds values that are NaN or infinite: the file is damaged, or training diverged{narrow}."
             )

@@ -203,6 +203,14 @@ def test_finite_means_every_value_but_nan_and_infinity(dtype):
         assert finite == np.isfinite(value.astype(np.float64)), value
 
 
+def test_a_byte_order_mark_before_a_config(single):
+    text = (single / "config.json").read_bytes()
+    (single / "config.json").write_bytes(b"\xef\xbb\xbf" + text)
+    assert open_checkpoint(single).kind == "huggingface"
+    (single / "config.json").write_bytes(b"\xff\xfe" + text)
+    refused(single, "is not JSON")
+
+
 def test_values_too_large_for_half_precision_are_refused(saved, tmp_path):
     folder = shutil.copytree(saved("phi3"), tmp_path / "large")
     stored = safetensors_files.read_header(epath.Path(folder) / WEIGHTS)["model.norm.weight"]
@@ -211,7 +219,7 @@ def test_values_too_large_for_half_precision_are_refused(saved, tmp_path):
     (folder / WEIGHTS).write_bytes(data)
     opened = open_checkpoint(folder)
     half = huggingface_export.folder(opened, "phi3", huggingface_export.DTYPES["float16"])
-    with pytest.raises(UserError, match=r"model.norm.weight, as float16, .*infinite"):
+    with pytest.raises(UserError, match=r"model.norm.weight, as float16, .*infinite.*beyond the 65,504"):
         huggingface_folder.write(opened, tmp_path / "o", half)
     assert not (tmp_path / "o").exists()
 

@@ -173,6 +173,13 @@ def test_a_large_input_is_sampled_for_the_tokenizer(request_of, monkeypatch):
     monkeypatch.setattr(preparation, "SAMPLE_BYTES", 20_000)
     monkeypatch.setattr(preparation, "UNIT_BYTES", 10_000)
     plan = make_plan(request_of())
+    # A name that is not UTF-8, as of a file of another system, has its place among the parts too.
+    odd = dataclasses.replace(plan.files[0], name="caf\udce9.txt")
+    units = tuple(
+        tuple(dataclasses.replace(part, file=odd) if part.file == plan.files[0] else part for part in unit)
+        for unit in plan.units
+    )
+    assert list(preparation._sample(dataclasses.replace(plan, units=units)))
     sample = list(preparation._sample(plan))
     assert 10_000 < sum(len(text.encode()) for text in sample) <= 20_000 + 3 * len(sample)
     assert sample == list(preparation._sample(plan))
