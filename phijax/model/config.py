@@ -54,6 +54,11 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.partial_rotary_factor)
 
+    @property
+    def attention_scale(self) -> float:
+        """The softmax's factor: 1 / sqrt(H)."""
+        return self.head_dim**-0.5
+
     def residual_std(self, fan_in: int) -> float:
         """Start of what writes into the residual stream: the sum over 2L writers keeps the variance of one."""
         return fan_in**-0.5 / math.sqrt(2 * self.num_layers)

@@ -96,6 +96,11 @@ def module(c: ModelConfig, params: Params) -> Decoder:
     return nnx.merge(_declared(c)[0], nnx.State(params))
 
 
+def module_with(c: ModelConfig, leaves: Mapping[str, Any]) -> Decoder:
+    """The Decoder of which only these leaves are there, by path, a stacked one as one layer's; others are abstract."""
+    return module(c, nested(flat(abstract(c)) | dict(leaves)))
+
+
 def count(c: ModelConfig) -> int:
     """Parameters of the model as published: without the rows that pad the vocabulary."""
     total = 0

@@ -8,7 +8,7 @@ heads. While it is used a weight is gathered over `fsdp`.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +41,29 @@ class WeightFormat(Protocol):
         """(..., rows, D)."""
 
 
-def weight(shape: Sequence[int], axes: Sequence[str], std: float) -> nnx.Param:
+def weight(
+    shape: Sequence[int],
+    axes: Sequence[str],
+    std: float,
+    *,
+    kind: str | None = None,
+    summed: Literal["d", "rows"] = "d",
+) -> nnx.Param:
     """Declares a float32 leaf: shape, logical axes and the deviation of its start; std 0 starts at one (norms).
 
     The value stays abstract: `params.init` makes it, on whatever mesh, from the leaf's path alone.
+
+    Args:
+      kind: of a matrix; those of one kind in a layer are given the same input. None: no matrix.
+      summed: the axis of a matrix that a product sums over.
     """
-    return nnx.Param(jax.ShapeDtypeStruct(tuple(shape), jnp.float32), axes=tuple(axes), std=std)
+    value = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+    return nnx.Param(value, axes=tuple(axes), std=std, kind=kind, summed=summed)
+
+
+def contract(x: jax.Array, w: nnx.Param) -> jax.Array:
+    """x by w [rows, D], summed over the axis that the leaf declares: (..., D) -> (..., rows) or back."""
+    return project_back(x, w) if w.summed == "rows" else project(x, w)
 
 
 def project(x: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax.Array:

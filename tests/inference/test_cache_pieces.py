@@ -45,7 +45,7 @@ def test_attention_over_pieces_is_attention_over_one_array(window, tokens, sums)
     for starts in ((0, 7, 3), (8, 40, 15), (60, 31, 2), (5, 5, 5)):
         positions = np.array(starts)[:, None] + np.arange(tokens, dtype=np.int32)
         q = rng.standard_normal((ROWS, KV_HEADS * GROUP, tokens, HEAD), np.float32)
-        got = attend(q, tuple(zip(pieces_of(k), pieces_of(v), strict=True)), positions)
+        got = attend(q * HEAD**-0.5, tuple(zip(pieces_of(k), pieces_of(v), strict=True)), positions)
         np.testing.assert_allclose(got, reference(q, k, v, positions, window), rtol=0, atol=2e-6)
 
 
@@ -57,7 +57,7 @@ def test_pieces_that_no_row_has_reached_are_not_read():
     cache[2:] = [tuple(np.full_like(a, np.nan) for a in piece) for piece in cache[2:]]
     q = rng.standard_normal((ROWS, KV_HEADS * GROUP, 1, HEAD), np.float32)
     positions = np.array([[3], [15], [0]], np.int32)
-    got = jax.jit(lambda *a: cached_attention(*a, window=None))(q, tuple(cache), positions)
+    got = jax.jit(lambda *a: cached_attention(*a, window=None))(q * HEAD**-0.5, tuple(cache), positions)
     np.testing.assert_allclose(got, reference(q, k, v, positions, None), rtol=0, atol=2e-6)
 
 

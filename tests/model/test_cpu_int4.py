@@ -168,7 +168,7 @@ def test_attention_is_that_of_the_xla_path(path, window, rotary, tokens, dtype):
     q, k, v = map(split, qkv)
     q, k = (apply_rope(x, [part[:, None] for part in rope], c, by_matmul=False) for x in (q, k))
     new = write(cache, k, v, starts, cut_by_time=False)
-    expected = cached_attention(q, new, starts[:, None] + jnp.arange(tokens), window=window)
+    expected = cached_attention(q * h**-0.5, new, starts[:, None] + jnp.arange(tokens), window=window)
     expected = expected.swapaxes(1, 2).reshape(5, tokens, -1)
     attend = functools.partial(cpu_int4.attend, window=window, path=path)
     out, got = attend(*qkv, rope, cache, starts, jnp.int32(5))

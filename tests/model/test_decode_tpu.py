@@ -62,7 +62,14 @@ def test_it_is_the_float64_attention(dtype, window, heads, kv_heads, head_dim):
     k, v = (rng.standard_normal((len(PLACES), kv_heads, head_dim), np.float32) for _ in range(2))
     before = random_cache(kv_heads, head_dim, dtype)
     out, cache = jax.jit(decode_tpu.attend_and_write, static_argnames=("window", "interpret"))(
-        q, k, v, before, jnp.int32(LAYER), jnp.asarray(PLACES, jnp.int32), window=window, interpret=True
+        q * head_dim**-0.5,
+        k,
+        v,
+        before,
+        jnp.int32(LAYER),
+        jnp.asarray(PLACES, jnp.int32),
+        window=window,
+        interpret=True,
     )
     held = [by_head(a, s, kv_heads) for a, s in ((cache.k, cache.k_scales), (cache.v, cache.v_scales))]
     np.testing.assert_allclose(out, attention(q, held[0][LAYER], held[1][LAYER], PLACES, window), rtol=0, atol=2e-5)
@@ -92,7 +99,7 @@ def test_a_chunk_of_a_prompt(dtype, window, starts):
     positions = starts[:, None] + np.arange(count)
     before = random_cache(kv_heads, head_dim, dtype)
     out, cache = jax.jit(stacked_attention, static_argnames="window")(
-        q, k, v, before, jnp.int32(LAYER), jnp.asarray(positions, jnp.int32), window=window
+        q * head_dim**-0.5, k, v, before, jnp.int32(LAYER), jnp.asarray(positions, jnp.int32), window=window
     )
     keys, values = (by_head(a, s, kv_heads) for a, s in ((cache.k, cache.k_scales), (cache.v, cache.v_scales)))
     for number in range(count):

@@ -15,11 +15,16 @@ import numpy as np
 
 from phijax.model.kernels import cpu_int4_library
 from phijax.model.kernels.decode import Pieces
+from phijax.model.norm import RMSNorm
 from phijax.model.quantized import Quantized
 
 TILE = 32  # outputs
 LARGEST_GROUP = 128
 CHANNEL_GROUP = 32  # of activations, where a weight has one scale for a whole channel
+
+# The functions that the C++ computes around its products: a call is taken only for these.
+GATED_WITH = jax.nn.silu
+NORMED_WITH = RMSNorm.__call__
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +110,7 @@ def _halves(pairs: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """RMSNorm before a product, as `model/norm.py` has it."""
+    """The numbers of an RMSNorm before a product."""
 
     scale: jax.Array  # (I,)
     epsilon: float
@@ -159,6 +164,15 @@ def gated(
         **_attributes(norm, **numbers, hidden=gate.outputs, path=_number(gate.path)),
     )
     return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+def attends(w: Any, dtype: str, cache: Any, scale: float) -> bool:
+    """Whether `attend` is what attention is, for products of this weight in `dtype`: a cache that it reads, its own
+    factor on the scores."""
+    if not isinstance(w, Tiled) or dtype != "float32":
+        return False
+    keys = cache[0][0]
+    return keys.dtype in ("float32", "int8") and scale == keys.shape[-1] ** -0.5
 
 
 def attend(

@@ -40,10 +40,10 @@ def cached_attention(
     window: int | None,
     row_sum: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v over the keys at positions <= the query's, at most `window` of them.
+    """softmax(q k^T) v over the keys at positions <= the query's, at most `window` of them. The factor is in q already.
 
     Args:
-      q: (B, N, T, H); of more rows than the cache has, the surplus gets zeros.
+      q: (B, N, T, H), scaled; of more rows than the cache has, the surplus gets zeros.
       positions: (B, T) int32, rising by one.
       row_sum: adds up the last axis in an order of its own; None: as the compiler likes.
     Returns: (B, N, T, H) in q.dtype.
@@ -121,7 +121,7 @@ def _over_pieces(
     """q (R, N, T, H) over this chip's part of every piece, part number `part` of `parts`."""
     r, n, t, h = q.shape
     kv_heads = cache[0][0].shape[1]
-    grouped = (q * h**-0.5).reshape(r, kv_heads, n // kv_heads * t, h)
+    grouped = q.reshape(r, kv_heads, n // kv_heads * t, h)
     places = jnp.tile(positions, n // kv_heads)  # (R, M)
     out, start = nothing(grouped), 0
     for piece in cache:

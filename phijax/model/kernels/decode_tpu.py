@@ -64,10 +64,10 @@ def attend_and_write(
     window: int | None,
     interpret: bool = False,
 ) -> tuple[jax.Array, StackedCache]:
-    """softmax(q k^T / sqrt(H)) v over the places of a layer before the new tokens', and over the new tokens.
+    """softmax(q k^T) v over the places of a layer before the new tokens', and over the new tokens.
 
     Args:
-      q: (R, N, H); k, v: (R, K, H), the new token of each row.
+      q: (R, N, H), scaled; k, v: (R, K, H), the new token of each row.
       layer: () int32; positions: (R,) int32, the new tokens' places.
       window: a query sees so many keys, itself included.
       interpret: the kernel's body on any backend, for tests.
@@ -77,7 +77,7 @@ def attend_and_write(
     kv_heads = k.shape[1]
     group, lanes = heads // kv_heads, kv_heads * width
     # Of a kv head's queries the first of each head come first, then the second: each set lies as the keys do.
-    q = (q * width**-0.5).reshape(rows, kv_heads, group, width).swapaxes(1, 2).reshape(rows, group, lanes)
+    q = q.reshape(rows, kv_heads, group, width).swapaxes(1, 2).reshape(rows, group, lanes)
     arrays = jax.tree.leaves(cache)
     specs = _Specs(cache, kv_heads, lanes, window)
     spread = group * -(-kv_heads // HEAD_TILE) * HEAD_TILE

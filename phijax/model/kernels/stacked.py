@@ -24,10 +24,10 @@ def stacked_attention(
     mesh: Mesh | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, StackedCache]:
-    """softmax(q k^T / sqrt(H)) v over a layer's places up to each query's; the new keys and values are written too.
+    """softmax(q k^T) v over a layer's places up to each query's; the new keys and values are written too.
 
     Args:
-      q: (B, N, T, H), k, v: (B, K, T, H) of the cache's rows; of more rows than it has, the surplus gets zeros.
+      q: (B, N, T, H), scaled, k, v: (B, K, T, H) of the cache's rows; of more rows than it has, the surplus gets zeros.
       layer: () int32; positions: (B, T) int32, rising by one.
       mesh: over whose axis `tensor` heads are cut; None: one chip.
       interpret: the kernel's body on any backend, for tests.
@@ -66,7 +66,7 @@ def _many(q, k, v, cache: StackedCache, layer, positions, window):
     kv_heads = k.shape[1]
     for row in range(rows):
         cache = _with_chunk(cache, k[row], v[row], layer, row, positions[row, 0])
-    grouped = (q * width**-0.5).reshape(rows, kv_heads, -1, width)
+    grouped = q.reshape(rows, kv_heads, -1, width)
     places = jnp.tile(positions, heads // kv_heads)
 
     k_lines, v_lines = (_of_layer(a, layer, q.dtype) for a in (cache.k, cache.v))
