@@ -25,10 +25,11 @@ class Block(nnx.Module):
         self.attention = Attention(c)
         self.mlp_norm = RMSNorm(c.model_dim, c.norm_eps)
         self.mlp = Mlp(c)
+        self.mask = c.mask
 
     def __call__(self, x: jax.Array, state: Any, ops: Ops) -> tuple[jax.Array, Any]:
         """state: what attention reads and gives anew, a layer's cache; None without one."""
-        out, state = ops.attention(Normed(x, self.attention_norm), self.attention, state)
+        out, state = ops.attention(Normed(x, self.attention_norm), self.attention, self.mask, state)
         x = ops.mark("mid", ops.add(x, Product(out, self.attention.o)))
         x = ops.mark("out", ops.add(x, self.mlp(Normed(x, self.mlp_norm))))
         return x, state

@@ -18,6 +18,7 @@ from phijax.model.kernels import cpu_int4
 from phijax.model.kernels.decode import attention_cut_by_time, cached_attention, write
 from phijax.model.kernels.rows import kept_apart, row_sum
 from phijax.model.kernels.stacked import stacked_attention
+from phijax.model.mask import Mask
 from phijax.model.ops import Ops
 from phijax.model.terms import Gated, Normed, Product, Term
 from phijax.model.weights import contract
@@ -71,29 +72,28 @@ class CachedOps(Ops):
                 return x, cpu_int4.Norm(norm.scale[...], norm.eps)
         return self.value(h), None
 
-    def attention(self, h: Term, a: Attention, state: Any) -> tuple[Term, Any]:
+    def attention(self, h: Term, a: Attention, mask: Mask, state: Any) -> tuple[Term, Any]:
         form, scale = a.q.get_value(), self.c.attention_scale
-        if self.path.cut_by_time is not None or not cpu_int4.attends(form, self.path.dtype, state, scale):
-            return super().attention(h, a, state)
+        if self.path.cut_by_time is not None or not cpu_int4.attends(form, self.path.dtype, state, scale, mask):
+            return super().attention(h, a, mask, state)
         q, k, v = self.products(h, (a.q, a.k, a.v))
         table = tuple(part[:, 0] for part in self.rope)
-        window = self.c.sliding_window
         places = self.positions[:, 0]
-        return cpu_int4.attend(q, k, v, table, state, places, self.count, window=window, path=form.path)
+        return cpu_int4.attend(q, k, v, table, state, places, self.count, mask=mask, path=form.path)
 
-    def kernel(self, q: jax.Array, k: jax.Array, v: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        window, path = self.c.sliding_window, self.path
+    def kernel(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, state: Any) -> tuple[jax.Array, Any]:
+        path = self.path
         if self.count is not None:
             # Of a rotation that is fused with what comes next the bits depend on the shape.
             q, k = kept_apart((q, k), self.count)
         if path.stacked:
             return stacked_attention(
-                q, k, v, state, self.layer, self.positions, window=window, mesh=path.mesh, interpret=path.interpret
+                q, k, v, state, self.layer, self.positions, mask=mask, mesh=path.mesh, interpret=path.interpret
             )
         state = write(state, k, v, self.positions[:, 0], cut_by_time=path.cut_by_time is not None)
         if path.cut_by_time is None:
-            return cached_attention(q, state, self.positions, window=window, row_sum=self.row_sum), state
-        return attention_cut_by_time(q, state, self.positions, window=window, mesh=path.cut_by_time), state
+            return cached_attention(q, state, self.positions, mask=mask, row_sum=self.row_sum), state
+        return attention_cut_by_time(q, state, self.positions, mask=mask, mesh=path.cut_by_time), state
 
 
 def _in_one_call(gate: nnx.Param, up: nnx.Param, down: nnx.Param) -> bool:

@@ -8,6 +8,7 @@ from typing import Literal
 from etils import epath
 
 from phijax.errors import UserError, nearest_name
+from phijax.model.mask import Mask
 
 VOCAB_MULTIPLE = 1024  # 8 rows on each of 128 chips; fixed, so that shapes never depend on the mesh
 
@@ -58,6 +59,11 @@ class ModelConfig:
     def attention_scale(self) -> float:
         """The softmax's factor: 1 / sqrt(H)."""
         return self.head_dim**-0.5
+
+    @property
+    def mask(self) -> Mask:
+        """What a query sees in every layer."""
+        return Mask(window=self.sliding_window)
 
     def residual_std(self, fan_in: int) -> float:
         """Start of what writes into the residual stream: the sum over 2L writers keeps the variance of one."""

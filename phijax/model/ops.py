@@ -10,6 +10,7 @@ from flax import nnx
 from phijax.model.attention import Attention
 from phijax.model.config import ModelConfig
 from phijax.model.kernels.dense import dense_attention
+from phijax.model.mask import Mask
 from phijax.model.rope import apply_rope
 from phijax.model.terms import Gated, Joined, Normed, Product, Term
 from phijax.model.weights import contract
@@ -22,7 +23,7 @@ class Ops:
         """rope: cos and sin, as `rope.rope_table` gives them."""
         self.c, self.rope, self.rope_by_matmul = c, rope, rope_by_matmul
 
-    def attention(self, h: Term, a: Attention, state: Any) -> tuple[Term, Any]:
+    def attention(self, h: Term, a: Attention, mask: Mask, state: Any) -> tuple[Term, Any]:
         """softmax(q k^T scale) v of h (B, T, D): what o is multiplied with, and the state anew.
 
         Rotation and the softmax's factor stand here, once. The factor goes into the queries: part of the rotation's
@@ -32,7 +33,7 @@ class Ops:
         q = apply_rope(q, self.rope, self.c, by_matmul=self.rope_by_matmul) * self.c.attention_scale
         k = apply_rope(k, self.rope, self.c, by_matmul=self.rope_by_matmul)
         q, k, v = self.mark("query", q), self.mark("key", k), self.mark("value", v)
-        out, state = self.kernel(q, k, v, state)
+        out, state = self.kernel(q, k, v, mask, state)
         return Joined(self.mark("attention", out)), state
 
     def add(self, x: jax.Array, term: Term) -> jax.Array:
@@ -74,10 +75,10 @@ class Ops:
         q, k, v = self.products(h, (a.q, a.k, a.v))
         return split(q, self.c.num_heads), split(k, self.c.num_kv_heads), split(v, self.c.num_kv_heads)
 
-    def kernel(self, q: jax.Array, k: jax.Array, v: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    def kernel(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, state: Any) -> tuple[jax.Array, Any]:
         """Attention of rotated heads, q scaled: (B, N, T, H), and the state anew."""
         one_document = jnp.ones((q.shape[0], q.shape[2]), jnp.int32)
-        return dense_attention(q, k, v, one_document, window=self.c.sliding_window), state
+        return dense_attention(q, k, v, one_document, mask=mask), state
 
 
 def split(x: jax.Array, heads: int) -> jax.Array:

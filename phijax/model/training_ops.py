@@ -1,6 +1,7 @@
 """A block in training and evaluation: laid out over the mesh, with names for what the backward pass may save."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from flax import nnx
@@ -10,6 +11,7 @@ from phijax.model import int8_products
 from phijax.model.attention import Attention
 from phijax.model.backend import ATTENTION, Backend
 from phijax.model.config import ModelConfig
+from phijax.model.mask import Mask
 from phijax.model.ops import Ops
 from phijax.model.terms import Joined, Product, Term
 from phijax.model.weights import contract, project, project_back
@@ -59,6 +61,5 @@ class TrainingOps(Ops):
         product = int8_products.contract if self.backend.mlp_products == "int8" else contract
         return (product(x, w) for w in weights)
 
-    def kernel(self, q, k, v, state):
-        kernel = ATTENTION[self.backend.attention]
-        return kernel(q, k, v, self.segment_ids, window=self.c.sliding_window), state
+    def kernel(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, state: Any) -> tuple[jax.Array, Any]:
+        return ATTENTION[self.backend.attention](q, k, v, self.segment_ids, mask=mask), state

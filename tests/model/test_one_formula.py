@@ -239,7 +239,7 @@ def test_attention_in_one_call(tiled_block, monkeypatch):
     b, ops, cache = tiled_block
 
     def attention(x, cache):
-        out, cache = ops.attention(Normed(x, b.attention_norm), b.attention, cache)
+        out, cache = ops.attention(Normed(x, b.attention_norm), b.attention, b.mask, cache)
         return ops.value(out), cache
 
     got, written = attention(X, cache)
@@ -256,7 +256,7 @@ def test_attention_in_one_call(tiled_block, monkeypatch):
 def test_another_factor_of_the_softmax_is_not_the_kernels(tiled_block, monkeypatch):
     b, ops, cache = tiled_block
     monkeypatch.setattr(ModelConfig, "attention_scale", property(lambda c: 1 / c.head_dim))
-    program = lambda x, cache: ops.attention(Normed(x, b.attention_norm), b.attention, cache)[1]  # noqa: E731
+    program = lambda x, cache: ops.attention(Normed(x, b.attention_norm), b.attention, b.mask, cache)[1]  # noqa: E731
     assert cpu_int4_library.ATTEND not in called(program, X, cache)
 
 
