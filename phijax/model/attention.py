@@ -3,15 +3,16 @@
 from flax import nnx
 
 from phijax.model.config import ModelConfig
-from phijax.model.weights import weight
+from phijax.model.weights import normal, weight
 
 
 class Attention(nnx.Module):
     """Self-attention with grouped heads."""
 
     def __init__(self, c: ModelConfig):
-        rows, kv_rows, std = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.model_dim**-0.5
-        self.q = weight((rows, c.model_dim), ("heads", "embed"), std, kind="qkv")
-        self.k = weight((kv_rows, c.model_dim), ("kv_heads", "embed"), std, kind="qkv")
-        self.v = weight((kv_rows, c.model_dim), ("kv_heads", "embed"), std, kind="qkv")
-        self.o = weight((rows, c.model_dim), ("heads", "embed"), c.residual_std(rows), kind="o", summed="rows")
+        rows, kv_rows = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        into, back = normal(c.model_dim**-0.5), normal(c.residual_std(rows))
+        self.q = weight((rows, c.model_dim), ("heads", "embed"), into, kind="qkv")
+        self.k = weight((kv_rows, c.model_dim), ("kv_heads", "embed"), into, kind="qkv")
+        self.v = weight((kv_rows, c.model_dim), ("kv_heads", "embed"), into, kind="qkv")
+        self.o = weight((rows, c.model_dim), ("heads", "embed"), back, kind="o", summed="rows")

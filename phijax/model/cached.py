@@ -27,7 +27,6 @@ from phijax.model.weights import WeightFormat, lookup
 
 Weights = dict[str, Any]  # as Params, but "blocks" is a tuple of trees where layers are unrolled
 HEAD = "head"
-PROJECTED = frozenset({"q", "k", "v", "gate", "up"})
 Cache = Any  # pieces as in `kernels/decode.py`: a tuple of these, one a layer, or one with L in front; or StackedCache
 
 
@@ -50,8 +49,11 @@ def transposed(weights: Weights) -> Weights:
 def _turned(blocks: Any) -> Any:
     """Matrices that `project` contracts, from [rows, D] to [D, rows] or back."""
 
+    of_blocks = {path.removeprefix(f"{STACKED}/"): leaf for path, leaf in model_params.any_leaves().items()}
+
     def turn(path, leaf):
-        return _swapped(leaf) if path[-1].key in PROJECTED else leaf
+        declared = of_blocks["/".join(step.key for step in path if isinstance(step, jax.tree_util.DictKey))]
+        return _swapped(leaf) if declared.kind is not None and declared.summed == "d" else leaf
 
     return jax.tree_util.tree_map_with_path(turn, blocks, is_leaf=lambda leaf: isinstance(leaf, WeightFormat))
 

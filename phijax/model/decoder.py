@@ -16,7 +16,7 @@ from phijax.model.kernels.splash import RESIDUALS
 from phijax.model.norm import RMSNorm
 from phijax.model.rope import inverse_frequencies, rope_table
 from phijax.model.training_ops import TrainingOps
-from phijax.model.weights import weight, whole
+from phijax.model.weights import normal, weight, whole
 from phijax.parallel import dealing, sharding
 
 SAVEABLE = ("query", "key", "value", "attention", RESIDUALS, "mid", "gate", "up", "activation")
@@ -36,11 +36,11 @@ class Decoder(nnx.Module):
     """Embedding, L blocks, final norm, head. The blocks' leaves are declared once and stacked in front by `params`."""
 
     def __init__(self, c: ModelConfig):
-        rows = (c.padded_vocab_size, c.model_dim)
-        self.embedding = weight(rows, ("vocab", "embed"), c.model_dim**-0.5, kind="embedding")
+        rows, start = (c.padded_vocab_size, c.model_dim), normal(c.model_dim**-0.5)
+        self.embedding = weight(rows, ("vocab", "embed"), start, kind="embedding")
         self.blocks = Block(c)
         self.final_norm = RMSNorm(c.model_dim, c.norm_eps)
-        self.head = None if c.tied_head else weight(rows, ("vocab", "embed"), c.model_dim**-0.5, kind="head")
+        self.head = None if c.tied_head else weight(rows, ("vocab", "embed"), start, kind="head")
         self.c = c
 
     def hidden(

@@ -16,22 +16,13 @@ from phijax.model.ops import Ops
 from phijax.model.params import STACKED, Params
 from phijax.model.rope import inverse_frequencies, rope_table
 from phijax.model.terms import Term
+from phijax.quantization.policy import kind_of
 
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]  # a leaf's path and which part of it, as checkpoints are read
 
 
-# Field of Inputs, or "head" -> last names of the leaves that are given it.
-INPUTS_OF = {
-    "qkv": ("q", "k", "v"),
-    "o": ("o",),
-    "gate_up": ("gate", "up"),
-    "down": ("down",),
-    "head": ("head",),
-}
-
-
 class Inputs(NamedTuple):
-    """Of one layer's matrices, in float32."""
+    """Of one layer's matrices, by their kind, in float32."""
 
     qkv: jax.Array  # (B, T, D)
     o: jax.Array  # (B, T, N·H)
@@ -81,11 +72,10 @@ class Hessians:
 
     def __call__(self, path: str, layer: int) -> jax.Array | None:
         """(inputs, inputs) float32; None for an embedding that is no head: nothing is summed over it."""
-        name = path.rsplit("/", 1)[-1]
-        if name == "embedding" and self._c.tied_head:
-            name = "head"  # as which it changes the output most: KL 0.25 instead of 0.52 on SmolLM2-135M in int4_g64
-        what = next((what for what, names in INPUTS_OF.items() if name in names), None)
-        if what is None:
+        what = kind_of(path)
+        if what == "embedding" and self._c.tied_head:
+            what = "head"  # as which it changes the output most: KL 0.25 instead of 0.52 on SmolLM2-135M in int4_g64
+        if what in (None, "embedding"):
             return None
         self._advance(self._c.num_layers - 1 if what == "head" else layer)
         if what not in self._made:

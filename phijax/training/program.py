@@ -42,7 +42,8 @@ class Recipe:
         return next_token(self.model, self.backend, length=length, loss=self.loss)
 
     def make_optimizer(self) -> Optimizer:
-        return make_optimizer(self.optimizer, params.nested(params.axes(self.model)), self.total_steps)
+        decayed = {path: leaf.decayed for path, leaf in params.leaves(self.model).items()}
+        return make_optimizer(self.optimizer, params.nested(decayed), self.total_steps)
 
 
 def abstract_state(recipe: Recipe, mesh: Mesh) -> TrainState:
