@@ -23,6 +23,7 @@ from phijax.model.kernels.rows import row_sum
 from phijax.model.params import STACKED, Params
 from phijax.model.quantized import Quantized
 from phijax.model.rope import rope_table
+from phijax.model.vocabulary import padded_logits
 from phijax.model.weights import WeightFormat, lookup
 
 Weights = dict[str, Any]  # as Params, but "blocks" is a tuple of trees where layers are unrolled
@@ -128,15 +129,9 @@ def hidden(
 
 
 def logits(c: ModelConfig, path: Path, weights: Weights, x: jax.Array) -> jax.Array:
-    """(B, D) -> (B, padded V) float32, -inf where the vocabulary is padded. (Cutting the padding off is a copy.)"""
-    module = _module(c, path, weights, _layer(weights, 0))
-    head = (module.embedding if module.head is None else module.head).get_value()
-    if isinstance(head, WeightFormat):
-        values = head.project(x, jnp.float32)
-    else:
-        head = module.head_rows().astype(x.dtype)
-        values = jnp.einsum("bd,vd->bv", x, head, preferred_element_type=jnp.float32)
-    return jnp.where(jnp.arange(head.shape[0]) < c.vocab_size, values, -jnp.inf)
+    """(B, D) -> (B, padded V) float32, as `vocabulary.padded_logits`."""
+    head = _module(c, path, weights, _layer(weights, 0)).output
+    return padded_logits(x, head, vocab_size=c.vocab_size)
 
 
 def _layer(weights: Weights, number: int | jax.Array) -> Params:

@@ -11,11 +11,11 @@ from phijax.errors import UserError
 from phijax.model.backend import Backend
 from phijax.model.block import Block
 from phijax.model.config import ModelConfig
-from phijax.model.embedding import embed
 from phijax.model.kernels.splash import RESIDUALS
 from phijax.model.norm import RMSNorm
 from phijax.model.rope import inverse_frequencies, rope_table
 from phijax.model.training_ops import TrainingOps
+from phijax.model.vocabulary import embed, logits
 from phijax.model.weights import normal, weight, whole
 from phijax.parallel import dealing, sharding
 
@@ -72,12 +72,16 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """(B, T, D) -> (B, T, V) float32, the padded vocabulary cut off. Training never makes these in full."""
-        head = self.head_rows()[: self.c.vocab_size].astype(hidden.dtype)
-        return jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+        return logits(hidden, self.output, vocab_size=self.c.vocab_size)
 
     def head_rows(self) -> jax.Array:
-        """(padded V, D) float32: the head, or the embedding where they are tied."""
-        return whole(self.embedding if self.head is None else self.head)
+        """(padded V, D) float32, as the loss takes them."""
+        return whole(self.output)
+
+    @property
+    def output(self) -> nnx.Param:
+        """The head, or the embedding where they are tied."""
+        return self.embedding if self.head is None else self.head
 
 
 def rematerialised(body: Callable, backend: Backend) -> Callable:

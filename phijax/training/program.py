@@ -12,7 +12,7 @@ from phijax.errors import UserError
 from phijax.model import params
 from phijax.model.backend import Backend
 from phijax.model.config import ModelConfig
-from phijax.training.cross_entropy import LossConfig
+from phijax.model.cross_entropy import LossConfig
 from phijax.training.objectives import Objective, next_token
 from phijax.training.optimizer import Optimizer, OptimizerConfig, learning_rate, make_optimizer
 from phijax.training.state import TrainState, new_state, place
