@@ -12,13 +12,13 @@ from phijax.parallel import hardware
 hardware.prepare_cpu()
 
 from phijax.model.backend import CHOICES
+from phijax.model.cross_entropy import LossConfig
 from phijax.model.presets import PRESETS
 from phijax.parallel.mesh import MeshConfig, make_mesh
 from phijax.planning import analytic
 from phijax.planning.assumptions import GIB
 from phijax.planning.compiled import DoesNotFit, compile_step
 from phijax.planning.topology import tpu_devices
-from phijax.training.cross_entropy import LossConfig
 from phijax.training.optimizer import OptimizerConfig
 from phijax.training.program import Recipe
 

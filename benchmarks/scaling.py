@@ -17,6 +17,7 @@ from phijax.parallel import hardware
 hardware.prepare_cpu()
 
 from phijax.model.backend import CHOICES
+from phijax.model.cross_entropy import LossConfig
 from phijax.model.presets import PRESETS
 from phijax.parallel.mesh import MeshConfig, make_mesh
 from phijax.planning import analytic, search
@@ -24,7 +25,6 @@ from phijax.planning.assumptions import CROWDED_FROM, GIB
 from phijax.planning.compiled import compile_step
 from phijax.planning.step_plan import StepPlan, plan_step
 from phijax.planning.topology import lengths_of, tpu_devices
-from phijax.training.cross_entropy import LossConfig
 from phijax.training.optimizer import OptimizerConfig
 from phijax.training.program import Recipe
 

@@ -28,6 +28,7 @@ from phijax.inference.sampling import Sampling, Settings
 from phijax.model import cached, params
 from phijax.model.backend import CHOICES
 from phijax.model.config import LongRope
+from phijax.model.cross_entropy import LossConfig
 from phijax.model.kernels import cpu_int4
 from phijax.model.presets import PRESETS
 from phijax.model.quantized import Quantized
@@ -35,7 +36,6 @@ from phijax.parallel.mesh import MeshConfig, make_mesh
 from phijax.planning import decode_step, topology
 from phijax.planning.decode_step import Served
 from phijax.quantization import policy
-from phijax.training.cross_entropy import LossConfig
 from phijax.training.optimizer import OptimizerConfig
 from phijax.training.program import Recipe, lower_eval_step, lower_train_step
 

@@ -19,8 +19,8 @@ import numpy as np
 from phijax.model import params
 from phijax.model.backend import CHOICES
 from phijax.model.config import ModelConfig
+from phijax.model.cross_entropy import LossConfig
 from phijax.parallel.mesh import MeshConfig, make_mesh
-from phijax.training.cross_entropy import LossConfig
 from phijax.training.optimizer import OptimizerConfig
 from phijax.training.program import Recipe, initial_state, lower_train_step
 

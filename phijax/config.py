@@ -22,12 +22,12 @@ from phijax.data.loader import DataConfig
 from phijax.errors import UserError, nearest_name
 from phijax.evaluation.held_out import EvaluationConfig
 from phijax.model.config import ModelSection
+from phijax.model.cross_entropy import LossConfig
 from phijax.parallel.hardware import CompilerConfig
 from phijax.parallel.mesh import MeshConfig
 from phijax.parallel.processes import ProcessConfig
 from phijax.report.config import LoggingConfig
 from phijax.storage.named import named
-from phijax.training.cross_entropy import LossConfig
 from phijax.training.optimizer import OptimizerConfig
 
 # Keys that name files and folders; `~` is the home folder in them.

@@ -11,12 +11,12 @@ import pytest
 
 from phijax.model import params
 from phijax.model.backend import CHOICES
+from phijax.model.cross_entropy import CHUNK, LossConfig
 from phijax.model.kernels.splash import BLOCK
 from phijax.model.presets import PRESETS
 from phijax.parallel import hlo
 from phijax.parallel.mesh import MeshConfig, make_mesh
 from phijax.planning.topology import tpu_devices
-from phijax.training.cross_entropy import CHUNK, LossConfig
 from phijax.training.optimizer import OptimizerConfig
 from phijax.training.program import Recipe, lower_train_step
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from etils import epath
 
 from phijax.errors import UserError, nearest_name
+from phijax.model.mask import Mask
 
 VOCAB_MULTIPLE = 1024  # 8 rows on each of 128 chips; fixed, so that shapes never depend on the mesh
 CHECKPOINT = "checkpoint"  # the preset that is the model of the run's start weights
@@ -55,6 +56,16 @@ class ModelConfig:
     @property
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def attention_scale(self) -> float:
+        """The softmax's factor: 1 / sqrt(H)."""
+        return self.head_dim**-0.5
+
+    @property
+    def mask(self) -> Mask:
+        """What a query sees in every layer."""
+        return Mask(window=self.sliding_window)
 
     def residual_std(self, fan_in: int) -> float:
         """Start of what writes into the residual stream: the sum over 2L writers keeps the variance of one."""

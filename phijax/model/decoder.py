@@ -6,18 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from phijax.errors import UserError
-from phijax.model.attention import Attention
 from phijax.model.backend import Backend
+from phijax.model.block import Block
 from phijax.model.config import ModelConfig
-from phijax.model.embedding import embed
 from phijax.model.kernels.splash import RESIDUALS
-from phijax.model.mlp import Mlp
 from phijax.model.norm import RMSNorm
-from phijax.model.rope import rope_table
-from phijax.model.weights import weight, whole
+from phijax.model.rope import inverse_frequencies, rope_table
+from phijax.model.training_ops import TrainingOps
+from phijax.model.vocabulary import embed, logits
+from phijax.model.weights import normal, weight, whole
 from phijax.parallel import dealing, sharding
 
 SAVEABLE = ("query", "key", "value", "attention", RESIDUALS, "mid", "gate", "up", "activation")
@@ -33,36 +32,15 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
 }
 
 
-class Block(nnx.Module):
-    """Pre-norm residual block: (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, c: ModelConfig):
-        self.attention_norm = RMSNorm(c.model_dim, c.norm_eps)
-        self.attention = Attention(c)
-        self.mlp_norm = RMSNorm(c.model_dim, c.norm_eps)
-        self.mlp = Mlp(c)
-
-    def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array, backend: Backend
-    ) -> jax.Array:
-        residual = ("act_batch", "act_time", "act_embed")
-        x = x + self.attention(self.attention_norm(x), rope, segment_ids, backend)
-        x = checkpoint_name(sharding.constrain(x, residual), "mid")
-        h = self.mlp_norm(x)
-        if backend.flat_tokens:
-            h = h.reshape(-1, h.shape[-1])
-        return sharding.constrain(x + self.mlp(h, int8=backend.mlp_products == "int8").reshape(x.shape), residual)
-
-
 class Decoder(nnx.Module):
     """Embedding, L blocks, final norm, head. The blocks' leaves are declared once and stacked in front by `params`."""
 
     def __init__(self, c: ModelConfig):
-        rows = (c.padded_vocab_size, c.model_dim)
-        self.embedding = weight(rows, ("vocab", "embed"), c.model_dim**-0.5)
+        rows, start = (c.padded_vocab_size, c.model_dim), normal(c.model_dim**-0.5)
+        self.embedding = weight(rows, ("vocab", "embed"), start, kind="embedding")
         self.blocks = Block(c)
         self.final_norm = RMSNorm(c.model_dim, c.norm_eps)
-        self.head = None if c.tied_head else weight(rows, ("vocab", "embed"), c.model_dim**-0.5)
+        self.head = None if c.tied_head else weight(rows, ("vocab", "embed"), start, kind="head")
         self.c = c
 
     def hidden(
@@ -78,10 +56,12 @@ class Decoder(nnx.Module):
         deals = backend.attention == "splash"  # the one path that takes rows dealt over `context`
         if deals:
             tokens, positions, segment_ids = (dealing.deal(x, 1) for x in (tokens, positions, segment_ids))
-        rope = rope_table(self.c, positions, length, backend.dtype, by_matmul=backend.rope_by_matmul)
+        frequencies = inverse_frequencies(self.c, length)
+        rope = rope_table(self.c, positions, *frequencies, backend.dtype, by_matmul=backend.rope_by_matmul)
+        ops = TrainingOps(self.c, rope, segment_ids, backend)
         x = embed(whole(self.embedding), tokens, backend.dtype)
         x = sharding.constrain(x, ("act_batch", "act_time", "act_embed"))
-        body = rematerialised(lambda x, block: block(x, rope, segment_ids, backend), backend)
+        body = rematerialised(lambda x, block: block(x, None, ops)[0], backend)
         if backend.scan_layers:
             x, _ = jax.lax.scan(lambda x, block: (body(x, block), None), x, self.blocks)
         else:
@@ -92,12 +72,16 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """(B, T, D) -> (B, T, V) float32, the padded vocabulary cut off. Training never makes these in full."""
-        head = self.head_rows()[: self.c.vocab_size].astype(hidden.dtype)
-        return jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+        return logits(hidden, self.output, vocab_size=self.c.vocab_size)
 
     def head_rows(self) -> jax.Array:
-        """(padded V, D) float32: the head, or the embedding where they are tied."""
-        return whole(self.embedding if self.head is None else self.head)
+        """(padded V, D) float32, as the loss takes them."""
+        return whole(self.output)
+
+    @property
+    def output(self) -> nnx.Param:
+        """The head, or the embedding where they are tied."""
+        return self.embedding if self.head is None else self.head
 
 
 def rematerialised(body: Callable, backend: Backend) -> Callable:

@@ -1,12 +1,13 @@
 """Parameters and FLOPs a token: the plan and the reported MFU read the same numbers."""
 
+from phijax.model import params
 from phijax.model.config import ModelConfig
 
 
 def matmul_parameters(c: ModelConfig) -> int:
     """Parameters that multiply each token: all matrices but the embedding lookup (a tied head still multiplies)."""
-    attention = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim * c.model_dim
-    return c.num_layers * (attention + 3 * c.ffn_dim * c.model_dim) + c.vocab_size * c.model_dim
+    looked_up = {None} if c.tied_head else {None, "embedding"}
+    return sum(params.size(c, leaf) for leaf in params.leaves(c).values() if leaf.kind not in looked_up)
 
 
 def attended_keys(length: int, window: int | None) -> float:

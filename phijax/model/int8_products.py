@@ -27,6 +27,11 @@ def project_back(h: jax.Array, w: nnx.Param) -> jax.Array:
     return _project_back(h, w[...], tuple(w.axes))
 
 
+def contract(x: jax.Array, w: nnx.Param) -> jax.Array:
+    """As `weights.contract` but rounded."""
+    return project_back(x, w) if w.summed == "rows" else project(x, w)
+
+
 def rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(..., D) -> int8 (..., D) and the scale of each row (..., 1) float32: x is about their product."""
     wide = x.astype(jnp.float32)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from phijax.model.weights import weight
+from phijax.model.weights import ONES, weight
 
 
 class RMSNorm(nnx.Module):
@@ -16,7 +16,7 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(self, model_dim: int, eps: float):
-        self.scale = weight((model_dim,), ("embed",), std=0.0)
+        self.scale = weight((model_dim,), ("embed",), ONES)
         self.eps = eps
 
     def __call__(self, x: jax.Array, row_sum: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:

@@ -1,9 +1,10 @@
 """The bridge between Flax modules and plain parameters: outside `model/` parameters are a nested dict of arrays."""
 
 import functools
+import math
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,33 +14,62 @@ from jax.sharding import Mesh
 from phijax.errors import UserError
 from phijax.model.config import ModelConfig
 from phijax.model.decoder import Decoder
+from phijax.model.weights import Start
 from phijax.parallel import sharding
 
 Params = dict[str, Any]
 STACKED = "blocks"
+_ANY_SIZE = ModelConfig(
+    vocab_size=1, model_dim=1, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, ffn_dim=1, max_position=1
+)
+
+
+class Leaf(NamedTuple):
+    """What is declared of a leaf, by `weights.weight`; shape and axes of a block's with L in front."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    start: Start
+    kind: str | None
+    summed: Literal["d", "rows"]
+    decayed: bool
+
+    @property
+    def summed_axis(self) -> int:
+        return -2 if self.summed == "rows" else -1
 
 
 @functools.lru_cache(maxsize=16)
-def _declared(c: ModelConfig) -> tuple[nnx.GraphDef, dict[str, tuple[tuple[int, ...], tuple[str, ...], float]]]:
-    """The module's structure, and per leaf path: shape, logical axes, deviation; blocks with L in front."""
+def _declared(c: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Leaf]]:
+    """The module's structure, and its leaves by path."""
     graph, state = nnx.split(Decoder(c))
     leaves = {}
     for path, variable in nnx.to_flat_state(state):
         shape, axes = tuple(variable.get_value().shape), tuple(variable.axes)
         if path[0] == STACKED:
             shape, axes = (c.num_layers, *shape), ("layers", *axes)
-        leaves["/".join(path)] = (shape, axes, variable.std)
+        leaves["/".join(path)] = Leaf(shape, axes, variable.start, variable.kind, variable.summed, variable.decayed)
     return graph, leaves
+
+
+def leaves(c: ModelConfig) -> dict[str, Leaf]:
+    """Leaf path -> what is declared of it."""
+    return _declared(c)[1]
+
+
+def any_leaves() -> dict[str, Leaf]:
+    """What holds of the leaves of models of every size: all but their shapes and starts."""
+    return leaves(_ANY_SIZE)
 
 
 def shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Leaf path -> shape; they never depend on the mesh."""
-    return {path: shape for path, (shape, _, _) in _declared(c)[1].items()}
+    return {path: leaf.shape for path, leaf in leaves(c).items()}
 
 
 def axes(c: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Leaf path -> logical axes, one a dimension."""
-    return {path: names for path, (_, names, _) in _declared(c)[1].items()}
+    return {path: leaf.axes for path, leaf in leaves(c).items()}
 
 
 def nested(flat: Mapping[str, Any]) -> Params:
@@ -80,12 +110,13 @@ def init(c: ModelConfig, seed: int) -> Params:
     """
     key = jax.random.key(seed)
     out = {}
-    for path, (shape, names, std) in _declared(c)[1].items():
-        if std == 0.0:
-            out[path] = jnp.ones(shape, jnp.float32)
+    for path, leaf in leaves(c).items():
+        shape, start = leaf.shape, leaf.start
+        if start.std == 0.0:
+            out[path] = jnp.full(shape, start.value, jnp.float32)
             continue
-        values = jax.random.normal(jax.random.fold_in(key, zlib.crc32(path.encode())), shape, jnp.float32) * std
-        if "vocab" in names:  # rows that stand for no token
+        values = jax.random.normal(jax.random.fold_in(key, zlib.crc32(path.encode())), shape, jnp.float32) * start.std
+        if "vocab" in leaf.axes:  # rows that stand for no token
             values = jnp.where(jnp.arange(shape[0])[:, None] < c.vocab_size, values, 0.0)
         out[path] = values
     return nested(out)
@@ -96,15 +127,20 @@ def module(c: ModelConfig, params: Params) -> Decoder:
     return nnx.merge(_declared(c)[0], nnx.State(params))
 
 
+def module_with(c: ModelConfig, leaves: Mapping[str, Any]) -> Decoder:
+    """The Decoder of which only these leaves are there, by path, a stacked one as one layer's; others are abstract."""
+    return module(c, nested(flat(abstract(c)) | dict(leaves)))
+
+
 def count(c: ModelConfig) -> int:
     """Parameters of the model as published: without the rows that pad the vocabulary."""
-    total = 0
-    for shape, names, _ in _declared(c)[1].values():
-        size = 1
-        for length, name in zip(shape, names, strict=True):
-            size *= c.vocab_size if name == "vocab" else length
-        total += size
-    return total
+    return sum(size(c, leaf) for leaf in leaves(c).values())
+
+
+def size(c: ModelConfig, leaf: Leaf) -> int:
+    """Numbers of a leaf, those that pad the vocabulary not counted."""
+    lengths = zip(leaf.shape, leaf.axes, strict=True)
+    return math.prod(c.vocab_size if name == "vocab" else length for length, name in lengths)
 
 
 def check_mesh(c: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
@@ -123,8 +159,8 @@ def check_mesh(c: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
                 f"mesh.tensor={sizes['tensor']} cannot be used with model.{what}={heads}: tensor parallelism cuts at "
                 f"heads.\nSizes that do: {', '.join(map(str, fits))}." + (vocabulary if usable != fits else "")
             )
-    leaves = {path: (shape, names) for path, (shape, names, _) in _declared(c)[1].items()}
-    for path, (shape, names) in leaves.items():
-        sharding.check_divides(path, shape, names, sizes)
+    for path, leaf in leaves(c).items():
+        sharding.check_divides(path, leaf.shape, leaf.axes, sizes)
     grouped = ("kv_heads",) if c.num_kv_heads < c.num_heads else ()
-    return sharding.row_warnings(leaves, sizes, ignore=grouped)
+    laid_out = {path: (leaf.shape, leaf.axes) for path, leaf in leaves(c).items()}
+    return sharding.row_warnings(laid_out, sizes, ignore=grouped)

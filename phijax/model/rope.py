@@ -31,20 +31,26 @@ def inverse_frequencies(c: ModelConfig, length: int) -> tuple[np.ndarray, float]
 
 
 def rope_table(
-    c: ModelConfig, positions: jax.Array, length: int, dtype: jnp.dtype, *, by_matmul: bool
+    c: ModelConfig,
+    positions: jax.Array,
+    frequencies: jax.Array,
+    factor: float,
+    dtype: jnp.dtype,
+    *,
+    by_matmul: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin for `apply_rope`, made once a forward pass.
 
     Args:
       positions: (B, T) int32, counted from 0 inside each packed segment.
-      length: declared length of the program's sequences.
+      frequencies, factor: as `inverse_frequencies` gives them; (R/2,), or (B, R/2) where they differ by row.
     Returns: two (B, 1, T, R) in dtype; with `by_matmul` (B, 1, T, H), the unrotated dimensions holding 1 and 0.
     """
-    inverse_frequency, factor = inverse_frequencies(c, length)
     # float32 on purpose: bfloat16 cannot tell position 257 from 256.
-    angles = positions[:, None, :, None].astype(jnp.float32) * inverse_frequency  # (B, 1, T, R/2)
+    places = positions[:, None, :, None].astype(jnp.float32)
+    angles = places * (frequencies[:, None, None] if frequencies.ndim == 2 else frequencies)  # (B, 1, T, R/2)
     angles = jnp.concatenate([angles, angles], axis=-1)
-    cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    cos, sin = jnp.cos(angles) * np.float32(factor), jnp.sin(angles) * np.float32(factor)
     if by_matmul and c.rotary_dim < c.head_dim:
         rest = [(0, 0)] * 3 + [(0, c.head_dim - c.rotary_dim)]
         cos, sin = jnp.pad(cos, rest, constant_values=1.0), jnp.pad(sin, rest)

@@ -7,8 +7,9 @@ Every projection is one leaf [rows, D], D last and whole on every chip: measured
 heads. While it is used a weight is gathered over `fsdp`.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +42,47 @@ class WeightFormat(Protocol):
         """(..., rows, D)."""
 
 
-def weight(shape: Sequence[int], axes: Sequence[str], std: float) -> nnx.Param:
-    """Declares a float32 leaf: shape, logical axes and the deviation of its start; std 0 starts at one (norms).
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Normal numbers of deviation `std`; with none, all are `value`."""
+
+    std: float = 0.0
+    value: float = 0.0
+
+
+ZEROS, ONES = Start(), Start(value=1.0)
+
+
+def normal(std: float) -> Start:
+    return Start(std)
+
+
+def weight(
+    shape: Sequence[int],
+    axes: Sequence[str],
+    start: Start,
+    *,
+    kind: str | None = None,
+    summed: Literal["d", "rows"] = "d",
+    decayed: bool | None = None,
+) -> nnx.Param:
+    """Declares a float32 leaf and every fact about it that other rooms need: they read it from `params.leaves`.
 
     The value stays abstract: `params.init` makes it, on whatever mesh, from the leaf's path alone.
+
+    Args:
+      kind: of a matrix; those of one kind in a layer share their input, and are quantised alike. None: no matrix.
+      summed: the axis of a matrix that a product sums over.
+      decayed: whether weight decay applies; None: to matrices.
     """
-    return nnx.Param(jax.ShapeDtypeStruct(tuple(shape), jnp.float32), axes=tuple(axes), std=std)
+    value = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+    decayed = kind is not None if decayed is None else decayed
+    return nnx.Param(value, axes=tuple(axes), start=start, kind=kind, summed=summed, decayed=decayed)
+
+
+def contract(x: jax.Array, w: nnx.Param) -> jax.Array:
+    """x by w [rows, D], summed over the axis that the leaf declares: (..., D) -> (..., rows) or back."""
+    return project_back(x, w) if w.summed == "rows" else project(x, w)
 
 
 def project(x: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax.Array:

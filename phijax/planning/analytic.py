@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from phijax.model import params
+from phijax.model import cross_entropy, params
 from phijax.model.config import ModelConfig
 from phijax.model.decoder import SAVEABLE, remat_names
 from phijax.model.kernels.splash import BLOCK, backward_block, part_length
@@ -23,7 +23,6 @@ from phijax.planning.estimator import Estimate
 from phijax.planning.interconnect import Torus
 from phijax.planning.kernels import BACKWARD_BLOCK, BACKWARD_PRODUCTS, seen_share
 from phijax.planning.topology import imaginary_devices, torus_of
-from phijax.training import cross_entropy
 from phijax.training.program import BatchShape, Recipe
 
 RAGGED = 1.2  # products take this much longer where gathered weights are laid out anew: measured on the compiler

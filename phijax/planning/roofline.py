@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+from phijax.model import params
 from phijax.model.flops import matmul_parameters
 from phijax.planning.assumptions import Chip
 from phijax.planning.step_plan import StepPlan
@@ -29,9 +30,10 @@ def points(step: StepPlan, recipe: Recipe, sizes: Mapping[str, int]) -> list[Poi
     micro, rows, length = step.shape
     tokens = rows * length / (sizes["data"] * sizes["fsdp"] * sizes["context"])
     width = recipe.backend.dtype.itemsize
-    q, kv, ffn = (n / tensor for n in (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.ffn_dim))
+    q, kv = (n / tensor for n in (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim))
     flops = moved = 0.0
-    for out in (q, kv, kv, q, ffn, ffn, ffn):
+    of_layer = (leaf for leaf in params.leaves(c).values() if leaf.kind and leaf.axes[0] == "layers")
+    for out in (leaf.shape[-2] / tensor for leaf in of_layer):
         flops += 3 * 2 * tokens * out * c.model_dim * c.num_layers
         moved += 3 * width * (tokens * c.model_dim + out * c.model_dim + tokens * out) * c.num_layers
     head = c.padded_vocab_size / tensor

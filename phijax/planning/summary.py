@@ -6,12 +6,11 @@ The parts that live from step to step are exact; activations and workspace are e
 import math
 from collections.abc import Mapping
 
-from phijax.model import params
+from phijax.model import cross_entropy, params
 from phijax.model.config import ModelConfig
 from phijax.model.decoder import remat_names
 from phijax.model.flops import train_flops_per_token
 from phijax.parallel import sharding
-from phijax.training import cross_entropy
 from phijax.training.program import BatchShape, Recipe
 
 GIB = 2**30

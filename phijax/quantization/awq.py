@@ -19,7 +19,7 @@ import numpy as np
 from phijax.model.config import ModelConfig
 from phijax.model.quantized import Quantized
 from phijax.quantization import calibrate
-from phijax.quantization.policy import Scheme, summed_axis
+from phijax.quantization.policy import Scheme, paths_of, summed_axis
 from phijax.quantization.rounding import Quantize, round_to_nearest
 
 EXPONENTS = tuple(float(a) for a in np.linspace(0.0, 1.0, 11))  # the first is rounding as it is
@@ -28,14 +28,7 @@ SAMPLES = 256  # tokens whose outputs are compared
 DAMPING = 0.01  # of the mean importance, added to it: inputs that hardly occur would else be rounded anyhow
 OUTPUTS = 1024  # of a matrix that are compared: more choose no better, and mini's have up to 8192
 
-# Fold -> the leaves whose inputs it scales.
-SCALED: dict[str, tuple[str, ...]] = {
-    "qkv": ("blocks/attention/q", "blocks/attention/k", "blocks/attention/v"),
-    "gate_up": ("blocks/mlp/gate", "blocks/mlp/up"),
-    "down": ("blocks/mlp/down",),
-    "head": ("head",),
-}
-# Fold -> the leaf that takes its inverse, and along which axis.
+# Fold, which is the kind of the leaves whose inputs it scales -> the leaf that takes its inverse, and along which axis.
 INVERSE: dict[str, tuple[str, int]] = {
     "qkv": ("blocks/attention_norm/scale", -1),
     "gate_up": ("blocks/mlp_norm/scale", -1),
@@ -71,7 +64,7 @@ def choose(
     Matrices that stay as stored need none, and take none along with those that do not: a fold is made where all that
     it scales is quantised.
     """
-    wanted = [fold for fold, paths in SCALED.items() if all(path in assigned for path in paths)]
+    wanted = [fold for fold in INVERSE if all(path in assigned for path in paths_of(fold))]
     folds: dict[str, list[np.ndarray]] = {fold: [] for fold in wanted if fold != "head"}
     importance: dict[str, list[np.ndarray]] = {}
     last = None
@@ -79,9 +72,9 @@ def choose(
         for what, x in inputs._asdict().items():
             scales = np.ones(x.shape[-1], np.float32)
             if what in folds:
-                scales = _choose(x, {path: _leaf(weights, path) for path in SCALED[what]}, assigned)
+                scales = _choose(x, {path: _leaf(weights, path) for path in paths_of(what)}, assigned)
                 folds[what].append(scales)
-            for path in SCALED.get(what, ("blocks/attention/o",)):
+            for path in paths_of(what):
                 importance.setdefault(path, []).append(_importance(x) / scales**2)
         last = out
         on_layer(number + 1, c.num_layers)
@@ -103,7 +96,7 @@ def _importance(x: jax.Array) -> np.ndarray:
 def fold(path: str, values: np.ndarray, index: tuple[slice, ...], folds: Mapping[str, np.ndarray]) -> np.ndarray:
     """A part of a leaf, float32, with its scales and inverses in it. index: where the part lies; all bounds given."""
     for name, scales in folds.items():
-        for leaf, axis, inverse in (*((p, summed_axis(p), False) for p in SCALED[name]), (*INVERSE[name], True)):
+        for leaf, axis, inverse in (*((p, summed_axis(p), False) for p in paths_of(name)), (*INVERSE[name], True)):
             if leaf == path:
                 here = scales[(*index[: scales.ndim - 1], index[axis])]
                 here = here[..., None] if axis == -2 else here[..., None, :] if values.ndim > here.ndim else here
@@ -112,7 +105,7 @@ def fold(path: str, values: np.ndarray, index: tuple[slice, ...], folds: Mapping
 
 
 def is_folded(path: str, folds: Mapping[str, np.ndarray]) -> bool:
-    return any(path in SCALED[name] or path == INVERSE[name][0] for name in folds)
+    return any(path in paths_of(name) or path == INVERSE[name][0] for name in folds)
 
 
 def _choose(x: jax.Array, matrices: Mapping[str, np.ndarray], assigned: Mapping[str, Scheme]) -> np.ndarray:

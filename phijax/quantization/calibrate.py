@@ -1,37 +1,28 @@
 """What the matrices of a model are given on some rows of tokens, layer by layer: one layer's weights at a time."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from phijax.errors import UserError
 from phijax.model import params
-from phijax.model.backend import ATTENTION
 from phijax.model.config import ModelConfig
-from phijax.model.norm import RMSNorm
+from phijax.model.ops import Ops
 from phijax.model.params import STACKED, Params
-from phijax.model.rope import apply_rope, rope_table
-from phijax.model.weights import project, project_back
+from phijax.model.rope import inverse_frequencies, rope_table
+from phijax.model.terms import Term
+from phijax.quantization.policy import kind_of
 
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]  # a leaf's path and which part of it, as checkpoints are read
 
 
-# Field of Inputs, or "head" -> last names of the leaves that are given it.
-INPUTS_OF = {
-    "qkv": ("q", "k", "v"),
-    "o": ("o",),
-    "gate_up": ("gate", "up"),
-    "down": ("down",),
-    "head": ("head",),
-}
-
-
 class Inputs(NamedTuple):
-    """Of one layer's matrices, in float32."""
+    """Of one layer's matrices, by their kind, in float32."""
 
     qkv: jax.Array  # (B, T, D)
     o: jax.Array  # (B, T, N·H)
@@ -81,11 +72,10 @@ class Hessians:
 
     def __call__(self, path: str, layer: int) -> jax.Array | None:
         """(inputs, inputs) float32; None for an embedding that is no head: nothing is summed over it."""
-        name = path.rsplit("/", 1)[-1]
-        if name == "embedding" and self._c.tied_head:
-            name = "head"  # as which it changes the output most: KL 0.25 instead of 0.52 on SmolLM2-135M in int4_g64
-        what = next((what for what, names in INPUTS_OF.items() if name in names), None)
-        if what is None:
+        what = kind_of(path)
+        if what == "embedding" and self._c.tied_head:
+            what = "head"  # as which it changes the output most: KL 0.25 instead of 0.52 on SmolLM2-135M in int4_g64
+        if what in (None, "embedding"):
             return None
         self._advance(self._c.num_layers - 1 if what == "head" else layer)
         if what not in self._made:
@@ -110,28 +100,28 @@ def _outer(x: jax.Array) -> jax.Array:
 
 def final_norm(c: ModelConfig, scale: np.ndarray, x: jax.Array) -> jax.Array:
     """What the head is given: (B, T, D)."""
-    norm = RMSNorm(c.model_dim, c.norm_eps)
-    norm.scale.set_value(jnp.asarray(scale, jnp.float32))
-    return norm(x)
+    decoder = params.module_with(c, {"final_norm/scale": jnp.asarray(scale, jnp.float32)})
+    return decoder.final_norm(x)
+
+
+class Observed(Ops):
+    """The reference, which remembers what the matrices of each kind are given."""
+
+    def __init__(self, c: ModelConfig, rope: tuple[jax.Array, jax.Array]):
+        super().__init__(c, rope)
+        self.inputs: dict[str, jax.Array] = {}
+
+    def products(self, h: Term, weights: Sequence[nnx.Param]) -> Iterable[jax.Array]:
+        x = self.inputs[weights[0].kind] = self.value(h)
+        return super().products(x, weights)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def run_layer(c: ModelConfig, layer: Params, x: jax.Array) -> tuple[jax.Array, Inputs]:
-    """decoder.Block, with what its matrices are given. x: (B, T, D) float32, each row one document from place 0."""
-    unused = jnp.zeros((1, c.model_dim))
-    tree = {"embedding": unused, "final_norm": {"scale": unused[0]}, STACKED: layer}
-    block = params.module(c, tree if c.tied_head else {**tree, "head": unused}).blocks
-    a, mlp = block.attention, block.mlp
+    """A block, with what its matrices are given. x: (B, T, D) float32, each row one document from place 0."""
+    block = params.module_with(c, params.flat(layer, f"{STACKED}/")).blocks
     batch, length, _ = x.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    rope = rope_table(c, positions, length, jnp.float32, by_matmul=False)
-    h = block.attention_norm(x)
-    q, k, v = (project(h, w, heads=n) for w, n in ((a.q, c.num_heads), (a.k, c.num_kv_heads), (a.v, c.num_kv_heads)))
-    q = apply_rope(q, rope, c, by_matmul=False) * c.head_dim**-0.5
-    k = apply_rope(k, rope, c, by_matmul=False)
-    out = ATTENTION["dense"](q, k, v, jnp.ones((batch, length), jnp.int32), window=c.sliding_window)
-    out = out.swapaxes(1, 2).reshape(batch, length, -1)
-    x = x + project_back(out, a.o)
-    m = block.mlp_norm(x)
-    activation = jax.nn.silu(project(m, mlp.gate)) * project(m, mlp.up)
-    return x + project_back(activation, mlp.down), Inputs(h, out, m, activation)
+    ops = Observed(c, rope_table(c, positions, *inverse_frequencies(c, length), jnp.float32, by_matmul=False))
+    x, _ = block(x, None, ops)
+    return x, Inputs(**ops.inputs)

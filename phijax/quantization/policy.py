@@ -38,15 +38,7 @@ SCHEMES: dict[str, Scheme] = {
 }
 AS_STORED = "as_stored"
 
-KINDS: dict[str, tuple[str, ...]] = {  # kind -> last names of its leaves
-    "qkv": ("q", "k", "v"),
-    "o": ("o",),
-    "gate_up": ("gate", "up"),
-    "down": ("down",),
-    "embedding": ("embedding",),
-    "head": ("head",),
-}
-SUMMED_OVER_ROWS = ("o", "down")  # used by project_back; all others by project, which sums over D
+KINDS = ("qkv", "o", "gate_up", "down", "embedding", "head")  # as leaves declare them; the columns of the table
 
 # --scheme -> the scheme of each kind, in the order of KINDS. Norms are never quantised.
 POLICIES: dict[str, tuple[str, ...]] = {
@@ -69,13 +61,20 @@ POLICIES: dict[str, tuple[str, ...]] = {
 
 
 def summed_axis(path: str) -> int:
-    """The axis of a leaf (..., rows, D) along which groups run: -2 for o and down, -1 for all others."""
-    return -2 if _name(path) in SUMMED_OVER_ROWS else -1
+    """The axis of a leaf (..., rows, D) along which groups run: the one that its products sum over, -1 or -2."""
+    leaf = params.any_leaves().get(path)
+    return leaf.summed_axis if leaf else -1
 
 
 def kind_of(path: str) -> str | None:
-    """The kind of a leaf; None for norms."""
-    return next((kind for kind, names in KINDS.items() if _name(path) in names), None)
+    """The kind of a leaf; None for norms, and for names that are no leaf's."""
+    leaf = params.any_leaves().get(path)
+    return leaf.kind if leaf else None
+
+
+def paths_of(kind: str) -> tuple[str, ...]:
+    """The leaves of a kind, in a model that has them all."""
+    return tuple(path for path, leaf in params.any_leaves().items() if leaf.kind == kind)
 
 
 def parse(text: str) -> dict[str, Scheme]:
@@ -119,10 +118,6 @@ def assign(c: ModelConfig, policy: Mapping[str, Scheme]) -> dict[str, Scheme]:
 
 def name_of(scheme: Scheme) -> str:
     return next(name for name, known in SCHEMES.items() if known == scheme)
-
-
-def _name(path: str) -> str:
-    return path.rsplit("/", 1)[-1]
 
 
 def _known(what: str, name: str, names) -> None:

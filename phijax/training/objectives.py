@@ -10,7 +10,7 @@ from phijax.errors import UserError
 from phijax.model import params as model_params
 from phijax.model.backend import Backend
 from phijax.model.config import ModelConfig
-from phijax.training.cross_entropy import LossConfig, cross_entropy
+from phijax.model.cross_entropy import LossConfig, cross_entropy
 
 # (params, frozen, micro-batch of (B, T) arrays, key) -> (loss sum, weight sum, auxiliary sums)
 Objective = Callable[[Any, Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]

@@ -79,30 +79,19 @@ def learning_rate(config: OptimizerConfig, step: jax.Array, total_steps: int) ->
     return config.learning_rate * warmup * fraction
 
 
-def decay_mask(axes: Any) -> Any:
-    """True where weight decay applies: leaves with an axis of rows. Read off the logical axes, since a stacked norm
-
-    has two dimensions like a matrix.
-
-    Args:
-      axes: the parameters' tree with a tuple of logical axes at each leaf.
-    """
-    matrix_rows = {"heads", "kv_heads", "ffn", "vocab"}
-    return jax.tree.map(lambda names: bool(matrix_rows & set(names)), axes, is_leaf=lambda x: isinstance(x, tuple))
-
-
-def make_optimizer(config: OptimizerConfig, axes: Any, total_steps: int) -> Optimizer:
+def make_optimizer(config: OptimizerConfig, decayed: Any, total_steps: int) -> Optimizer:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) whose update takes `step` and `grad_norm`.
 
     step: the state's own count. A step that is skipped must not advance bias correction but must advance the schedule,
     so the two counts part. grad_norm: of the whole gradient, so that any part of the parameters' tree, some of its
     branches or one layer of the stacked blocks, can be updated by itself (update.py).
+
+    Args: decayed: the parameters' tree, True where weight decay applies.
     """
-    mask = decay_mask(axes)
     return optax.chain(
         _clip(config.clip_norm) if config.clip_norm is not None else optax.identity(),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=lambda tree: {branch: mask[branch] for branch in tree}),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda tree: {branch: decayed[branch] for branch in tree}),
         _scale_by_schedule(config, total_steps),
     )
 

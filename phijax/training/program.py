@@ -12,7 +12,7 @@ from phijax.errors import UserError
 from phijax.model import params
 from phijax.model.backend import Backend
 from phijax.model.config import ModelConfig
-from phijax.training.cross_entropy import LossConfig
+from phijax.model.cross_entropy import LossConfig
 from phijax.training.objectives import Objective, next_token
 from phijax.training.optimizer import Optimizer, OptimizerConfig, learning_rate, make_optimizer
 from phijax.training.state import TrainState, new_state, place
@@ -42,7 +42,8 @@ class Recipe:
         return next_token(self.model, self.backend, length=length, loss=self.loss)
 
     def make_optimizer(self) -> Optimizer:
-        return make_optimizer(self.optimizer, params.nested(params.axes(self.model)), self.total_steps)
+        decayed = {path: leaf.decayed for path, leaf in params.leaves(self.model).items()}
+        return make_optimizer(self.optimizer, params.nested(decayed), self.total_steps)
 
 
 def abstract_state(recipe: Recipe, mesh: Mesh) -> TrainState:

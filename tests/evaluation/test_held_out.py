@@ -19,9 +19,9 @@ from phijax.evaluation.held_out import EvaluationConfig, HeldOut, HeldOutSet, ch
 from phijax.model import params
 from phijax.model.backend import Backend
 from phijax.model.config import ModelConfig
+from phijax.model.cross_entropy import LossConfig
 from phijax.parallel.sharding import MESH_AXES
 from phijax.training import program
-from phijax.training.cross_entropy import LossConfig
 from phijax.training.optimizer import OptimizerConfig
 
 LENGTH = 32

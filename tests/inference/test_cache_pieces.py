@@ -10,6 +10,7 @@ import pytest
 from phijax.inference import programs
 from phijax.model.kernels.decode import cached_attention, write
 from phijax.model.kernels.rows import row_sum
+from phijax.model.mask import Mask
 
 LENGTHS = (8, 8, 16, 32)
 ROWS, KV_HEADS, GROUP, HEAD = 3, 2, 2, 12
@@ -41,11 +42,11 @@ def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray
 def test_attention_over_pieces_is_attention_over_one_array(window, tokens, sums):
     rng = np.random.default_rng(0)
     k, v = random_cache(rng)
-    attend = jax.jit(lambda q, cache, at: cached_attention(q, cache, at, window=window, row_sum=sums))
+    attend = jax.jit(lambda q, cache, at: cached_attention(q, cache, at, mask=Mask(window=window), row_sum=sums))
     for starts in ((0, 7, 3), (8, 40, 15), (60, 31, 2), (5, 5, 5)):
         positions = np.array(starts)[:, None] + np.arange(tokens, dtype=np.int32)
         q = rng.standard_normal((ROWS, KV_HEADS * GROUP, tokens, HEAD), np.float32)
-        got = attend(q, tuple(zip(pieces_of(k), pieces_of(v), strict=True)), positions)
+        got = attend(q * HEAD**-0.5, tuple(zip(pieces_of(k), pieces_of(v), strict=True)), positions)
         np.testing.assert_allclose(got, reference(q, k, v, positions, window), rtol=0, atol=2e-6)
 
 
@@ -57,7 +58,7 @@ def test_pieces_that_no_row_has_reached_are_not_read():
     cache[2:] = [tuple(np.full_like(a, np.nan) for a in piece) for piece in cache[2:]]
     q = rng.standard_normal((ROWS, KV_HEADS * GROUP, 1, HEAD), np.float32)
     positions = np.array([[3], [15], [0]], np.int32)
-    got = jax.jit(lambda *a: cached_attention(*a, window=None))(q, tuple(cache), positions)
+    got = jax.jit(lambda *a: cached_attention(*a, mask=Mask()))(q * HEAD**-0.5, tuple(cache), positions)
     np.testing.assert_allclose(got, reference(q, k, v, positions, None), rtol=0, atol=2e-6)
 
 

@@ -9,7 +9,7 @@ from quick_compilation import QUICK
 
 from phijax.inference.generator import Generator
 from phijax.inference.sampling import Sampling
-from phijax.model import cached, params
+from phijax.model import cached, cached_ops, params
 from phijax.model.backend import CHOICES
 from phijax.model.config import ModelConfig
 from phijax.model.kernels import decode
@@ -51,7 +51,7 @@ def test_it_is_a_float_cache_of_rounded_numbers(weights, monkeypatch):
     def rounded(cache, k, v, *rest, **named):
         return decode.write(cache, *(from_int8(*to_int8(a), a.dtype) for a in (k, v)), *rest, **named)
 
-    monkeypatch.setattr(cached, "write", rounded)
+    monkeypatch.setattr(cached_ops, "write", rounded)
     jax.clear_caches()
     theirs = generator(weights, "auto")
     expected = theirs.generate(PROMPTS, GREEDY)

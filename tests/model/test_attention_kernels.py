@@ -14,6 +14,7 @@ from phijax.model.backend import ATTENTION, choose_backend
 from phijax.model.config import ModelSection
 from phijax.model.kernels import splash
 from phijax.model.kernels.cudnn import cudnn_attention
+from phijax.model.mask import Mask
 from phijax.parallel import dealing, sharding
 from phijax.parallel.mesh import MeshConfig, make_mesh
 
@@ -52,15 +53,17 @@ def value_and_gradients(path, q, k, v, segments, d_out, window):
         q, k, v, d_out = (sharding.constrain(a, layout) for a in (q, k, v, d_out))
         segments = sharding.constrain(segments, ("act_batch", "act_time"))
         # The kernels leave the factor 1/sqrt(H) to their caller, the reference has it.
-        out, pull = jax.vjp(lambda q, k, v: path(q * q.shape[-1] ** -0.5, k, v, segments, window=window), q, k, v)
+        out, pull = jax.vjp(
+            lambda q, k, v: path(q * q.shape[-1] ** -0.5, k, v, segments, mask=Mask(window=window)), q, k, v
+        )
         return out, *pull(d_out)
 
     return jax.jit(run, compiler_options=QUICK)(q, k, v, segments, d_out)
 
 
-def dealt(path, q, k, v, segments, *, window):
+def dealt(path, q, k, v, segments, *, mask):
     """A path that takes dealt rows, for rows in order."""
-    out = path(*(dealing.deal(a, 2) for a in (q, k, v)), dealing.deal(segments, 1), window=window)
+    out = path(*(dealing.deal(a, 2) for a in (q, k, v)), dealing.deal(segments, 1), mask=mask)
     return dealing.undeal(out, 2)
 
 
@@ -161,7 +164,7 @@ def test_bfloat16_keeps_float32_scores():
     wide = (np.asarray(a, np.float64) for a in (q, k, v))
     reference = attention_reference(next(wide) / factor, *wide, segments, np.zeros(q.shape), window=40)[0]
     for name in ("dense", "blocked", "cudnn"):
-        out = jax.jit(functools.partial(PATHS[name], window=40))(q, k, v, segments)
+        out = jax.jit(functools.partial(PATHS[name], mask=Mask(window=40)))(q, k, v, segments)
         assert out.dtype == jnp.bfloat16
         # 8 bits of mantissa: probabilities and the output each rounded by at most 2**-9 of numbers below 4.
         np.testing.assert_allclose(np.asarray(out, np.float64), reference, rtol=0, atol=2e-2, err_msg=name)

@@ -16,6 +16,7 @@ import pytest
 from phijax.model.kernels import cpu_int4, cpu_int4_library
 from phijax.model.kernels.cpu_int4 import Norm, Tiled, tiled
 from phijax.model.kernels.decode import cached_attention, in_eight_bits, write
+from phijax.model.mask import Mask
 from phijax.model.quantized import Quantized
 from phijax.model.rope import apply_rope
 from phijax.model.weights import WeightFormat
@@ -168,9 +169,9 @@ def test_attention_is_that_of_the_xla_path(path, window, rotary, tokens, dtype):
     q, k, v = map(split, qkv)
     q, k = (apply_rope(x, [part[:, None] for part in rope], c, by_matmul=False) for x in (q, k))
     new = write(cache, k, v, starts, cut_by_time=False)
-    expected = cached_attention(q, new, starts[:, None] + jnp.arange(tokens), window=window)
+    expected = cached_attention(q * h**-0.5, new, starts[:, None] + jnp.arange(tokens), mask=Mask(window=window))
     expected = expected.swapaxes(1, 2).reshape(5, tokens, -1)
-    attend = functools.partial(cpu_int4.attend, window=window, path=path)
+    attend = functools.partial(cpu_int4.attend, mask=Mask(window=window), path=path)
     out, got = attend(*qkv, rope, cache, starts, jnp.int32(5))
     # In eight bits a number between two integers may go the other way: 1/127 of a key's largest, of one in thousands.
     np.testing.assert_allclose(out, expected, rtol=0, atol=3e-6 if dtype == "float32" else 0.02)
@@ -199,7 +200,7 @@ def test_a_prompt_against_float64_and_cut_in_two_it_has_the_same_bits(path, wind
         part = [x[:, start:end] for x in (q, k, v)]
         table = [x[:, start:end] for x in rope]
         start = jnp.array([start], jnp.int32)
-        return cpu_int4.attend(*part, table, cache, start, None, window=window, path=path)
+        return cpu_int4.attend(*part, table, cache, start, None, mask=Mask(window=window), path=path)
 
     out, _ = attend(cache, 0, tokens)
     wide = [np.asarray(x, np.float64).reshape(tokens, -1, h) for x in (q, k, v)]
@@ -226,7 +227,7 @@ def test_a_line_of_eight_bits_is_that_of_int8_lines(path):
     cache = ((jnp.zeros((1, 1, 40, h), jnp.int8),) * 2 + (jnp.zeros((1, 1, 40, 1), jnp.bfloat16),) * 2,)
     v = jnp.asarray(lines)[None]
     rope = (jnp.ones((1, 40, h)), jnp.zeros((1, 40, h)))
-    _, ((k, _, scales, _),) = cpu_int4.attend(v, v, v, rope, cache, jnp.array([0]), None, window=None, path=path)
+    _, ((k, _, scales, _),) = cpu_int4.attend(v, v, v, rope, cache, jnp.array([0]), None, mask=Mask(), path=path)
     expected, _, expected_scales, _ = in_eight_bits(v[None], v[None])
     finite = [i for i in range(40) if i not in (5, 6)]
     np.testing.assert_array_equal(k[0, 0, np.array(finite)], expected[0, 0, np.array(finite)])
@@ -241,7 +242,7 @@ def test_a_position_outside_of_the_cache_is_refused(tokens):
     cache = ((jnp.zeros((1, 1, 8, 8)),) * 2,)
     arrays, start = [jnp.zeros((1, tokens, 8))] * 3, jnp.array([9 - tokens])
     with pytest.raises(Exception, match="outside of the cache"):
-        cpu_int4.attend(*arrays, arrays[:2], cache, start, None, window=None, path=PATHS[0])
+        cpu_int4.attend(*arrays, arrays[:2], cache, start, None, mask=Mask(), path=PATHS[0])
 
 
 @pytest.mark.parametrize("name, axis", CASES)

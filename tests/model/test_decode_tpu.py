@@ -10,6 +10,7 @@ import pytest
 from phijax.model.kernels import decode_tpu, int8_lines
 from phijax.model.kernels.decode_tpu import BLOCK, StackedCache
 from phijax.model.kernels.stacked import stacked_attention
+from phijax.model.mask import Mask
 from phijax.parallel import hlo
 from phijax.planning.topology import tpu_devices
 
@@ -61,8 +62,15 @@ def test_it_is_the_float64_attention(dtype, window, heads, kv_heads, head_dim):
     q = rng.standard_normal((len(PLACES), heads, head_dim), np.float32)
     k, v = (rng.standard_normal((len(PLACES), kv_heads, head_dim), np.float32) for _ in range(2))
     before = random_cache(kv_heads, head_dim, dtype)
-    out, cache = jax.jit(decode_tpu.attend_and_write, static_argnames=("window", "interpret"))(
-        q, k, v, before, jnp.int32(LAYER), jnp.asarray(PLACES, jnp.int32), window=window, interpret=True
+    out, cache = jax.jit(decode_tpu.attend_and_write, static_argnames=("mask", "interpret"))(
+        q * head_dim**-0.5,
+        k,
+        v,
+        before,
+        jnp.int32(LAYER),
+        jnp.asarray(PLACES, jnp.int32),
+        mask=Mask(window=window),
+        interpret=True,
     )
     held = [by_head(a, s, kv_heads) for a, s in ((cache.k, cache.k_scales), (cache.v, cache.v_scales))]
     np.testing.assert_allclose(out, attention(q, held[0][LAYER], held[1][LAYER], PLACES, window), rtol=0, atol=2e-5)
@@ -91,8 +99,8 @@ def test_a_chunk_of_a_prompt(dtype, window, starts):
     k, v = (rng.standard_normal((len(starts), kv_heads, count, head_dim), np.float32) for _ in range(2))
     positions = starts[:, None] + np.arange(count)
     before = random_cache(kv_heads, head_dim, dtype)
-    out, cache = jax.jit(stacked_attention, static_argnames="window")(
-        q, k, v, before, jnp.int32(LAYER), jnp.asarray(positions, jnp.int32), window=window
+    out, cache = jax.jit(stacked_attention, static_argnames="mask")(
+        q * head_dim**-0.5, k, v, before, jnp.int32(LAYER), jnp.asarray(positions, jnp.int32), mask=Mask(window=window)
     )
     keys, values = (by_head(a, s, kv_heads) for a, s in ((cache.k, cache.k_scales), (cache.v, cache.v_scales)))
     for number in range(count):
@@ -136,7 +144,7 @@ def test_compiled_for_a_chip_the_cache_is_never_copied(dtype, most):
     def run(q, k, v, cache, places):
         def body(carry, layer):
             q, cache = carry
-            return decode_tpu.attend_and_write(q, k, v, cache, layer, places, window=None), None
+            return decode_tpu.attend_and_write(q, k, v, cache, layer, places, mask=Mask()), None
 
         return jax.lax.scan(body, (q, cache), jnp.arange(layers))[0]
 

@@ -25,7 +25,7 @@ from phijax.model import params as parameters
 from phijax.model.backend import ATTENTION, CHOICES, Backend
 from phijax.model.decoder import REMAT_POLICIES
 from phijax.model.kernels.splash import splash_attention
-from phijax.model.rope import apply_rope, rope_table
+from phijax.model.rope import apply_rope, inverse_frequencies, rope_table
 from phijax.parallel.mesh import MeshConfig, make_mesh
 
 LENGTH = 32
@@ -156,9 +156,9 @@ def test_rope_by_matmul_equals_slicing(factor):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 4, LENGTH, 24), np.float32)
     positions = rng.integers(0, 4096, (2, LENGTH), dtype=np.int32)
-    one, other = (
-        apply_rope(x, rope_table(c, positions, 4096, jnp.float32, by_matmul=m), c, by_matmul=m) for m in (False, True)
-    )
+    frequencies = inverse_frequencies(c, 4096)
+    tables = (rope_table(c, positions, *frequencies, jnp.float32, by_matmul=m) for m in (False, True))
+    one, other = (apply_rope(x, table, c, by_matmul=m) for table, m in zip(tables, (False, True), strict=True))
     # One product and one sum each; a multiply-add may round once less.
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
     if factor < 1:
@@ -176,7 +176,7 @@ def test_rope_angles_are_float32_in_bfloat16():
     """Positions 256 and 257 are one number in bfloat16; their rotations are not."""
     positions = np.array([[256, 257]], np.int32)
     for by_matmul in (False, True):
-        cos, sin = rope_table(SMALL, positions, 4096, jnp.bfloat16, by_matmul=by_matmul)
+        cos, sin = rope_table(SMALL, positions, *inverse_frequencies(SMALL, 4096), jnp.bfloat16, by_matmul=by_matmul)
         assert cos.dtype == sin.dtype == jnp.bfloat16
         np.testing.assert_allclose(cos[0, 0, :, 0].astype(float), np.cos([256.0, 257.0]), rtol=0, atol=2**-8)
 

@@ -14,6 +14,7 @@ from phijax.model import params as parameters
 from phijax.model.backend import ATTENTION, CHOICES, Backend
 from phijax.model.kernels import splash
 from phijax.model.kernels.cudnn import cudnn_attention
+from phijax.model.mask import Mask
 
 LENGTH = 128  # two blocks of `blocked`, one of splash
 PATHS = ["dense", "blocked", "splash", "cudnn"]
@@ -109,7 +110,7 @@ def test_no_gradient_reaches_unseen_keys(on_cpu, monkeypatch, name, window):
     @functools.partial(jax.jit, compiler_options=QUICK)
     def pull(query, k, v):
         def of_query(k, v):
-            return ATTENTION[name](q, k, v, segments, window=window)[0, :, query].sum()
+            return ATTENTION[name](q, k, v, segments, mask=Mask(window=window))[0, :, query].sum()
 
         return jax.grad(of_query, argnums=(0, 1))(k, v)
 

@@ -8,13 +8,13 @@ import pytest
 from phijax.errors import UserError
 from phijax.model import params
 from phijax.model.backend import CHOICES
+from phijax.model.cross_entropy import LossConfig
 from phijax.model.decoder import REMAT_POLICIES
 from phijax.model.presets import PRESETS
 from phijax.parallel.hardware import CompilerConfig, compiler_options
 from phijax.parallel.mesh import MeshConfig, make_mesh
 from phijax.planning import analytic
 from phijax.planning.topology import has_compiler, imaginary_devices, tpu_devices
-from phijax.training.cross_entropy import LossConfig
 from phijax.training.optimizer import OptimizerConfig
 from phijax.training.program import Recipe
 

@@ -10,10 +10,10 @@ from quick_compilation import QUICK
 
 from phijax.model.backend import Backend
 from phijax.model.config import ModelConfig
+from phijax.model.cross_entropy import LossConfig
 from phijax.parallel.mesh import MeshConfig, make_mesh
 from phijax.parallel.program_text import Program, parse
 from phijax.planning import analytic
-from phijax.training.cross_entropy import LossConfig
 from phijax.training.optimizer import OptimizerConfig
 from phijax.training.program import Recipe, lower_train_step
 

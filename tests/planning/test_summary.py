@@ -12,11 +12,11 @@ from phijax.errors import UserError
 from phijax.model import params
 from phijax.model.backend import CHOICES, Backend
 from phijax.model.config import ModelConfig
+from phijax.model.cross_entropy import LossConfig
 from phijax.model.decoder import REMAT_POLICIES
 from phijax.model.presets import PRESETS
 from phijax.parallel.sharding import MESH_AXES
 from phijax.planning import summary
-from phijax.training.cross_entropy import LossConfig
 from phijax.training.optimizer import OptimizerConfig
 from phijax.training.program import Recipe, initial_state
 

@@ -97,8 +97,8 @@ def test_folding_changes_weights_but_not_the_model(folds):
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
     changed = {path for path, value in flat.items() if not np.array_equal(folded[path], value)}
     scaled = [name for name, scales in folds.items() if np.any(scales != 1)]  # by the exponent 0 nothing is
-    assert set(folds) == set(awq.SCALED) and {"qkv", "gate_up", "head"} <= set(scaled)
-    assert changed == {path for name in scaled for path in (*awq.SCALED[name], awq.INVERSE[name][0])}
+    assert set(folds) == set(awq.INVERSE) and {"qkv", "gate_up", "head"} <= set(scaled)
+    assert changed == {path for name in scaled for path in (*policy.paths_of(name), awq.INVERSE[name][0])}
 
 
 def test_parts_are_parts_of_the_whole(folds):

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from phijax.data.batch import DTYPES, batch_sharding
 from phijax.model.backend import Backend
 from phijax.model.config import ModelConfig
+from phijax.model.cross_entropy import LossConfig
 from phijax.parallel.mesh import MeshConfig, make_mesh
-from phijax.training.cross_entropy import LossConfig
 from phijax.training.optimizer import OptimizerConfig
 from phijax.training.program import BatchShape, Recipe, initial_state, lower_train_step
 from phijax.training.state import TrainState

@@ -12,6 +12,7 @@ from small_training import LENGTH, ROWS, SMALL, compiled, losses, mesh_of, recip
 from phijax.model import params
 from phijax.model.kernels.dense import dense_attention
 from phijax.model.kernels.splash import splash_attention
+from phijax.model.mask import Mask
 from phijax.parallel import dealing
 
 ONE = (1, 1, 1, 1)
@@ -60,7 +61,7 @@ def test_splash_attention_where_data_is_cut_already(shape):
 
     def inside(q, k, v, segment_ids):
         q, k, v = (dealing.deal(a, 2) for a in (q, k, v))
-        out = splash_attention(q, k, v, dealing.deal(segment_ids, 1), window=None, interpret=True)
+        out = splash_attention(q, k, v, dealing.deal(segment_ids, 1), mask=Mask(), interpret=True)
         return dealing.undeal(out, 2)
 
     rows = PartitionSpec("data")
@@ -68,4 +69,4 @@ def test_splash_attention_where_data_is_cut_already(shape):
         cut = jax.shard_map(inside, in_specs=rows, out_specs=rows, axis_names={"data"}, check_vma=False)
         got = jax.jit(cut)(q, k, v, segment_ids)
     # float32 softmax over at most 128 keys, in blocks.
-    np.testing.assert_allclose(got, dense_attention(q, k, v, segment_ids, window=None), atol=2e-6)
+    np.testing.assert_allclose(got, dense_attention(q, k, v, segment_ids, mask=Mask()), atol=2e-6)

@@ -7,9 +7,9 @@ from collectives import over_axis
 
 from phijax.model.backend import CHOICES
 from phijax.model.config import ModelConfig
+from phijax.model.cross_entropy import LossConfig
 from phijax.parallel.mesh import MeshConfig, make_mesh
 from phijax.planning.topology import tpu_devices
-from phijax.training.cross_entropy import LossConfig
 from phijax.training.optimizer import OptimizerConfig
 from phijax.training.program import Recipe, lower_train_step
 

@@ -7,11 +7,11 @@ import pytest
 
 from phijax.model.backend import CHOICES
 from phijax.model.config import ModelConfig
+from phijax.model.cross_entropy import LossConfig
 from phijax.parallel.mesh import MeshConfig, make_mesh
 from phijax.parallel.program_text import parse
 from phijax.planning.lifetimes import peak
 from phijax.planning.topology import has_compiler, tpu_devices
-from phijax.training.cross_entropy import LossConfig
 from phijax.training.optimizer import OptimizerConfig
 from phijax.training.program import Recipe, lower_train_step
 

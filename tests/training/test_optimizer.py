@@ -10,7 +10,7 @@ import torch
 from phijax.errors import UserError
 from phijax.model import params
 from phijax.model.presets import PRESETS
-from phijax.training.optimizer import OptimizerConfig, decay_mask, learning_rate, make_optimizer
+from phijax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
 TOTAL, WARMUP, PEAK, FINAL = 1000, 100, 3e-4, 0.1
 LAST = TOTAL - 1
@@ -82,11 +82,7 @@ def test_schedules_that_are_none_are_refused():
             config(**wrong).check(TOTAL)
 
 
-AXES = {
-    "blocks": {"norm": {"scale": ("layers", "embed")}, "up": ("layers", "ffn", "embed")},
-    "head": ("vocab", "embed"),
-    "final_norm": {"scale": ("embed",)},
-}
+DECAYED = {"blocks": {"norm": {"scale": False}, "up": True}, "head": True, "final_norm": {"scale": False}}
 SHAPES = {"blocks": {"norm": {"scale": (3, 5)}, "up": (3, 7, 5)}, "head": (11, 5), "final_norm": {"scale": (5,)}}
 
 
@@ -102,7 +98,7 @@ def test_updates_equal_torch(clip):
     c = config(warmup_steps=3, learning_rate=0.05, eps=1e-2, weight_decay=0.3, b1=0.8, b2=0.9, clip_norm=clip)
     total, rng = 12, np.random.default_rng(0)
     ours = drawn(rng, 1.0)
-    optimizer = make_optimizer(c, AXES, total)
+    optimizer = make_optimizer(c, DECAYED, total)
     state = optimizer.init(ours)
 
     @jax.jit
@@ -142,7 +138,7 @@ def moments_after(optimizer, gradients, **extra):
 
 def test_clipping_is_by_the_norm_of_all_leaves():
     """Adam hides the size of a gradient: here only its first moment is looked at."""
-    optimizer = make_optimizer(config(clip_norm=0.5, b1=0.0), AXES, TOTAL)
+    optimizer = make_optimizer(config(clip_norm=0.5, b1=0.0), DECAYED, TOTAL)
     gradients = drawn(np.random.default_rng(2), 1.0)
     norm = np.sqrt(sum(np.sum(np.float64(g) ** 2) for g in jax.tree.leaves(gradients)))
     mu = moments_after(optimizer, gradients, grad_norm=np.float32(norm))
@@ -156,9 +152,9 @@ def test_clipping_is_by_the_norm_of_all_leaves():
 
 @pytest.mark.parametrize("preset", ["phi3_mini", "phi4_mini", "llama2_7b", "tiny"])
 def test_every_matrix_is_decayed_and_no_norm(preset):
-    axes, shapes = params.axes(PRESETS[preset]), params.shapes(PRESETS[preset])
-    mask = params.flat(decay_mask(params.nested(axes)))
-    assert mask == {path: not path.endswith("scale") for path in axes}
+    shapes = params.shapes(PRESETS[preset])
+    mask = {path: leaf.decayed for path, leaf in params.leaves(PRESETS[preset]).items()}
+    assert mask == {path: not path.endswith("scale") for path in shapes}
     kept_out = [shapes[path] for path, decayed in mask.items() if not decayed]
     assert any(len(shape) == 2 for shape in kept_out)  # stacked norms: by their dimensions they would be matrices
     assert sum(mask.values()) == 7 + 1 + (not PRESETS[preset].tied_head)

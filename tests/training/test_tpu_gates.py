@@ -12,11 +12,11 @@ from tpu_gates import Recorded, check, facts
 
 from phijax.model.backend import CHOICES
 from phijax.model.config import ModelConfig
+from phijax.model.cross_entropy import LossConfig
 from phijax.model.presets import PRESETS
 from phijax.parallel.hardware import COMPILER_PROFILES
 from phijax.parallel.mesh import MeshConfig, make_mesh
 from phijax.planning.topology import tpu_devices
-from phijax.training.cross_entropy import LossConfig
 from phijax.training.optimizer import OptimizerConfig
 from phijax.training.program import Recipe
 

@@ -17,8 +17,8 @@ from phijax.training.state import new_state
 from phijax.training.step import accumulate, eval_step, train_step
 
 ROWS, LENGTH, DIM, VOCAB = 8, 6, 3, 11
-AXES = {"table": ("vocab", "embed"), "scale": ("embed",)}
-OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=0.1, warmup_steps=0, schedule="linear"), AXES, 20)
+DECAYED = {"table": True, "scale": False}
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=0.1, warmup_steps=0, schedule="linear"), DECAYED, 20)
 
 
 def squares(params, frozen, batch, key):

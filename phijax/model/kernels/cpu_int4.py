@@ -15,11 +15,17 @@ import numpy as np
 
 from phijax.model.kernels import cpu_int4_library
 from phijax.model.kernels.decode import Pieces
+from phijax.model.mask import Mask, causal_window
+from phijax.model.norm import RMSNorm
 from phijax.model.quantized import Quantized
 
 TILE = 32  # outputs
 LARGEST_GROUP = 128
 CHANNEL_GROUP = 32  # of activations, where a weight has one scale for a whole channel
+
+# The functions that the C++ computes around its products: a call is taken only for these.
+GATED_WITH = jax.nn.silu
+NORMED_WITH = RMSNorm.__call__
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +111,7 @@ def _halves(pairs: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """RMSNorm before a product, as `model/norm.py` has it."""
+    """The numbers of an RMSNorm before a product."""
 
     scale: jax.Array  # (I,)
     epsilon: float
@@ -161,6 +167,15 @@ def gated(
     return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
+def attends(w: Any, dtype: str, cache: Any, scale: float, mask: Mask) -> bool:
+    """Whether `attend` is what attention is, for products of this weight in `dtype`: a cache that it reads, its own
+    factor on the scores."""
+    if not isinstance(w, Tiled) or dtype != "float32" or not mask.causal:
+        return False
+    keys = cache[0][0]
+    return keys.dtype in ("float32", "int8") and scale == keys.shape[-1] ** -0.5
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -170,7 +185,7 @@ def attend(
     positions: jax.Array,
     count: jax.Array | None,
     *,
-    window: int | None,
+    mask: Mask,
     path: str,
 ) -> tuple[jax.Array, Pieces]:
     """New tokens of rows: rotates q and k, writes k and v into the cache, and attends.
@@ -188,7 +203,7 @@ def attend(
     results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (q, *pieces)]
     aliases = {len(before) + i: i + 1 for i in range(len(pieces))}
     call = jax.ffi.ffi_call(cpu_int4_library.ATTEND, results, input_output_aliases=aliases)
-    out, *new = call(*before, *pieces, window=np.int32(window or 0), path=np.int32(_number(path)))
+    out, *new = call(*before, *pieces, window=np.int32(causal_window(mask, "int4") or 0), path=np.int32(_number(path)))
     return out, jax.tree.unflatten(jax.tree.structure(cache), new)
 
 

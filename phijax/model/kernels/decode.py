@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from phijax.model.kernels.dense import MASKED
 from phijax.model.kernels.int8_lines import from_int8, to_int8
+from phijax.model.mask import Mask, causal_window
 
 PROMPT_BLOCK = 256  # keys that many queries see at once: scores of a whole long piece would not fit
 
@@ -37,30 +38,28 @@ def cached_attention(
     cache: Pieces,
     positions: jax.Array,
     *,
-    window: int | None,
+    mask: Mask,
     row_sum: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v over the keys at positions <= the query's, at most `window` of them.
+    """softmax(q k^T) v over the keys at positions <= the query's, as the mask lets it. The factor is in q already.
 
     Args:
-      q: (B, N, T, H); of more rows than the cache has, the surplus gets zeros.
+      q: (B, N, T, H), scaled; of more rows than the cache has, the surplus gets zeros.
       positions: (B, T) int32, rising by one.
       row_sum: adds up the last axis in an order of its own; None: as the compiler likes.
     Returns: (B, N, T, H) in q.dtype.
     """
     rows = cache[0][0].shape[0]
-    part = _over_pieces(q[:rows], cache, positions[:rows], window, row_sum=row_sum)
+    part = _over_pieces(q[:rows], cache, positions[:rows], mask, row_sum=row_sum)
     return jnp.pad(finished(part, q[:rows]), [(0, q.shape[0] - rows), (0, 0), (0, 0), (0, 0)])
 
 
-def attention_cut_by_time(
-    q: jax.Array, cache: Pieces, positions: jax.Array, *, window: int | None, mesh: Mesh
-) -> jax.Array:
+def attention_cut_by_time(q: jax.Array, cache: Pieces, positions: jax.Array, *, mask: Mask, mesh: Mesh) -> jax.Array:
     """The same function where S is cut over `tensor`: every chip sees its keys, and logsumexps join the parts."""
     rows = cache[0][0].shape[0]
 
     def local(q, cache, positions):
-        part = _over_pieces(q, cache, positions, window, part=jax.lax.axis_index("tensor"), parts=mesh.shape["tensor"])
+        part = _over_pieces(q, cache, positions, mask, part=jax.lax.axis_index("tensor"), parts=mesh.shape["tensor"])
         highest = jax.lax.pmax(part.highest, "tensor")
         scale = jnp.exp(part.highest - highest)
         weighted, total = jax.lax.psum((part.weighted * scale[..., None], part.total * scale), "tensor")
@@ -112,16 +111,17 @@ def _over_pieces(
     q: jax.Array,
     cache: Pieces,
     positions: jax.Array,
-    window: int | None,
+    mask: Mask,
     *,
     row_sum: Callable | None = None,
     part: jax.Array | int = 0,
     parts: int = 1,
 ) -> Partial:
     """q (R, N, T, H) over this chip's part of every piece, part number `part` of `parts`."""
+    window = causal_window(mask, "cached")
     r, n, t, h = q.shape
     kv_heads = cache[0][0].shape[1]
-    grouped = (q * h**-0.5).reshape(r, kv_heads, n // kv_heads * t, h)
+    grouped = q.reshape(r, kv_heads, n // kv_heads * t, h)
     places = jnp.tile(positions, n // kv_heads)  # (R, M)
     out, start = nothing(grouped), 0
     for piece in cache:
@@ -133,7 +133,7 @@ def _over_pieces(
 
         def visit(number, out: Partial, piece=piece, here=here, block=block) -> Partial:
             seen = tuple(jax.lax.dynamic_slice_in_dim(a, number * block, block, axis=2) for a in piece)
-            return joined(out, grouped, seen, here - number * block, window, row_sum)
+            return joined(out, grouped, seen, here - number * block, mask, row_sum)
 
         if block < length:
             out = jax.lax.fori_loop(lowest, end, visit, out)
@@ -156,17 +156,14 @@ def joined(
     grouped: jax.Array,
     piece: tuple[jax.Array, ...],
     places: jax.Array,
-    window: int | None,
+    mask: Mask,
     row_sum: Callable | None = None,
 ) -> Partial:
     """`part` with queries (R, K, M, H) over the keys of a piece; query m stands at place `places` (R, M) of them."""
     dtype = grouped.dtype
     keys, values = _floats(piece, dtype)
     scores = jnp.einsum("rkmh,rksh->rkms", grouped, keys, preferred_element_type=jnp.float32)
-    distance = places[:, None, :, None] - jnp.arange(keys.shape[2])
-    seen = distance >= 0
-    if window is not None:
-        seen &= distance < window
+    seen = mask.sees(places[:, None, :, None] - jnp.arange(keys.shape[2]))
     scores = jnp.where(seen, scores, MASKED)
     highest = jnp.maximum(part.highest, jnp.max(scores, axis=-1))
     weights = jnp.where(seen, jnp.exp(scores - highest[..., None]), 0.0)

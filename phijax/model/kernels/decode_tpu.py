@@ -23,6 +23,7 @@ from jax.lax import div, rem  # of places, never negative; of // Mosaic makes mo
 
 from phijax.model.kernels.dense import MASKED
 from phijax.model.kernels.int8_lines import to_int8
+from phijax.model.mask import Mask, causal_window
 
 BLOCK = 256  # places that are read at once
 HEAD_TILE = 16  # heads are padded to a multiple: bfloat16 packs so many lines in a register
@@ -61,23 +62,23 @@ def attend_and_write(
     layer: jax.Array,
     positions: jax.Array,
     *,
-    window: int | None,
+    mask: Mask,
     interpret: bool = False,
 ) -> tuple[jax.Array, StackedCache]:
-    """softmax(q k^T / sqrt(H)) v over the places of a layer before the new tokens', and over the new tokens.
+    """softmax(q k^T) v over the places of a layer before the new tokens', and over the new tokens.
 
     Args:
-      q: (R, N, H); k, v: (R, K, H), the new token of each row.
+      q: (R, N, H), scaled; k, v: (R, K, H), the new token of each row.
       layer: () int32; positions: (R,) int32, the new tokens' places.
-      window: a query sees so many keys, itself included.
       interpret: the kernel's body on any backend, for tests.
     Returns: (R, N, H) in q.dtype, and the cache with the tokens written: in place where it is donated.
     """
+    window = causal_window(mask, "cached")
     rows, heads, width = q.shape
     kv_heads = k.shape[1]
     group, lanes = heads // kv_heads, kv_heads * width
     # Of a kv head's queries the first of each head come first, then the second: each set lies as the keys do.
-    q = (q * width**-0.5).reshape(rows, kv_heads, group, width).swapaxes(1, 2).reshape(rows, group, lanes)
+    q = q.reshape(rows, kv_heads, group, width).swapaxes(1, 2).reshape(rows, group, lanes)
     arrays = jax.tree.leaves(cache)
     specs = _Specs(cache, kv_heads, lanes, window)
     spread = group * -(-kv_heads // HEAD_TILE) * HEAD_TILE

@@ -7,6 +7,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 
 from phijax.model.kernels.sums import sums_as_additions
+from phijax.model.mask import Mask, causal_window
 from phijax.parallel import dealing, sharding
 
 BLOCK = 1024
@@ -26,7 +27,7 @@ def splash_attention(
     v: jax.Array,
     segment_ids: jax.Array,
     *,
-    window: int | None,
+    mask: Mask,
     interpret: bool = False,
 ) -> jax.Array:
     """The same function as `dense_attention`: q (B, N, T, H), k and v (B, K, T, H) -> (B, N, T, H).
@@ -37,13 +38,14 @@ def splash_attention(
     """
     n, t = q.shape[1], q.shape[2]
     sizes = sharding.mesh_sizes()
-    mask = masks.CausalMask((t, t), shard_count=sizes["context"])
+    window = causal_window(mask, "splash")
+    seen = masks.CausalMask((t, t), shard_count=sizes["context"])
     if window is not None and window < t:
-        mask = masks.LocalMask((t, t), (window - 1, 0), 0, shard_count=sizes["context"])
+        seen = masks.LocalMask((t, t), (window - 1, 0), 0, shard_count=sizes["context"])
     if sizes["context"] > 1:
-        _deal(mask, t, sizes["context"])
+        _deal(seen, t, sizes["context"])
     splash = kernel.make_splash_mha(
-        masks.MultiHeadMask([mask] * (n // sizes["tensor"])),
+        masks.MultiHeadMask([seen] * (n // sizes["tensor"])),
         block_sizes=_block_sizes(t, part_length(t, sizes["context"])),
         head_shards=1,
         q_seq_shards=sizes["context"],

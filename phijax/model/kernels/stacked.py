@@ -10,6 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from phijax.model.kernels.decode import finished, joined, nothing
 from phijax.model.kernels.decode_tpu import BLOCK, StackedCache, attend_and_write
 from phijax.model.kernels.int8_lines import to_int8
+from phijax.model.mask import Mask, causal_window
 
 
 def stacked_attention(
@@ -20,14 +21,14 @@ def stacked_attention(
     layer: jax.Array,
     positions: jax.Array,
     *,
-    window: int | None,
+    mask: Mask,
     mesh: Mesh | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, StackedCache]:
-    """softmax(q k^T / sqrt(H)) v over a layer's places up to each query's; the new keys and values are written too.
+    """softmax(q k^T) v over a layer's places up to each query's; the new keys and values are written too.
 
     Args:
-      q: (B, N, T, H), k, v: (B, K, T, H) of the cache's rows; of more rows than it has, the surplus gets zeros.
+      q: (B, N, T, H), scaled, k, v: (B, K, T, H) of the cache's rows; of more rows than it has, the surplus gets zeros.
       layer: () int32; positions: (B, T) int32, rising by one.
       mesh: over whose axis `tensor` heads are cut; None: one chip.
       interpret: the kernel's body on any backend, for tests.
@@ -36,9 +37,9 @@ def stacked_attention(
     surplus = q.shape[0] - cache.k.shape[1]
     q, k, v, positions = (a[: cache.k.shape[1]] for a in (q, k, v, positions))
     if q.shape[2] > 1:
-        out, cache = _many(q, k, v, cache, layer, positions, window)
+        out, cache = _many(q, k, v, cache, layer, positions, mask)
     else:
-        one = functools.partial(attend_and_write, window=window, interpret=interpret)
+        one = functools.partial(attend_and_write, mask=mask, interpret=interpret)
         if mesh is not None:
             one = _by_heads(one, mesh, cache)
         out, cache = one(q[:, :, 0], k[:, :, 0], v[:, :, 0], cache, layer, positions[:, 0])
@@ -60,13 +61,13 @@ def _by_heads(one, mesh: Mesh, cache: StackedCache):
     )
 
 
-def _many(q, k, v, cache: StackedCache, layer, positions, window):
+def _many(q, k, v, cache: StackedCache, layer, positions, mask: Mask):
     """A chunk of each row's prompt: written, then seen block by block, up to the last that any query sees."""
     rows, heads, _, width = q.shape
     kv_heads = k.shape[1]
     for row in range(rows):
         cache = _with_chunk(cache, k[row], v[row], layer, row, positions[row, 0])
-    grouped = (q * width**-0.5).reshape(rows, kv_heads, -1, width)
+    grouped = q.reshape(rows, kv_heads, -1, width)
     places = jnp.tile(positions, heads // kv_heads)
 
     k_lines, v_lines = (_of_layer(a, layer, q.dtype) for a in (cache.k, cache.v))
@@ -83,8 +84,9 @@ def _many(q, k, v, cache: StackedCache, layer, positions, window):
         piece = lines(k_lines, start), lines(v_lines, start)
         if cache.k_scales is not None:
             piece += scales(cache.k_scales, start), scales(cache.v_scales, start)
-        return joined(part, grouped, piece, places - start, window)
+        return joined(part, grouped, piece, places - start, mask)
 
+    window = causal_window(mask, "cached")
     first = jnp.int32(0) if window is None else jnp.maximum(jnp.min(positions) - window + 1, 0) // BLOCK
     part = jax.lax.fori_loop(first, jnp.max(positions) // BLOCK + 1, visit, nothing(grouped))
     return finished(part, q), cache

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from phijax.model import cross_entropy as module
+from phijax.model.cross_entropy import LossConfig, cross_entropy, token_logprobs
 from phijax.parallel import hlo
 from phijax.parallel.mesh import MeshConfig, make_mesh
 from phijax.parallel.sharding import sharding
-from phijax.training import cross_entropy as module
-from phijax.training.cross_entropy import LossConfig, cross_entropy, token_logprobs
 
 BATCH, LENGTH, DIM, VOCAB, PADDED = 4, 26, 12, 53, 64
 # 104 tokens: 9 chunks of 12 and a surplus of 4 on one device, 3 of 9 and 1 where a chip holds 26 of them.

@@ -1,8 +1,11 @@
-"""Token embedding under the mesh."""
+"""Where the model meets tokens: the embedding, and the head's logits. The loss, which never holds all of these, is
+`cross_entropy.py`."""
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from phijax.model.weights import WeightFormat, whole
 from phijax.parallel import sharding
 
 
@@ -29,3 +32,19 @@ def embed(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         out_specs=sharding.spec(("act_batch", "act_time", "act_embed")),
         check_vma=False,
     )(table, tokens)
+
+
+def logits(x: jax.Array, head: nnx.Param, *, vocab_size: int) -> jax.Array:
+    """(..., D) -> (..., V) float32, the padded vocabulary cut off."""
+    return _product(x, whole(head)[:vocab_size])
+
+
+def padded_logits(x: jax.Array, head: nnx.Param, *, vocab_size: int) -> jax.Array:
+    """(..., D) -> (..., padded V) float32, -inf where the vocabulary is padded. (Cutting the padding off is a copy.)"""
+    form = head.get_value()
+    values = form.project(x, jnp.float32) if isinstance(form, WeightFormat) else _product(x, head[...])
+    return jnp.where(jnp.arange(form.shape[0]) < vocab_size, values, -jnp.inf)
+
+
+def _product(x: jax.Array, rows: jax.Array) -> jax.Array:
+    return jnp.einsum("...d,vd->...v", x, rows.astype(x.dtype), preferred_element_type=jnp.float32)

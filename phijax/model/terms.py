@@ -1,0 +1,44 @@
+"""What a block is made of, not yet computed: `ops` evaluates these, one by one or several in one call."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Normed:
+    """norm(x): (B, T, D) -> (B, T, D)."""
+
+    x: jax.Array
+    norm: nnx.Module
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Joined:
+    """Heads side by side: (B, N, T, H) as (B, T, N H)."""
+
+    heads: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product:
+    """h by a weight [rows, D], summed over the axis that the weight declares: (..., D) -> (..., rows) or back."""
+
+    h: Any  # an array or a term
+    weight: nnx.Param
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gated:
+    """f(h gate) * (h up): (..., D) -> (..., F)."""
+
+    f: Callable[[jax.Array], jax.Array]
+    h: Any  # an array or a term
+    gate: nnx.Param
+    up: nnx.Param
+
+
+Term = jax.Array | Normed | Joined | Product | Gated
