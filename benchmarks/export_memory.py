@@ -76,8 +76,11 @@ def in_process(act, *arguments):
 
 def make(folder: pathlib.Path, preset: str) -> int:
     """A Hugging Face folder of random weights, streamed. -> bytes of its largest tensor."""
-    from phijax.checkpoint import durable, huggingface_config, names, safetensors_files
+    from phijax.interchange.huggingface import config as huggingface_config
+    from phijax.interchange.huggingface import names
+    from phijax.interchange.huggingface import safetensors as safetensors_files
     from phijax.model.presets import PRESETS
+    from phijax.storage import durable
     from phijax.text.train_tokenizer import train_tokenizer
 
     model = PRESETS[preset]

@@ -17,9 +17,9 @@ from quick_compilation import QUICK
 from phijax import export
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
-from phijax.checkpoint.open import load_params, open_checkpoint
 from phijax.checkpoint.run_state import RunCheckpoints
 from phijax.errors import UserError
+from phijax.interchange.open import load_params, open_checkpoint
 from phijax.model import params
 from phijax.model.backend import Backend
 from phijax.model.config import LongRope, ModelConfig

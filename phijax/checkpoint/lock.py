@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 import jax
 from etils import epath
 
-from phijax.checkpoint import durable
 from phijax.checkpoint.agreement import from_process_zero
 from phijax.errors import UserError
+from phijax.storage import durable
 
 LOCK_FILE = "writer.lock"
 # Between the creation of a lock file and its content lie microseconds; one still empty after this is a dead run's.

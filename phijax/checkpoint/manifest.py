@@ -15,9 +15,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from phijax.checkpoint import durable
 from phijax.errors import UserError
 from phijax.model.config import fields_version
+from phijax.storage import durable
 
 MANIFEST_FILE = "manifest.json"
 STATE_FOLDER = "state"  # what Orbax writes, inside a step's folder

@@ -15,12 +15,13 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from phijax.checkpoint import durable, going_back, host_memory, manifest, reading, steps, upkeep
+from phijax.checkpoint import going_back, host_memory, manifest, reading, steps, upkeep
 from phijax.checkpoint.agreement import any_process, from_process_zero
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
 from phijax.checkpoint.manifest import Leaves
 from phijax.errors import RunFailure, UserError
+from phijax.storage import durable
 
 # Stacked weights are stored layer by layer and nothing in larger pieces, so that a reader need not decode a whole
 # array for one layer: on one device it would be one piece, 3.2 GB for an MLP matrix of mini.

@@ -17,9 +17,9 @@ import socket
 
 from etils import epath
 
-from phijax.checkpoint import durable
 from phijax.checkpoint.manifest import MANIFEST_FILE
 from phijax.errors import UserError
+from phijax.storage import durable
 
 UNFINISHED_FILE = "unfinished.json"
 DAMAGED_FILE = "damaged.json"

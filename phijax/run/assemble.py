@@ -9,11 +9,9 @@ from etils import epath
 from jax.sharding import Mesh
 
 from phijax import config as configs
-from phijax.checkpoint import durable, reading
+from phijax.checkpoint import reading
 from phijax.checkpoint.agreement import from_process_zero
 from phijax.checkpoint.lock import WriterLock
-from phijax.checkpoint.open import load_params
-from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER
 from phijax.checkpoint.run_state import RunCheckpoints
 from phijax.checkpoint.sampled import sampled_digest
 from phijax.config import Config
@@ -24,6 +22,8 @@ from phijax.data.loader import Loader
 from phijax.data.rows import Plan, RowIndex
 from phijax.data.shards import files_of
 from phijax.evaluation.held_out import HeldOut, score_name
+from phijax.interchange.native.source import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER
+from phijax.interchange.open import load_params
 from phijax.model import params
 from phijax.model.config import ModelConfig, model_to_dict
 from phijax.model.flops import train_flops_per_token
@@ -39,6 +39,7 @@ from phijax.report.summary import summarise
 from phijax.run import resume, start
 from phijax.run.recipe import EvaluationSet, data_facts, make_recipe, open_evaluation, open_plan
 from phijax.run.start import Start
+from phijax.storage import durable
 from phijax.training import compile_cache, loop, program
 from phijax.training.compile_cache import CompileCache
 from phijax.training.program import BatchShape, Recipe

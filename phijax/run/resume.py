@@ -8,14 +8,14 @@ from typing import Any
 from etils import epath
 
 from phijax import config as configs
-from phijax.checkpoint import durable
-from phijax.checkpoint.opened import Opened
-from phijax.checkpoint.ours import model_of
 from phijax.config import Config
 from phijax.data import loader
 from phijax.data.rows import Plan
 from phijax.errors import UserError
+from phijax.interchange.native.source import model_of
+from phijax.interchange.opened import Opened
 from phijax.run import start
+from phijax.storage import durable
 
 
 def begin_of(plan: Plan, before: dict[str, Any] | None, opened: Opened | None) -> int | None:

@@ -8,12 +8,12 @@ from etils import epath
 
 from phijax import config as configs
 from phijax.checkpoint import reading
-from phijax.checkpoint.open import open_checkpoint
-from phijax.checkpoint.opened import TRAVELLING, Opened
-from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, START, model_of
 from phijax.config import Config
 from phijax.data.shards import Shards
 from phijax.errors import UserError
+from phijax.interchange.native.source import CHECKPOINTS_FOLDER, START, model_of
+from phijax.interchange.open import open_checkpoint
+from phijax.interchange.opened import TRAVELLING, Opened
 from phijax.model.config import CHECKPOINT, ModelConfig, ModelSection, by_hand, model_to_dict, resolve_model
 from phijax.model.presets import PRESETS
 from phijax.text.tokenizer import TextTokenizer

@@ -9,7 +9,7 @@ import pytest
 from quantized_case import MODEL, SCHEME, random_params
 from quick_compilation import QUICK
 
-from phijax.checkpoint.folded_source import FoldedSource
+from phijax.interchange.native.folded import FoldedSource
 from phijax.model import params
 from phijax.model.backend import Backend
 from phijax.model.config import LongRope

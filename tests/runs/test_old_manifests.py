@@ -13,11 +13,15 @@ import pytest
 from run_case import ROOT, metrics, saved_steps
 
 from phijax import config as configs
-from phijax.checkpoint import huggingface_export, huggingface_folder, manifest, ours_export, quantized_export
-from phijax.checkpoint.gguf import write_gguf
-from phijax.checkpoint.open import load_params, open_checkpoint
+from phijax.checkpoint import manifest
 from phijax.data.shards import Shards
 from phijax.errors import UserError
+from phijax.interchange.gguf.write import write_gguf
+from phijax.interchange.huggingface import export as huggingface_export
+from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.native import quantize as native_quantize
+from phijax.interchange.native import write as native_write
+from phijax.interchange.open import load_params, open_checkpoint
 from phijax.model.config import ModelConfig, fields_version, model_from_dict, model_to_dict
 from phijax.model.presets import PRESETS
 from phijax.parallel.mesh import MeshConfig, make_mesh
@@ -84,7 +88,7 @@ def opens_starts_and_exports(folder: pathlib.Path, runs, tmp_path: pathlib.Path)
     assert begun.facts["model"] == model_to_dict(opened.model)
     huggingface_folder.write(opened, tmp_path / "hf", huggingface_export.folder(opened, "llama", None))
     write_gguf(opened, tmp_path / "model.gguf", kind="F32", architecture="llama")
-    ours_export.write(opened, tmp_path / "ours", dtype=None)
+    native_write.write(opened, tmp_path / "ours", dtype=None)
     again = json.loads((tmp_path / "ours" / manifest.MANIFEST_FILE).read_text())
     assert again["format"] == 1 and again["identity"]["model"] == model_to_dict(opened.model)
 
@@ -103,11 +107,11 @@ def test_a_step_of_an_old_run_opens_starts_and_exports(runs, halfway, tmp_path):
 def test_what_old_commands_wrote_opens_starts_and_exports(runs, unbroken, tmp_path, kept):
     folder, opened = tmp_path / kept, open_checkpoint(unbroken / "checkpoints" / str(STEP))
     if kept == "quantised":
-        quantized_export.write(
+        native_quantize.write(
             opened, folder, policy.assign(opened.model, policy.parse("int4_g32,down=int8")), method="rtn"
         )
     else:
-        ours_export.write(opened, folder, dtype=None)
+        native_write.write(opened, folder, dtype=None)
     age(runs, folder, kept)
     found = open_checkpoint(folder)
     assert (found.extra.get("architecture") == "LlamaForCausalLM") == (kept == "imported")
