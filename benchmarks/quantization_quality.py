@@ -93,7 +93,7 @@ class Bench:
         import jax
 
         from phijax.inference.generator import Generator
-        from phijax.interchange.open import load_params
+        from phijax.interchange.load import load_params
         from phijax.parallel.mesh import MeshConfig, make_mesh
 
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])

@@ -80,7 +80,7 @@ def _write_weights(opened, output, max_shard_bytes: int) -> int:
     from phijax.interchange.huggingface import mlx as mlx_export
     from phijax.interchange.native import write as native_write
 
-    dtype, small = huggingface_export.DTYPES[FLAGS.dtype] if FLAGS.dtype else None, small_matrices.schemes_of(opened)
+    dtype, small = huggingface_export.DTYPES[FLAGS.dtype] if FLAGS.dtype else None, opened.weights.schemes
     if FLAGS.format == "phijax":
         for line in [*_changes(opened, dtype, ()), *_widened(small if dtype is not None else {}, dtype)]:
             print(line)
@@ -120,16 +120,14 @@ def _check_output(output, nbytes: int) -> None:
 def _write_gguf(opened, output) -> int:
     if FLAGS.dry_run:
         from phijax.interchange.gguf.write import planned_path
-        from phijax.interchange.small_matrices import schemes_of
 
         if FLAGS.output:
             planned_path(opened, output, FLAGS.kind)
-        keeps = schemes_of(opened) and FLAGS.kind not in K_QUANTS
+        keeps = opened.weights.schemes and FLAGS.kind not in K_QUANTS
         kept = "quantised weights as Q4_0 and Q8_0, others as " if keeps else ""
         print(f"would write {output} as GGUF, {kept}{FLAGS.kind}: {_count(opened):,} weights")
         return EXIT_DONE
-    from phijax.interchange.gguf.open import write_card  # the format's package is an extra
-    from phijax.interchange.gguf.write import write_gguf  # the format's package is an extra
+    from phijax.interchange.gguf.write import write_card, write_gguf  # the format's package is an extra
 
     if FLAGS.kind in K_QUANTS:
         from phijax.interchange.gguf.k_quants import write_k_quants
@@ -151,10 +149,9 @@ def _bytes(number: int) -> str:
 
 
 def _describe(opened) -> None:
-    from phijax.interchange.small_matrices import schemes_of
     from phijax.quantization.policy import name_of
 
-    small, weights = schemes_of(opened), opened.weights
+    small, weights = opened.weights.schemes, opened.weights
     stored = {name_of(small[path]) if path in small else weights.dtype(path).name for path in weights.shapes()}
     print(f"{opened.path}: a {opened.kind} checkpoint, {_count(opened):,} weights, {', '.join(sorted(stored))}")
 

@@ -87,9 +87,9 @@ def dry_run(config) -> int:
     from etils import epath
 
     from phijax.checkpoint import reading
+    from phijax.checkpoint.steps import CHECKPOINTS_FOLDER
     from phijax.data import verification
     from phijax.data.shards import files_of
-    from phijax.interchange.native.source import CHECKPOINTS_FOLDER
     from phijax.parallel.hardware import a_chip_with, generation
     from phijax.parallel.mesh import mesh_shape
     from phijax.parallel.sharding import MESH_AXES

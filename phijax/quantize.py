@@ -90,7 +90,7 @@ def _tell(opened, output, shapes, nbytes, errors, rows) -> None:
     from phijax.checkpoint import manifest
     from phijax.interchange.native.source import PLOT_FILE, QUALITY_FILE
     from phijax.quantization import report
-    from phijax.storage import durable
+    from phijax.storage import atomic, durable
 
     size = durable.bytes_below(output / manifest.STATE_FOLDER)
     facts = {
@@ -110,7 +110,7 @@ def _tell(opened, output, shapes, nbytes, errors, rows) -> None:
         print("NOT MEASURED: what this cost in quality. Give --held_out=SHARDS or a text file.")
     try:
         report.plot_errors(errors, output / PLOT_FILE)
-        durable.write_json(output / QUALITY_FILE, facts)
+        atomic.write_json(output / QUALITY_FILE, facts)
     except OSError as error:
         for name in (PLOT_FILE, QUALITY_FILE):
             (output / name).unlink(missing_ok=True)

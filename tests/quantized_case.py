@@ -61,7 +61,7 @@ def save_run(folder: pathlib.Path, weights: params.Params, c: ModelConfig = MODE
     with WriterLock(folder, break_lock=False, log=print) as lock:
         config = dataclasses.replace(CheckpointConfig(), asynchronous=False)
         identity = {"model": dataclasses.asdict(c)}
-        checkpoints = RunCheckpoints(folder / "checkpoints", config, identity=identity, lock=lock, log=print)
+        checkpoints = RunCheckpoints(folder / "checkpoints", config, identity=identity, version=1, lock=lock, log=print)
         checkpoints.save(3, {"params": weights})
         checkpoints.wait()
     return folder

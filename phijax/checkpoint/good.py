@@ -11,8 +11,8 @@ import tensorstore
 from etils import epath
 
 from phijax.checkpoint import manifest
+from phijax.checkpoint.array_spec import array_spec
 from phijax.errors import UserError
-from phijax.interchange.native.source import array_spec
 
 COUNT = "skipped_in_a_row"  # the leaf that tells it of steps saved before manifests did
 

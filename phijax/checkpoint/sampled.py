@@ -5,8 +5,8 @@ import hashlib
 from etils import epath
 
 from phijax.checkpoint import manifest, steps
+from phijax.checkpoint.steps import CHECKPOINTS_FOLDER
 from phijax.errors import UserError
-from phijax.interchange.native.source import CHECKPOINTS_FOLDER
 from phijax.storage import durable
 
 BLOCK_BYTES = 4096

@@ -21,6 +21,7 @@ from phijax.checkpoint.manifest import MANIFEST_FILE
 from phijax.errors import UserError
 from phijax.storage import durable
 
+CHECKPOINTS_FOLDER = "checkpoints"  # in a workdir: what holds the steps
 UNFINISHED_FILE = "unfinished.json"
 DAMAGED_FILE = "damaged.json"
 NOT_GOOD_FILE = "not_good.json"

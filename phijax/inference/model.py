@@ -15,7 +15,8 @@ from phijax.inference.placement import matrix_format
 from phijax.inference.prefix_cache import PrefixCache
 from phijax.inference.sampling import Sampling
 from phijax.inference.stopping import Result
-from phijax.interchange.open import load_params, open_checkpoint
+from phijax.interchange.load import load_params
+from phijax.interchange.open import open_checkpoint
 from phijax.interchange.opened import Opened
 from phijax.interchange.tokenizer_files import chat_template_of
 from phijax.model.backend import choose_backend
@@ -82,7 +83,7 @@ def load(
         long_rope=long_rope,
         cache_dtype=cache_dtype,
     )
-    bos = opened.begin[0] if opened.begin else opened.extra.get("bos_id")
+    bos = opened.begin[0] if opened.begin else opened.facts.bos_id
     template = opened.chat_template
     if opened.kind == "phijax" and tokenizer is not None:  # a run chats as what is exported from it does
         template = chat_template_of(opened, tokenizer)

@@ -7,8 +7,9 @@ from typing import Any
 from etils import epath
 
 from phijax.interchange import quantization_card
+from phijax.interchange.facts import TRAVELLING
 from phijax.interchange.native.source import is_step_of_run
-from phijax.interchange.opened import TRAVELLING, Opened
+from phijax.interchange.opened import Opened
 from phijax.model import params
 from phijax.model.config import ModelConfig
 from phijax.report.plot import HELD_OUT_LOSS
@@ -40,7 +41,7 @@ def render(opened: Opened, layout: str, format: str = "hf", tokenizer: str = "")
 
     `tokenizer`: how its files were checked.
     """
-    name = str(opened.extra.get("name") or _source_name(opened))
+    name = str(opened.facts.name or _source_name(opened))
     library, use = USES[format]
     parts = [
         f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- phijax\n---",
@@ -74,8 +75,8 @@ def _what(opened: Opened, layout: str) -> str:
         "vocabulary": f"{c.vocab_size:,}",
         "context": f"{c.max_position:,} tokens" + _positions(c),
     }
-    if "step" in opened.extra:
-        rows["step"] = f"{opened.extra['step']:,}"
+    if opened.facts.step is not None:
+        rows["step"] = f"{opened.facts.step:,}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"Written by phijax from a {opened.kind} checkpoint.\n\n| | |\n|---|---|\n{table}"
 
@@ -87,7 +88,7 @@ def _positions(c: ModelConfig) -> str:
 
 
 def _data(opened: Opened) -> str:
-    data = (opened.extra.get("identity") or {}).get("data") or {}
+    data = (opened.facts.identity or {}).get("data") or {}
     lines = []
     for number, phase in enumerate(data.get("phases", [])):
         tokens = phase["steps"] * phase["sequence_length"] * phase["global_batch_size"]
@@ -119,7 +120,7 @@ def _scores(opened: Opened) -> str:
 def scores(opened: Opened) -> dict[str, list]:
     """Name of a loss -> [step, nats a token], its last of the run up to the step that was opened."""
     if opened.kind != "phijax" or not is_step_of_run(opened.path):
-        return opened.extra.get("scores", {})
+        return dict(opened.facts.scores or {})
     path = opened.path.parent.parent / "metrics.jsonl"
     try:
         rows = read_metrics(path) if path.exists() else []
@@ -127,7 +128,7 @@ def scores(opened: Opened) -> dict[str, list]:
         return {}
     last: dict[str, list] = {}
     for row in rows:
-        if row["step"] < opened.extra["step"]:
+        if row["step"] < opened.facts.step:
             named = {k: v for k, v in row.items() if k == "loss" or k.startswith(HELD_OUT_LOSS)}
             last |= {name: [row["step"], value] for name, value in named.items() if isinstance(value, float)}
     return last
@@ -137,14 +138,13 @@ def _shown(name: str) -> str:
     return "training" if name == "loss" else f"held out, {name.removeprefix(HELD_OUT_LOSS)}"
 
 
-def facts(opened: Opened) -> dict[str, Any]:
+def kept(opened: Opened) -> dict[str, Any]:
     """What an exported checkpoint of ours keeps of its source, as JSON."""
-    kept = {key: value for key, value in opened.extra.items() if key in ("step", "identity", "name", *TRAVELLING)}
-    kept |= {
+    facts = opened.facts.said("step", "identity", "name", *TRAVELLING) | {
         "source": opened.kind,
         "scores": scores(opened),
         "begin": list(opened.begin),
         "stop_ids": list(opened.stop_ids),
         "chat_template": opened.chat_template,
     }
-    return json.loads(json.dumps(kept))
+    return json.loads(json.dumps(facts))

@@ -9,7 +9,6 @@ from etils import epath
 from phijax.interchange.huggingface import config as huggingface_config
 from phijax.interchange.native.source import QUALITY_FILE
 from phijax.interchange.opened import Opened
-from phijax.interchange.small_matrices import schemes_of
 from phijax.quantization import policy
 
 # Key of quality.json -> what the card calls it, and how its number is written.
@@ -25,7 +24,7 @@ MEASURED = {
 
 def section(opened: Opened) -> str:
     """Its text, empty for a checkpoint that is not quantised. Raises: UserError for a damaged quality.json."""
-    schemes = schemes_of(opened)
+    schemes = opened.weights.schemes
     if not schemes:
         return ""
     path = opened.path / QUALITY_FILE

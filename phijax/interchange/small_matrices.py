@@ -1,28 +1,22 @@
 """Quantised weights as other formats store them: [out, in] integers, scales along the inputs; some rows at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from phijax.errors import UserError
 from phijax.interchange.huggingface.names import Part, Tensor
-from phijax.interchange.native.source import NativeSource
 from phijax.interchange.opened import Opened
-from phijax.interchange.weight_source import Index
+from phijax.interchange.weight_source import Index, QuantizedSource
 from phijax.quantization import policy
 from phijax.quantization.policy import Scheme
 
 AT_ONCE = 1 << 24  # integers in memory at once
 
 
-def schemes_of(opened: Opened) -> dict[str, Scheme]:
-    """Leaf path -> scheme of what the checkpoint stores quantised; {} where nothing is."""
-    return dict(opened.weights.schemes) if isinstance(opened.weights, NativeSource) else {}
-
-
-def require_quantized(opened: Opened, format: str) -> dict[str, Scheme]:
-    """`schemes_of`. Raises: UserError for a checkpoint that is not quantised, with the command that quantises it."""
-    if found := schemes_of(opened):
+def require_quantized(opened: Opened, format: str) -> Mapping[str, Scheme]:
+    """Its schemes. Raises: UserError for a checkpoint that is not quantised, with the command that quantises it."""
+    if found := opened.weights.schemes:
         return found
     quantised = f"the {opened.kind} checkpoint {opened.path} is not quantised"
     raise UserError(
@@ -32,12 +26,12 @@ def require_quantized(opened: Opened, format: str) -> dict[str, Scheme]:
     )
 
 
-def scheme_of(schemes: dict[str, Scheme], tensor: Tensor) -> Scheme | None:
+def scheme_of(schemes: Mapping[str, Scheme], tensor: Tensor) -> Scheme | None:
     """The scheme of a tensor, one for all of its parts; None: dense. Raises: UserError where the parts' differ."""
     return common_scheme(schemes, tensor.name, [part.leaf for part in tensor.parts])
 
 
-def common_scheme(schemes: dict[str, Scheme], name: str, leaves: list[str]) -> Scheme | None:
+def common_scheme(schemes: Mapping[str, Scheme], name: str, leaves: list[str]) -> Scheme | None:
     found = {leaf: schemes.get(leaf) for leaf in leaves}
     if len(set(found.values())) > 1:
         shown = ", ".join(f"{leaf}: {policy.name_of(s) if s else policy.AS_STORED}" for leaf, s in found.items())
@@ -45,7 +39,7 @@ def common_scheme(schemes: dict[str, Scheme], name: str, leaves: list[str]) -> S
     return next(iter(found.values()))
 
 
-def integers(source: NativeSource, part: Part) -> Iterator[np.ndarray]:
+def integers(source: QuantizedSource, part: Part) -> Iterator[np.ndarray]:
     """A part of a tensor from its first row: (n, in) int8 pieces."""
     width = _inputs(source, part.leaf, part.transposed)
     step = max(1, AT_ONCE // width)
@@ -54,18 +48,18 @@ def integers(source: NativeSource, part: Part) -> Iterator[np.ndarray]:
         yield read_integers(source, part.leaf, part.layer, part.transposed, rows)
 
 
-def scales(source: NativeSource, part: Part) -> np.ndarray:
+def scales(source: QuantizedSource, part: Part) -> np.ndarray:
     """(out, groups) float16 of a whole part; one group: a scale for each channel."""
     return read_scales(source, part.leaf, part.layer, part.transposed, slice(0, part.rows))
 
 
-def read_integers(source: NativeSource, leaf: str, layer: int | None, transposed: bool, rows: slice) -> np.ndarray:
+def read_integers(source: QuantizedSource, leaf: str, layer: int | None, transposed: bool, rows: slice) -> np.ndarray:
     """Rows of the matrix [out, in] that a leaf (or a layer of it) is elsewhere: (n, in) int8."""
     across = slice(0, _inputs(source, leaf, transposed))
     return _matrix(source.read_values(leaf, _index(layer, transposed, rows, across)), transposed)
 
 
-def read_scales(source: NativeSource, leaf: str, layer: int | None, transposed: bool, rows: slice) -> np.ndarray:
+def read_scales(source: QuantizedSource, leaf: str, layer: int | None, transposed: bool, rows: slice) -> np.ndarray:
     """The same of its scales: (n, groups) float16."""
     group = source.schemes[leaf].group
     across = slice(0, _inputs(source, leaf, transposed) // group if group else 1)
@@ -77,7 +71,7 @@ def spread(found: np.ndarray, inputs: int, group: int) -> np.ndarray:
     return np.repeat(found, inputs // group // found.shape[1], axis=1)
 
 
-def _inputs(source: NativeSource, leaf: str, transposed: bool) -> int:
+def _inputs(source: QuantizedSource, leaf: str, transposed: bool) -> int:
     return source.shapes()[leaf][-2 if transposed else -1]
 
 

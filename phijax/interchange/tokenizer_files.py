@@ -8,7 +8,7 @@ from etils import epath
 
 from phijax.errors import UserError
 from phijax.interchange.opened import Opened
-from phijax.storage import durable
+from phijax.storage import atomic
 from phijax.text.beginning import read_beginning, write_beginning
 from phijax.text.chat_formats import BOS, PHI3, stops_by_names
 from phijax.text.huggingface_files import take_as_it_is
@@ -58,7 +58,7 @@ class Ids:
 
 def ids_of(opened: Opened, tokenizer: TextTokenizer | None) -> Ids:
     """As the checkpoint says; of one of ours, as its tokenizer's names say."""
-    bos, eos, pad = (opened.extra.get(f"{name}_id") for name in ("bos", "eos", "pad"))
+    bos, eos, pad = opened.facts.bos_id, opened.facts.eos_id, opened.facts.pad_id
     bos = opened.begin[0] if opened.begin else bos
     stops = opened.stop_ids
     if tokenizer is not None:
@@ -109,7 +109,7 @@ def write_huggingface(opened: Opened, output: epath.Path, say: Callable[[str], N
     tokenizer.json is always there and gives our ids, under the class that takes it as it is: transformers reads the
     files of other classes otherwise from version to version, and beside weights of another class.
     """
-    folder = opened.extra.get("tokenizer_folder")
+    folder = opened.facts.tokenizer_folder
     tokenizer, ours = open_or_none(opened, say), True
     if has_huggingface_files(folder):
         copied = copy(folder, output)
@@ -125,9 +125,9 @@ def write_huggingface(opened: Opened, output: epath.Path, say: Callable[[str], N
             tokenizer.save_huggingface(output, chat_template=chat_template_of(opened, tokenizer), eos=ids.eos)
     if read_beginning(output, ids.bos) != opened.begin:
         write_beginning(output, opened.begin)
-    generation = ids.in_generation_config(opened.extra.get("generation") or {})
+    generation = ids.in_generation_config(opened.facts.generation or {})
     if generation and not (output / GENERATION_FILE).exists():
-        durable.write_json(output / GENERATION_FILE, generation)
+        atomic.write_json(output / GENERATION_FILE, generation)
     return Written(ids, tokenizer, ours)
 
 
@@ -143,7 +143,7 @@ def chat_template_of(opened: Opened, tokenizer: TextTokenizer) -> str | None:
 
 def write_native(opened: Opened, output: epath.Path, say: Callable[[str], None]) -> None:
     """The same for a checkpoint of ours: files of transformers as they are, else ours."""
-    folder = opened.extra.get("tokenizer_folder")
+    folder = opened.facts.tokenizer_folder
     if has_huggingface_files(folder):
         copy(folder, output)
     elif (tokenizer := open_or_none(opened, say)) is not None:

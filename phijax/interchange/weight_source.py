@@ -1,7 +1,8 @@
 """Weights of one model as they lie in a file, read slice by slice under our names and in our shapes."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import jax.numpy as jnp
@@ -10,12 +11,18 @@ import numpy as np
 from phijax.errors import UserError
 from phijax.model import params
 from phijax.model.config import ModelConfig
+from phijax.quantization.policy import Scheme
 
 Index = tuple[slice, ...]
 
 
+NOT_QUANTIZED: Mapping[str, Scheme] = MappingProxyType({})  # the schemes of a source that stores floats alone
+
+
 class WeightSource(Protocol):
     """Nothing is read before it is asked for. Paths and shapes are those of `model_shapes`."""
+
+    schemes: Mapping[str, Scheme]  # by leaf path, of the leaves that are stored quantised; else NOT_QUANTIZED
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Leaf path -> shape, the vocabulary not padded."""
@@ -27,6 +34,18 @@ class WeightSource(Protocol):
 
     def read(self, path: str, index: Index) -> np.ndarray:
         """That slice alone, in `dtype(path)`; one slice a dimension, step 1. Raises UserError if it cannot be read."""
+        ...
+
+
+class QuantizedSource(WeightSource, Protocol):
+    """A source that has schemes gives the integers and scales of those leaves too."""
+
+    def read_values(self, path: str, index: Index) -> np.ndarray:
+        """Integers as int8."""
+        ...
+
+    def read_scales(self, path: str, index: Index) -> np.ndarray:
+        """Scales, float16; `index` counts groups."""
         ...
 
 

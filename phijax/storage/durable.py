@@ -1,6 +1,5 @@
 """Bytes that survive a power cut: fsync on local file systems; object stores commit a whole object at once."""
 
-import json
 import os
 from typing import Any
 
@@ -92,20 +91,6 @@ def sync_directory(path: epath.Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: epath.Path, text: str) -> None:
-    """Writes a small file so that a reader, at any instant and after a power cut, sees all of it or none."""
-    if not is_local(path):
-        path.write_text(text)
-        return
-    temporary = path.parent / f"{path.name}.tmp"
-    with open(os.fspath(temporary), "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
-
-
 def files_below(folder: epath.Path) -> list[epath.Path]:
     """Every file under `folder`, sorted by name; epath has no recursive glob."""
     found = []
@@ -125,8 +110,3 @@ def sync_tree(folder: epath.Path) -> None:
         if child.is_dir():
             sync_tree(child)
     sync_directory(folder)
-
-
-def write_json(path: epath.Path, content: dict) -> None:
-    """`write_text` of an object, for people to read."""
-    write_text(path, json.dumps(content, indent=2) + "\n")

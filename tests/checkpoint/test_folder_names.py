@@ -9,8 +9,8 @@ import tensorstore
 from checkpoint_case import bits, like, mesh_of, save_steps, state, writer
 from etils import epath
 
+from phijax.checkpoint.array_spec import array_spec
 from phijax.errors import UserError
-from phijax.interchange.native.source import array_spec
 from phijax.readiness import probes
 from phijax.storage import durable
 

@@ -13,7 +13,7 @@ from etils import epath
 from quick_compilation import QUICK
 
 from phijax.interchange.opened import Opened
-from phijax.interchange.weight_source import Index, model_shapes
+from phijax.interchange.weight_source import NOT_QUANTIZED, Index, model_shapes
 from phijax.model import params as parameters
 from phijax.model.backend import Backend
 from phijax.model.config import LongRope, ModelConfig
@@ -51,6 +51,8 @@ LLAMA = dataclasses.replace(PHI3, num_heads=4, num_kv_heads=2, head_dim=16, tied
 @dataclasses.dataclass(frozen=True)
 class Arrays:
     """A WeightSource over arrays in memory."""
+
+    schemes = NOT_QUANTIZED
 
     arrays: Mapping[str, np.ndarray]
 

@@ -18,7 +18,8 @@ import dataclasses  # noqa: E402
 
 import numpy as np  # noqa: E402
 
-from phijax.interchange.open import load_params, open_checkpoint  # noqa: E402
+from phijax.interchange.load import load_params  # noqa: E402
+from phijax.interchange.open import open_checkpoint  # noqa: E402
 from phijax.model import params  # noqa: E402
 from phijax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
 

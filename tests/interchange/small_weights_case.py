@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 from gguf_case import LLAMA, PHI3, everything, opened, random_arrays, tokenizer
 
+from phijax.interchange.facts import Facts
 from phijax.interchange.huggingface import names
 from phijax.interchange.native import quantize as native_quantize
 from phijax.interchange.open import open_checkpoint
@@ -36,8 +37,8 @@ def source(c) -> Opened:
     """The float model, in memory, with a stop token beside the end of text."""
     kind = "LlamaForCausalLM" if c is SPLIT else "Phi3ForCausalLM"
     ids = tuple(tokenizer().added_tokens[name] for name in STOPS)
-    facts = {"architecture": kind, "name": "tiny"}
-    return opened(c, random_arrays(c, jnp.bfloat16), stop_ids=ids, extra=facts, path=epath.Path(__file__))
+    facts = Facts(architecture=kind, name="tiny")
+    return opened(c, random_arrays(c, jnp.bfloat16), stop_ids=ids, facts=facts, path=epath.Path(__file__))
 
 
 class Small:

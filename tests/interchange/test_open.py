@@ -22,8 +22,9 @@ from phijax.checkpoint.run_state import RunCheckpoints
 from phijax.errors import UserError
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.load import load_params
 from phijax.interchange.native import write as native_write
-from phijax.interchange.open import load_params, open_checkpoint
+from phijax.interchange.open import open_checkpoint
 from phijax.interchange.opened import Opened
 from phijax.interchange.weight_source import blocks, model_shapes
 from phijax.model import params
@@ -69,7 +70,7 @@ def workdir(tmp_path_factory, tokenizer) -> pathlib.Path:
     with WriterLock(folder, break_lock=False, log=print) as lock:
         config = dataclasses.replace(CheckpointConfig(), asynchronous=False)
         identity = {"model": dataclasses.asdict(MODEL)}
-        checkpoints = RunCheckpoints(folder / "checkpoints", config, identity=identity, lock=lock, log=print)
+        checkpoints = RunCheckpoints(folder / "checkpoints", config, identity=identity, version=1, lock=lock, log=print)
         for step in (2, 5):
             tree = {"params": values(step, mesh(fsdp=4)), "opt_state": {"count": jnp.zeros((), jnp.int32)}}
             checkpoints.save(step, tree)
@@ -92,7 +93,7 @@ def assert_same(got: dict, expected: dict) -> None:
 def test_a_run_and_a_step_load_on_any_mesh_bit_for_bit(workdir, sizes):
     for path, step in ((workdir, 5), (workdir / "checkpoints" / "2", 2)):
         opened = open_checkpoint(path)
-        assert (opened.kind, opened.model, opened.extra["step"]) == ("phijax", MODEL, step)
+        assert (opened.kind, opened.model, opened.facts.step) == ("phijax", MODEL, step)
         assert_same(leaves(load_params(opened, mesh(**sizes))), leaves(values(step, mesh())))
 
 
@@ -107,7 +108,7 @@ def test_the_newest_step_that_is_whole_is_taken(workdir, tmp_path):
     copy = shutil.copytree(workdir, tmp_path / "run")
     flip(copy / "checkpoints" / "5" / "state")
     with pytest.warns(UserWarning, match=r"(?s)5 is damaged: state/.* has changed since.*Using step 2 instead\."):
-        assert open_checkpoint(copy).extra["step"] == 2
+        assert open_checkpoint(copy).facts.step == 2
     with pytest.raises(UserError, match="has changed since it was written"):
         open_checkpoint(copy / "checkpoints" / "5")
     flip(copy / "checkpoints" / "2" / "state")
@@ -147,7 +148,7 @@ class Counting:
 
     def __init__(self, source):
         self._source, self.asked = source, []
-        self.shapes, self.dtype = source.shapes, source.dtype
+        self.shapes, self.dtype, self.schemes = source.shapes, source.dtype, source.schemes
 
     def read(self, path, index):
         self.asked.append((path, index))
@@ -181,7 +182,7 @@ def test_weights_alone_written_and_opened_again(workdir, tmp_path, tokenizer, dt
     opened = open_checkpoint(workdir)
     native_write.write(opened, tmp_path / "weights", dtype=dtype and np.dtype(dtype))
     again = open_checkpoint(tmp_path / "weights")
-    assert (again.model, again.extra["step"]) == (MODEL, 5)
+    assert (again.model, again.facts.step) == (MODEL, 5)
     assert again.tokenizer().fingerprint == tokenizer.fingerprint
     kind = np.dtype(dtype or np.float32)
     assert {again.weights.dtype(path) for path in again.weights.shapes()} == {kind}
@@ -209,7 +210,7 @@ def test_a_checkpoint_of_another_model_is_refused(workdir, tmp_path):
     described["identity"]["model"]["ffn_dim"] = 40
     rest = {key: described[key] for key in ("step", "leaves", "identity", "extra")}
     (copy / "manifest.json").unlink()
-    manifest.write(epath.Path(copy), **rest)
+    manifest.write(epath.Path(copy), version=1, **rest)
     with pytest.raises(UserError, match=r"(?s)another model.*mlp/down.*\(3, 48, 32\).*\(3, 40, 32\)"):
         open_checkpoint(copy)
 

@@ -10,6 +10,7 @@ from gguf_case import PHI3, TEXT, opened, tokenizer
 
 from phijax.errors import UserError
 from phijax.interchange import tokenizer_check
+from phijax.interchange.facts import Facts
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
 from phijax.interchange.open import open_checkpoint
@@ -48,7 +49,7 @@ def exported(tmp_path_factory):
 def llama(exported, tmp_path):
     """A model in Llama's layout, its tokenizer files those that transformers reads under a class of its own."""
     folder = shutil.copytree(exported, tmp_path / "from")
-    without = dataclasses.replace(open_checkpoint(exported), tokenizer=no_tokenizer, extra={})
+    without = dataclasses.replace(open_checkpoint(exported), tokenizer=no_tokenizer, facts=Facts())
     export(without, tmp_path / "weights", "llama")
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tmp_path / "weights" / name, folder / name)

@@ -16,7 +16,8 @@ import phijax.inference.model
 from phijax import export, prepare, quantize
 from phijax.errors import UserError
 from phijax.inference import placement, programs
-from phijax.interchange.open import load_params, open_checkpoint
+from phijax.interchange.load import load_params
+from phijax.interchange.open import open_checkpoint
 from phijax.model import params
 from phijax.model.backend import CHOICES, Backend
 from phijax.parallel.mesh import MeshConfig, make_mesh

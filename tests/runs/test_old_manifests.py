@@ -19,9 +19,10 @@ from phijax.errors import UserError
 from phijax.interchange.gguf.write import write_gguf
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.load import load_params
 from phijax.interchange.native import quantize as native_quantize
 from phijax.interchange.native import write as native_write
-from phijax.interchange.open import load_params, open_checkpoint
+from phijax.interchange.open import open_checkpoint
 from phijax.model.config import ModelConfig, fields_version, model_from_dict, model_to_dict
 from phijax.model.presets import PRESETS
 from phijax.parallel.mesh import MeshConfig, make_mesh
@@ -114,10 +115,8 @@ def test_what_old_commands_wrote_opens_starts_and_exports(runs, unbroken, tmp_pa
         native_write.write(opened, folder, dtype=None)
     age(runs, folder, kept)
     found = open_checkpoint(folder)
-    assert (found.extra.get("architecture") == "LlamaForCausalLM") == (kept == "imported")
-    assert bool(found.stop_ids) == (kept == "imported") and bool(getattr(found.weights, "schemes", {})) == (
-        kept == "quantised"
-    )
+    assert (found.facts.architecture == "LlamaForCausalLM") == (kept == "imported")
+    assert bool(found.stop_ids) == (kept == "imported") and bool(found.weights.schemes) == (kept == "quantised")
     opens_starts_and_exports(folder, runs, tmp_path)
 
 
@@ -137,13 +136,14 @@ def test_a_field_that_older_code_would_misread_makes_version_2():
     assert fields_version(other) == 2 and other["activation"] == "gelu"
 
 
-def test_a_manifest_is_version_2_where_it_must_be(tmp_path):
-    for version, activation in ((1, "silu"), (2, "gelu")):
-        folder = tmp_path / str(version)
-        (folder / manifest.STATE_FOLDER).mkdir(parents=True)
-        identity = {"model": model_to_dict(dataclasses.replace(LATER, activation=activation))}
-        manifest.write(folder, step=version, leaves=[], identity=identity, extra={})
-        assert manifest.read(folder)["format"] == version
+@pytest.mark.parametrize(("version", "activation"), [(1, "silu"), (2, "gelu")])
+def test_a_manifest_is_version_2_where_it_must_be(unbroken, tmp_path, version, activation):
+    opened = open_checkpoint(unbroken / "checkpoints" / str(STEP))
+    opened = dataclasses.replace(opened, model=Later(**dataclasses.asdict(opened.model), activation=activation))
+    native_write.write(opened, tmp_path / "written", dtype=None)
+    assigned = policy.assign(opened.model, policy.parse("int8"))
+    native_quantize.write(opened, tmp_path / "quantised", assigned, method="rtn")
+    assert [manifest.read(tmp_path / name)["format"] for name in ("written", "quantised")] == [version, version]
 
 
 @pytest.mark.parametrize(

@@ -117,8 +117,8 @@ SIZES = [(f"model.{name}", str(value)) for name, value in dict(
 def assert_travelled(opened, *, ids=(END, USER, TOKENIZER.end_of_text)) -> None:
     assert set(opened.stop_ids) == set(ids)  # the data's documents end as they do there
     assert opened.chat_template == PHI4.template
-    assert opened.begin == (1,) and opened.extra["bos_id"] == 1 and opened.extra["eos_id"] == END
-    assert {k: opened.extra["generation"][k] for k in ("do_sample", "temperature", "top_p")} == {
+    assert opened.begin == (1,) and opened.facts.bos_id == 1 and opened.facts.eos_id == END
+    assert {k: opened.facts.generation[k] for k in ("do_sample", "temperature", "top_p")} == {
         k: SETTINGS[k] for k in ("do_sample", "temperature", "top_p")
     }
 

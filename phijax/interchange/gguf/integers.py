@@ -5,6 +5,8 @@ low and weight j + 16 high; w = d * q in Q8_0. Our groups are multiples of 32 al
 and our scales are float16: d is the scale of the group that the block lies in, and no number changes.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from phijax.errors import UserError
@@ -16,7 +18,7 @@ BLOCK = 32
 KINDS = {4: "Q4_0", 8: "Q8_0"}  # bits -> GGUF's name
 
 
-def kind_of(schemes: dict[str, Scheme], tensor: Tensor) -> str | None:
+def kind_of(schemes: Mapping[str, Scheme], tensor: Tensor) -> str | None:
     """What a tensor becomes; None where it is dense. Raises: UserError for what blocks cannot hold."""
     leaves = [leaf for leaf in tensor.row.leaves if leaf in schemes]
     if not leaves:

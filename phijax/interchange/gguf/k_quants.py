@@ -11,7 +11,6 @@ from etils import epath
 
 from phijax.distribution import install_hint
 from phijax.errors import UserError
-from phijax.interchange import small_matrices
 from phijax.interchange.gguf.write import finished, output_path, write_gguf
 from phijax.interchange.opened import Opened
 
@@ -32,7 +31,7 @@ def write_k_quants(
       llama.cpp's own words where it fails; nothing is left behind then.
     """
     library = _llama_cpp()
-    if small_matrices.schemes_of(opened):
+    if opened.weights.schemes:
         say(f"warning: {opened.path} is quantised already; {kind} rounds a second time")
     path = output_path(epath.Path(output), opened, kind, overwrite=False)
     exact = path.parent / f".{path.name}.exact-{os.getpid()}.gguf"

@@ -9,7 +9,7 @@ import numpy as np
 from phijax.errors import UserError
 from phijax.interchange.gguf import names as gguf_names
 from phijax.interchange.gguf.file import GgufFile, Stored, gguf_library
-from phijax.interchange.weight_source import Index, model_shapes
+from phijax.interchange.weight_source import NOT_QUANTIZED, Index, model_shapes
 from phijax.model.config import ModelConfig
 
 # Kinds that are read, and the dtype that they are read in: quantised ones as the float32 that they stand for.
@@ -29,6 +29,8 @@ class _Place:
 
 class GgufSource:
     """A WeightSource over one file."""
+
+    schemes = NOT_QUANTIZED
 
     def __init__(self, file: GgufFile, architecture: str, c: ModelConfig):
         """Raises: UserError for a tensor that is missing, surplus, of another shape or of a kind that is not read."""

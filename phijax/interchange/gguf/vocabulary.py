@@ -2,12 +2,13 @@
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
 from phijax.errors import UserError
+from phijax.interchange.facts import Facts
 from phijax.interchange.gguf.tokenizer import END_OF_TURN
 from phijax.text.pre_tokenizers import PRE_TOKENIZERS
 from phijax.text.sentencepiece_model import PieceKind, take_apart
@@ -20,7 +21,7 @@ _ADDED_SCORE, _PADDING_SCORE = -1000.0, -10000.0  # as llama.cpp's converter giv
 def vocabulary(
     tokenizer: TextTokenizer,
     rows: int,
-    facts: Mapping[str, Any],
+    facts: Facts,
     *,
     begin: Sequence[int] = (),
     stops: Sequence[int] = (),
@@ -30,7 +31,7 @@ def vocabulary(
 
     Args:
       rows: of the embedding; ids without a token become unused ones.
-      facts: of the checkpoint: bos_id, eos_id, pad_id, where it says them.
+      facts: of the checkpoint, for its ids.
       begin: ids that stand before every text. stops: every id that ends one.
       phi3: whether the model's name is phi-3's, by which llama.cpp strips the whitespace behind added tokens.
     Raises: UserError for a tokenizer that a GGUF file cannot hold, with the reason.
@@ -128,13 +129,11 @@ def _pre_name(part: Any) -> str | None:
     return next(found, None) if bytes_last else None
 
 
-def _ids(
-    tokenizer: TextTokenizer, facts: Mapping[str, Any], begin: Sequence[int], stops: Sequence[int]
-) -> dict[str, Any]:
+def _ids(tokenizer: TextTokenizer, facts: Facts, begin: Sequence[int], stops: Sequence[int]) -> dict[str, Any]:
     if len(begin) > 1:
         raise UserError(f"Its texts begin with {len(begin)} tokens, {list(begin)}; a GGUF file can name one.")
     names, end = tokenizer.specials.ids, tokenizer.end_of_text
-    bos, eos, pad = (facts.get(f"{name}_id") for name in ("bos", "eos", "pad"))
+    bos, eos, pad = facts.bos_id, facts.eos_id, facts.pad_id
     bos = begin[0] if begin else bos
     eos = end if eos is None else eos
     # Without it llama.cpp takes <|end|> by its name, with a warning, and others not at all.

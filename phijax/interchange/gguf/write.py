@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from phijax.errors import UserError
-from phijax.interchange import small_matrices, tokenizer_files
+from phijax.interchange import model_card, small_matrices, tokenizer_files
 from phijax.interchange.gguf import integers as gguf_integers
 from phijax.interchange.gguf import names as gguf_names
 from phijax.interchange.gguf import sampling as gguf_sampling
@@ -21,7 +21,7 @@ from phijax.interchange.gguf.file import gguf_library
 from phijax.interchange.gguf.tokenizer import NAMED_STOPS, PHI3_NAMES, PREFIX, STOPS_KEY
 from phijax.interchange.gguf.vocabulary import vocabulary
 from phijax.interchange.opened import Opened
-from phijax.storage import durable
+from phijax.storage import atomic, durable
 
 Kind = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0"]
 KINDS: tuple[str, ...] = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
@@ -91,26 +91,27 @@ def write_gguf(
     return path
 
 
+def write_card(opened: Opened, output: epath.PathLike) -> None:
+    """A model card beside the file in the folder `output`, where there is none; nothing where `output` is the file."""
+    path = epath.Path(output) / model_card.FILE
+    if epath.Path(output).suffix != ".gguf" and not path.exists():
+        atomic.write_text(path, model_card.render(opened, architecture_for(opened), "gguf"))
+
+
 @contextlib.contextmanager
 def finished(path: epath.Path) -> Iterator[epath.Path]:
     """Gives a temporary name beside `path`; what lies there at the end is made durable and becomes `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
     try:
-        yield temporary
-        with open(os.fspath(temporary), "rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        durable.sync_directory(path.parent)
+        with atomic.replaced(path) as temporary:
+            yield temporary
     except OSError as error:
         raise UserError(f"{path} could not be written: {error.strerror or error}. Nothing was written.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _small(opened: Opened, plan: list[gguf_names.Tensor]) -> dict[str, str]:
     """Tensor -> kind, of those that the checkpoint stores quantised."""
-    schemes = small_matrices.schemes_of(opened)
+    schemes = opened.weights.schemes
     found = {tensor.name: gguf_integers.kind_of(schemes, tensor) for tensor in plan}
     return {name: kind for name, kind in found.items() if kind}
 
@@ -126,7 +127,7 @@ def _most(plan: list[gguf_names.Tensor], kinds: dict[str, str]) -> str:
 
 def architecture_for(opened: Opened) -> str:
     """phi3 or llama: what the checkpoint was, phi3 where it does not say; the other one where only that can hold it."""
-    split = opened.extra.get("architecture") in ("LlamaForCausalLM", "MistralForCausalLM")
+    split = opened.facts.architecture in ("LlamaForCausalLM", "MistralForCausalLM")
     order = (gguf_names.LLAMA, gguf_names.PHI3) if split else (gguf_names.PHI3, gguf_names.LLAMA)
     return next((name for name in order if lacks(opened.model, name) is None), order[0])
 
@@ -145,7 +146,7 @@ def output_path(path: epath.Path, opened: Opened, kind: str, overwrite: bool) ->
     if not durable.is_local(path):
         raise UserError(f"{path}: GGUF files are written to a local disk. Copy it afterwards.")
     if path.suffix != ".gguf":
-        path = path / f"{_safe(opened.extra.get('name') or 'model')}-{kind}.gguf"
+        path = path / f"{_safe(opened.facts.name or 'model')}-{kind}.gguf"
     if path.exists() and not overwrite:
         raise UserError(f"{path} is there already. Remove it or name another file.")
     return path
@@ -171,7 +172,7 @@ def _header(
 ) -> dict[str, Any]:
     """Key -> value. Whole numbers are uint32, others float32; lists of them int32 and float32; arrays float64."""
     library = gguf_library()
-    name = name or str(opened.extra.get("name") or "model")
+    name = name or str(opened.facts.name or "model")
     if architecture == gguf_names.PHI3 and not any(part in name.lower() for part in PHI3_NAMES):
         name = f"{name} phi3"
     header = {
@@ -185,14 +186,14 @@ def _header(
     header |= {key: np.asarray(values, np.float64) for key, values in exact_lists(opened.model).items()}
     tokenizer = opened.tokenizer()
     stops, phi3 = tokenizer_files.ids_of(opened, tokenizer).stops, any(part in name.lower() for part in PHI3_NAMES)
-    arrays = vocabulary(tokenizer, opened.model.vocab_size, opened.extra, begin=opened.begin, stops=stops, phi3=phi3)
+    arrays = vocabulary(tokenizer, opened.model.vocab_size, opened.facts, begin=opened.begin, stops=stops, phi3=phi3)
     header |= {PREFIX + key: value for key, value in arrays.items()}
     said = {value for key, value in arrays.items() if key in ("eos_token_id", "eot_token_id", "eom_token_id")}
     said |= {i for name, i in tokenizer.specials.ids.items() if name in NAMED_STOPS}
     if not said.issuperset(stops):
         header[STOPS_KEY] = list(stops)
         say(f"warning: {len(stops)} tokens end a text; llama.cpp ends it at {', '.join(map(str, sorted(said)))} alone")
-    header |= gguf_sampling.keys_of(opened.extra.get("generation") or {})
+    header |= gguf_sampling.keys_of(opened.facts.generation or {})
     if template := tokenizer_files.chat_template_of(opened, tokenizer):
         header["tokenizer.chat_template"] = template
     return header

@@ -48,7 +48,9 @@ def folder(opened: Opened, layout: Layout, dtype: np.dtype | None) -> Folder:
             yield from (small_matrices.scales(opened.weights, part) for part in tensor.parts)
         else:
             for part in tensor.parts:
-                yield from (packed(values, scheme.bits) for values in small_matrices.integers(opened.weights, part))
+                yield from (
+                    packing.packed(values, scheme.bits) for values in small_matrices.integers(opened.weights, part)
+                )
 
     keys = {"quantization_config": quantization_config(planned)}
     return Folder(FORMAT, layout, shapes, pieces, compute, keys, _notes(opened, compute))
@@ -81,12 +83,6 @@ def compute_dtype(opened: Opened, dtype: np.dtype | None) -> np.dtype:
     """What config.json says that the model computes in: `dtype`, else that of the norms where it has 16 bits."""
     stored = opened.weights.dtype("final_norm/scale")
     return dtype or (stored if stored.itemsize == 2 else np.dtype(jnp.bfloat16))
-
-
-def packed(values: np.ndarray, bits: int) -> np.ndarray:
-    """(n, in) int8 -> (n, in bits / 32) int32."""
-    out = packing.pack(values) if bits == 4 else (values.view(np.uint8) ^ np.uint8(128))
-    return np.ascontiguousarray(out).view("<i4")
 
 
 def quantization_config(planned: list[tuple[Tensor, Scheme | None]]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def choose_layout(opened: Opened, format: str) -> Layout:
 
 
 def _natural(opened: Opened) -> Layout:
-    named = huggingface_config.ARCHITECTURES.get(opened.extra.get("architecture", ""))
+    named = huggingface_config.ARCHITECTURES.get(opened.facts.architecture or "")
     candidates = [named] if named else []
     for layout in (*candidates, "phi3", "llama", "mistral"):
         if huggingface_config.unwritable(opened.model, layout) is None:

@@ -15,7 +15,7 @@ from phijax.interchange.huggingface.names import Layout, Part, Tensor
 from phijax.interchange.huggingface.safetensors import Shape
 from phijax.interchange.opened import Opened
 from phijax.interchange.weight_source import WeightSource, blocks, check_finite
-from phijax.storage import durable, staging
+from phijax.storage import atomic, staging
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +67,10 @@ def write(
             written = tokenizer_files.write_huggingface(opened, place, say)
             ids = written.ids.in_config()
             config = huggingface_config.render(opened.model, folder.layout, dtype=folder.dtype.name, ids=ids)
-            durable.write_json(place / huggingface_config.CONFIG_FILE, config | dict(folder.keys))
+            atomic.write_json(place / huggingface_config.CONFIG_FILE, config | dict(folder.keys))
             checked = tokenizer_check.compare(place, written.tokenizer, strict=written.ours, say=say)
             card = model_card.render(opened, folder.layout, folder.format, tokenizer=checked)
-            durable.write_text(place / model_card.FILE, card)
+            atomic.write_text(place / model_card.FILE, card)
     except OSError as error:
         raise UserError(f"{output} could not be written: {error.strerror or error}. Nothing is left of it.") from error
 

@@ -15,12 +15,12 @@ import numpy as np
 
 from phijax.errors import UserError
 from phijax.interchange import small_matrices
-from phijax.interchange.huggingface.compressed_tensors import packed
 from phijax.interchange.huggingface.folder import Folder, dense_pieces
 from phijax.interchange.huggingface.names import Layout, Tensor, tensors
 from phijax.interchange.huggingface.safetensors import Shape
 from phijax.interchange.opened import Opened
 from phijax.interchange.weight_source import check_finite
+from phijax.quantization import packing
 from phijax.quantization.policy import Scheme
 
 FORMAT = "mlx"
@@ -66,7 +66,7 @@ def _shapes(tensor: Tensor, scheme: Scheme | None, dtype: np.dtype) -> list[Shap
 def _words(opened: Opened, tensor: Tensor, scheme: Scheme) -> Iterator[np.ndarray]:
     for part in tensor.parts:
         for values in small_matrices.integers(opened.weights, part):
-            yield packed(values, scheme.bits).view("<u4")
+            yield packing.packed(values, scheme.bits).view("<u4")
 
 
 def _of_groups(opened: Opened, tensor: Tensor, scheme: Scheme, shape: Shape) -> Iterator[np.ndarray]:

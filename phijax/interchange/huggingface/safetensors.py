@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from phijax.errors import UserError
-from phijax.storage import durable
+from phijax.storage import atomic, durable
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -270,7 +270,7 @@ def write_index(path: epath.Path, files: Mapping[str, Sequence[Shape]]) -> None:
     """The index of a folder with several files."""
     total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
     weight_map = {tensor.name: name for name, tensors in files.items() for tensor in tensors}
-    durable.write_text(path, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
+    atomic.write_text(path, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
 
 
 @contextlib.contextmanager

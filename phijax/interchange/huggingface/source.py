@@ -7,12 +7,13 @@ import numpy as np
 from etils import epath
 
 from phijax.errors import UserError, nearest_name
+from phijax.interchange.facts import Facts
 from phijax.interchange.huggingface import config as huggingface_config
 from phijax.interchange.huggingface.config import ARCHITECTURES, CONFIG_FILE, read_json
 from phijax.interchange.huggingface.names import Part, Tensor, tensors
 from phijax.interchange.huggingface.safetensors import Stored, open_folder
 from phijax.interchange.opened import Opened
-from phijax.interchange.weight_source import Index, check_finite, model_shapes
+from phijax.interchange.weight_source import NOT_QUANTIZED, Index, check_finite, model_shapes
 from phijax.model.config import ModelConfig
 from phijax.text.beginning import read_beginning
 from phijax.text.open import open_tokenizer
@@ -29,6 +30,8 @@ DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 
 class HuggingFaceSource:
     """Our leaves out of transformers' tensors: a slice of a leaf reads the rows, or columns, that hold it."""
+
+    schemes = NOT_QUANTIZED
 
     def __init__(self, model: ModelConfig, files: dict[str, Stored], wanted: list[Tensor]):
         self._files = files
@@ -90,14 +93,14 @@ def open_huggingface(folder: epath.Path) -> Opened:
     tokenizer_config = read_json(folder / TOKENIZER_CONFIG_FILE) if (folder / TOKENIZER_CONFIG_FILE).exists() else {}
     ids = {name: generation.get(name, config.get(name)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     stops = _ids(ids["eos_token_id"], where)
-    extra: dict[str, Any] = {"architecture": architecture, "tokenizer_folder": folder}
-    if generation:
-        extra["generation"] = generation
-    for name in ("bos", "pad"):
-        if known := _ids(ids[f"{name}_token_id"], where):
-            extra[f"{name}_id"] = known[0]
-    if known := _ids(config.get("eos_token_id"), where) or stops:
-        extra["eos_id"] = known[0]
+    facts = Facts(
+        architecture=architecture,
+        tokenizer_folder=folder,
+        bos_id=next(iter(_ids(ids["bos_token_id"], where)), None),
+        eos_id=next(iter(_ids(config.get("eos_token_id"), where) or stops), None),
+        pad_id=next(iter(_ids(ids["pad_token_id"], where)), None),
+        generation=generation or None,
+    )
     return Opened(
         path=folder,
         kind="huggingface",
@@ -105,9 +108,9 @@ def open_huggingface(folder: epath.Path) -> Opened:
         weights=HuggingFaceSource(model, files, wanted),
         tokenizer=functools.partial(_tokenizer, folder),
         chat_template=_template(folder, tokenizer_config),
-        begin=read_beginning(folder, extra.get("bos_id")),
+        begin=read_beginning(folder, facts.bos_id),
         stop_ids=stops,
-        extra=extra,
+        facts=facts,
     )
 
 

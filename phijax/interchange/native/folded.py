@@ -6,12 +6,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from phijax.interchange.weight_source import Index, WeightSource
+from phijax.interchange.weight_source import NOT_QUANTIZED, Index, WeightSource
 from phijax.quantization import awq
 
 
 class FoldedSource:
     """Leaves that take scales, or their inverses, are float32; the others as they are."""
+
+    schemes = NOT_QUANTIZED
 
     def __init__(self, source: WeightSource, folds: Mapping[str, np.ndarray]):
         self._source, self._folds = source, folds

@@ -13,16 +13,17 @@ import tensorstore
 from etils import epath
 
 from phijax.checkpoint import manifest
+from phijax.checkpoint.array_spec import array_spec
 from phijax.checkpoint.lock import WriterLock
 from phijax.errors import UserError
 from phijax.interchange import model_card, tokenizer_files
 from phijax.interchange.native import source as native_source
-from phijax.interchange.native.source import PARAMS, QUANTIZATION, SCALES, TOKENIZER_FOLDER, VALUES, array_spec
+from phijax.interchange.native.source import PARAMS, QUANTIZATION, SCALES, TOKENIZER_FOLDER, VALUES
 from phijax.interchange.native.write import LARGEST_CHUNK
 from phijax.interchange.opened import Opened
 from phijax.interchange.weight_source import Index, blocks, check_finite
 from phijax.model import params
-from phijax.model.config import model_to_dict
+from phijax.model.config import fields_version, model_to_dict
 from phijax.quantization import packing, policy
 from phijax.quantization.policy import Scheme
 from phijax.quantization.rounding import Quantize, round_to_nearest
@@ -127,7 +128,7 @@ def _named(output: epath.Path) -> Iterator[None]:
 
 def refuse_quantized(opened: Opened) -> None:
     """Raises: UserError for a checkpoint of ours that is quantised: what it lost is not there to be rounded better."""
-    if getattr(opened.weights, "schemes", None):
+    if opened.weights.schemes:
         names = sorted({policy.name_of(scheme) for scheme in opened.weights.schemes.values()})
         raise UserError(f"{opened.path} is quantised already ({', '.join(names)}). Quantise what it was made from.")
 
@@ -267,8 +268,8 @@ def _identity(opened: Opened, assigned: Mapping[str, Scheme], method: str) -> st
 
 
 def _write_manifest(folder, opened, assigned, method, errors, leaves) -> None:
-    facts = model_card.facts(opened)
-    step, before = facts.pop("step", 0), facts.pop("identity", {})
+    facts = model_card.kept(opened)
+    step, before, model = facts.pop("step", 0), facts.pop("identity", {}), model_to_dict(opened.model)
     schemes = {path: policy.name_of(scheme) for path, scheme in assigned.items()}
     source = made_from(opened, assigned, method)
     quantization = {"method": method, "schemes": schemes, "errors": errors, "made_from": source}
@@ -276,6 +277,7 @@ def _write_manifest(folder, opened, assigned, method, errors, leaves) -> None:
         folder,
         step=step,
         leaves=leaves,
-        identity={**before, "model": model_to_dict(opened.model)},
+        identity={**before, "model": model},
+        version=fields_version(model),
         extra={"weights_only": facts, QUANTIZATION: quantization},
     )

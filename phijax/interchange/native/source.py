@@ -12,7 +12,10 @@ from etils import epath
 
 from phijax.checkpoint import manifest, reading, steps
 from phijax.checkpoint.agreement import from_process_zero
+from phijax.checkpoint.array_spec import array_spec
+from phijax.checkpoint.steps import CHECKPOINTS_FOLDER
 from phijax.errors import UserError
+from phijax.interchange.facts import Facts, carried
 from phijax.interchange.opened import Opened
 from phijax.interchange.weight_source import Index, model_shapes
 from phijax.model import params
@@ -24,7 +27,6 @@ from phijax.text.open import open_tokenizer
 from phijax.text.tokenizer import TextTokenizer
 
 TOKENIZER_FOLDER = "tokenizer"
-CHECKPOINTS_FOLDER = "checkpoints"
 PARAMS = "params/"
 START = "start"  # in a run's identity: what its start weights brought with them (run/start.py)
 QUANTIZATION = "quantization"  # in the manifest's extra: the schemes by leaf, the method, the errors
@@ -124,11 +126,6 @@ def described(path: str, shape: tuple[int, ...], scheme: Scheme) -> list[dict]:
     ]
 
 
-def array_spec(state: epath.Path, path: str) -> dict[str, Any]:
-    """How TensorStore finds one array of what Orbax writes: zarr inside an OCDBT database."""
-    return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": durable.kvstore(state), "path": f"{path}/"}}
-
-
 def is_native(path: epath.Path) -> bool:
     """Whether a folder is a step of ours, or the workdir of a run with steps."""
     # Token shards have a manifest too.
@@ -158,32 +155,31 @@ def open_native(path: epath.Path, *, verify: bool = True) -> Opened:
     model = model_of(folder, content["identity"])
     extra = dict(content["extra"])
     # What an export of another kind of checkpoint wrote down; of a run, what its start weights brought with them.
-    carried = extra.get("weights_only") or content["identity"].get(START) or {}
+    before = extra.get("weights_only") or content["identity"].get(START) or {}
     tokenizer = _tokenizer_folder(folder)
-    elsewhere = ("chat_template", "stop_ids", "begin", "model")
-    facts = {key: value for key, value in carried.items() if key not in elsewhere}
-    facts |= {"step": content["step"], "identity": content["identity"]}
-    if QUANTIZATION in extra:
-        facts[QUANTIZATION] = extra[QUANTIZATION]
-    if tokenizer is not None:
-        facts["tokenizer_folder"] = tokenizer
     return Opened(
         path=folder,
         kind="phijax",
         model=model,
         weights=NativeSource(folder, model, content["leaves"], _schemes_of(folder, extra)),
         tokenizer=functools.partial(_open_tokenizer, folder, tokenizer),
-        chat_template=carried.get("chat_template"),
-        begin=_begin(content["identity"], carried),
-        stop_ids=tuple(carried.get("stop_ids", ())),
-        extra=facts,
+        chat_template=before.get("chat_template"),
+        begin=_begin(content["identity"], before),
+        stop_ids=tuple(before.get("stop_ids", ())),
+        facts=Facts(
+            step=content["step"],
+            identity=content["identity"],
+            tokenizer_folder=tokenizer,
+            quantization=extra.get(QUANTIZATION),
+            **carried(before),
+        ),
     )
 
 
-def _begin(identity: Mapping[str, Any], carried: Mapping[str, Any]) -> tuple[int, ...]:
+def _begin(identity: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[int, ...]:
     """Of a run: as its rows' segments begin. Of an export: as the checkpoint that it was made of."""
-    if "begin" in carried:
-        return tuple(carried["begin"])
+    if "begin" in before:
+        return tuple(before["begin"])
     begin = (identity.get("data") or {}).get("begin")
     return () if begin is None else (begin,)
 

@@ -9,21 +9,13 @@ import tensorstore
 from etils import epath
 
 from phijax.checkpoint import manifest
+from phijax.checkpoint.array_spec import array_spec
 from phijax.interchange import model_card, tokenizer_files
-from phijax.interchange.native.source import (
-    PARAMS,
-    PLOT_FILE,
-    QUALITY_FILE,
-    QUANTIZATION,
-    TOKENIZER_FOLDER,
-    array_spec,
-    described,
-)
+from phijax.interchange.native.source import PARAMS, PLOT_FILE, QUALITY_FILE, QUANTIZATION, TOKENIZER_FOLDER, described
 from phijax.interchange.opened import Opened
-from phijax.interchange.small_matrices import schemes_of
 from phijax.interchange.weight_source import Index, blocks, check_finite
 from phijax.model import params
-from phijax.model.config import model_to_dict
+from phijax.model.config import fields_version, model_to_dict
 from phijax.storage import staging
 
 LARGEST_CHUNK = 64 << 20  # bytes: what a reader decodes at least
@@ -45,7 +37,7 @@ class Array(NamedTuple):
 
 def arrays(opened: Opened, dtype: np.dtype | None) -> list[Array]:
     """Everything that `write` writes. Integers and scales of small weights are arrays of their own."""
-    source, kept, found = opened.weights, schemes_of(opened) if dtype is None else {}, []
+    source, kept, found = opened.weights, opened.weights.schemes if dtype is None else {}, []
     for path, shape in params.shapes(opened.model).items():
         if path in kept:
             for leaf in described(path, shape, kept[path]):
@@ -78,13 +70,14 @@ def write(
             _write_array(folder, array)
             leaves.append(array.entry())
         tokenizer_files.write_native(opened, folder / TOKENIZER_FOLDER, say)
-        facts = model_card.facts(opened)
-        step, before = facts.pop("step", 0), facts.pop("identity", {})
+        facts = model_card.kept(opened)
+        step, before, model = facts.pop("step", 0), facts.pop("identity", {}), model_to_dict(opened.model)
         manifest.write(
             folder,
             step=step,
             leaves=leaves,
-            identity={**before, "model": model_to_dict(opened.model)},
+            identity={**before, "model": model},
+            version=fields_version(model),
             extra={"weights_only": facts} | (_quantization(opened, folder) if dtype is None else {}),
         )
 
@@ -95,12 +88,12 @@ def _array(path, shape, dtype, held, read) -> Array:
 
 def _quantization(opened: Opened, folder: epath.Path) -> dict:
     """What a quantised checkpoint's manifest says of it; what lies beside its weights is copied."""
-    if QUANTIZATION not in opened.extra:
+    if opened.facts.quantization is None:
         return {}
     for name in (QUALITY_FILE, PLOT_FILE):
         if (opened.path / name).exists():
             (folder / name).write_bytes((opened.path / name).read_bytes())
-    return {QUANTIZATION: opened.extra[QUANTIZATION]}
+    return {QUANTIZATION: opened.facts.quantization}
 
 
 def _write_array(folder: epath.Path, array: Array) -> None:

@@ -73,7 +73,7 @@ def logits(c, params, tokens, length):
 def test_the_file_is_opened(opened):
     assert parameters.count(opened.model) == 134_515_008
     assert opened.model.tied_head and opened.model.norm_eps == 1e-5 and opened.model.rope_theta == 100_000
-    assert opened.extra["gguf_kinds"] == ["Q4_1", "Q8_0"] and opened.stop_ids == (2, 0)
+    assert opened.facts.gguf_kinds == ("Q4_1", "Q8_0") and opened.stop_ids == (2, 0)
     assert "im_start" in opened.chat_template
 
 

@@ -3,6 +3,7 @@
 import pytest
 from gguf_case import PHI3, opened
 
+from phijax.interchange.facts import Facts
 from phijax.interchange.gguf.open import open_gguf
 from phijax.interchange.gguf.sampling import keys_of, settings_of
 from phijax.interchange.gguf.write import write_gguf
@@ -13,10 +14,10 @@ SETTINGS = {"do_sample": True, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "m
 def test_settings_go_through_a_file(tmp_path):
     """float32 of 0.7 comes back as 0.7; ids and what the format has no key for stay behind."""
     generation = SETTINGS | {"eos_token_id": [1, 2], "length_penalty": 2.0}
-    file = write_gguf(opened(PHI3, extra={"generation": generation}), tmp_path / "model.gguf", kind="F32")
-    assert open_gguf(file).extra["generation"] == SETTINGS
+    file = write_gguf(opened(PHI3, facts=Facts(generation=generation)), tmp_path / "model.gguf", kind="F32")
+    assert open_gguf(file).facts.generation == SETTINGS
     plain = write_gguf(opened(PHI3), tmp_path / "plain.gguf", kind="F32")
-    assert "generation" not in open_gguf(plain).extra
+    assert open_gguf(plain).facts.generation is None
 
 
 @pytest.mark.parametrize("generation", [{}, {"temperature": 0.7}, SETTINGS | {"do_sample": False}], ids=str)

@@ -12,8 +12,8 @@ from phijax.errors import UserError
 from phijax.interchange.gguf import integers as gguf_integers
 from phijax.interchange.gguf import names as gguf_names
 from phijax.interchange.gguf import write as gguf_write
-from phijax.interchange.gguf.open import open_gguf, write_card
-from phijax.interchange.gguf.write import write_gguf
+from phijax.interchange.gguf.open import open_gguf
+from phijax.interchange.gguf.write import write_card, write_gguf
 from phijax.quantization.policy import Scheme
 
 gguf = pytest.importorskip("gguf")

@@ -8,6 +8,7 @@ from gguf_real_texts import TEXTS
 from gguf_tokenizer_case import arrays, byte_level, rewritten, trained
 
 from phijax.errors import UserError
+from phijax.interchange.facts import Facts
 from phijax.interchange.gguf.open import open_gguf
 from phijax.interchange.gguf.write import write_gguf
 from phijax.text.bpe import BpeTokenizer
@@ -109,7 +110,7 @@ def test_every_stop_comes_through(written, tmp_path):
     }
     for number, (stops, (eos, eot, eom)) in enumerate(cases.items()):
         said = []
-        source = opened(PHI3, stop_ids=stops, extra={"eos_id": text})
+        source = opened(PHI3, stop_ids=stops, facts=Facts(eos_id=text))
         path = write_gguf(source, tmp_path / f"{number}.gguf", kind="F32", say=said.append)
         got = arrays(path)
         wanted = {"eos_token_id": eos, "eot_token_id": eot, "eom_token_id": eom if eom is not None else text}

@@ -10,6 +10,7 @@ from gguf_real_texts import TEXTS
 from gguf_tokenizer_case import arrays, byte_level, rewritten, trained
 
 from phijax.errors import UserError
+from phijax.interchange.facts import Facts
 from phijax.interchange.gguf.open import open_gguf
 from phijax.interchange.gguf.write import write_gguf
 from phijax.text.pre_tokenizers import PRE_TOKENIZERS
@@ -107,7 +108,7 @@ def test_files_of_2024_are_read(written, tmp_path):
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2", "gpt-4o"])
 def test_byte_level_ids_come_back(pre, tmp_path):
     mine = byte_level(pre)
-    source = opened(PHI3, tokenizer=lambda: mine, extra={"bos_id": 1, "eos_id": 2, "pad_id": 2})
+    source = opened(PHI3, tokenizer=lambda: mine, facts=Facts(bos_id=1, eos_id=2, pad_id=2))
     path = write_gguf(source, tmp_path / "m.gguf", kind="F32")
     got, read = arrays(path), open_gguf(path)
     assert got["model"] == "gpt2" and got["pre"] == pre and got["merges"][0] == "h e"

@@ -11,10 +11,11 @@ import pytest
 from gguf_case import LLAMA, LONG, PARTIAL, PHI3, Arrays, everything, logits, opened, random_arrays, tokenizer
 
 from phijax.errors import UserError
+from phijax.interchange.facts import Facts
 from phijax.interchange.gguf import write as gguf_write
 from phijax.interchange.gguf.open import open_gguf
 from phijax.interchange.gguf.write import write_gguf
-from phijax.interchange.open import load_params
+from phijax.interchange.load import load_params
 from phijax.model import params as parameters
 from phijax.model.presets import PRESETS
 from phijax.parallel.mesh import MeshConfig, make_mesh
@@ -215,22 +216,23 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
 
 
 def test_the_architecture_is_that_of_the_weights_or_the_one_that_can_hold_them(tmp_path):
-    for c, extra, expected in (
-        (PHI3, {}, "phi3"),
-        (PHI3, {"architecture": "LlamaForCausalLM"}, "llama"),
-        (LLAMA, {}, "llama"),
-        (LLAMA, {"architecture": "Phi3ForCausalLM"}, "llama"),
-        (dataclasses.replace(PHI3, sliding_window=9), {"architecture": "MistralForCausalLM"}, "phi3"),
+    for c, named, expected in (
+        (PHI3, None, "phi3"),
+        (PHI3, "LlamaForCausalLM", "llama"),
+        (LLAMA, None, "llama"),
+        (LLAMA, "Phi3ForCausalLM", "llama"),
+        (dataclasses.replace(PHI3, sliding_window=9), "MistralForCausalLM", "phi3"),
     ):
         said = []
-        path = write_gguf(opened(c, extra=extra), tmp_path / "m.gguf", kind="F16", overwrite=True, say=said.append)
+        source = opened(c, facts=Facts(architecture=named))
+        path = write_gguf(source, tmp_path / "m.gguf", kind="F16", overwrite=True, say=said.append)
         assert gguf.GGUFReader(path).fields["general.architecture"].contents() == expected
         assert open_gguf(path).model == c
         assert len(said) == bool(c.sliding_window) and all("window of 9" in line for line in said)
 
 
 def test_a_folder_gets_a_file_named_after_the_model(tmp_path):
-    source = opened(PHI3, extra={"name": "My Model/v2"})
+    source = opened(PHI3, facts=Facts(name="My Model/v2"))
     path = write_gguf(source, tmp_path / "out", kind="BF16")
     assert path.name == "My-Model-v2-BF16.gguf" and path.parent.name == "out"
     assert gguf.GGUFReader(path).fields["general.name"].contents() == "My Model/v2 phi3"
@@ -256,7 +258,7 @@ def test_little_is_in_memory_at_once(tmp_path, monkeypatch):
 
 def test_export_of_an_import_is_the_same_file(tmp_path):
     """GGUF -> ours -> GGUF, tokenizer and template included."""
-    source = opened(PHI3, chat_template="{{ messages }}", extra={"name": "phi3 x"})
+    source = opened(PHI3, chat_template="{{ messages }}", facts=Facts(name="phi3 x"))
     first = write_gguf(source, tmp_path / "a.gguf", kind="F32")
     second = write_gguf(open_gguf(first), tmp_path / "b.gguf", kind="F32")
     assert first.read_bytes() == second.read_bytes()

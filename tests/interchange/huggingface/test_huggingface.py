@@ -15,8 +15,9 @@ from phijax.interchange.huggingface import config as huggingface_config
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
 from phijax.interchange.huggingface import names
+from phijax.interchange.load import load_params
 from phijax.interchange.native import write as native_write
-from phijax.interchange.open import load_params, open_checkpoint
+from phijax.interchange.open import open_checkpoint
 from phijax.interchange.weight_source import model_shapes
 from phijax.model import params
 from phijax.model.backend import Backend

@@ -18,11 +18,12 @@ from quantized_case import MODEL, SCHEME, one_device, quantized_params, random_p
 
 from phijax.checkpoint import manifest
 from phijax.errors import UserError
+from phijax.interchange.load import load_params
 from phijax.interchange.native import methods as quantization_methods
 from phijax.interchange.native import quantize as native_quantize
 from phijax.interchange.native import source as native_source
 from phijax.interchange.native import write as native_write
-from phijax.interchange.open import load_params, open_checkpoint
+from phijax.interchange.open import open_checkpoint
 from phijax.model import params
 from phijax.model.quantized import Quantized
 from phijax.parallel.mesh import MeshConfig, make_mesh
@@ -151,7 +152,7 @@ KILLED = """
 import os, signal, sys
 import numpy as np
 from etils import epath
-from phijax.checkpoint import quantization_methods, quantized_export
+from phijax.interchange.native import methods as quantization_methods, quantize as native_quantize
 from phijax.interchange.open import open_checkpoint
 from phijax.quantization import policy
 run, output, scheme, method, tokens = sys.argv[1:]
@@ -161,7 +162,7 @@ def on_piece(done, total):
     if done == 12:
         os.kill(os.getpid(), signal.SIGKILL)
 source, rounding = quantization_methods.prepare(opened, assigned, method, np.load(tokens))
-quantized_export.write(source, epath.Path(output), assigned, method=method, rounding=rounding, on_piece=on_piece)
+native_quantize.write(source, epath.Path(output), assigned, method=method, rounding=rounding, on_piece=on_piece)
 """
 
 
@@ -320,7 +321,7 @@ def test_an_export_of_ours_keeps_the_integers(small, tmp_path, expected):
     assert native_write.nbytes(before, None) < native_write.nbytes(before, np.dtype(np.float32)) / 4
     native_write.write(before, epath.Path(tmp_path / "out"), dtype=None)
     after = open_checkpoint(tmp_path / "out")
-    assert after.weights.schemes == ASSIGNED and after.extra["quantization"] == before.extra["quantization"]
+    assert after.weights.schemes == ASSIGNED and after.facts.quantization == before.facts.quantization
     stored, copied = (manifest.read(epath.Path(path))["leaves"] for path in (source, tmp_path / "out"))
     assert stored == copied
     for leaf in stored:
@@ -338,7 +339,7 @@ def test_an_export_of_ours_keeps_the_integers(small, tmp_path, expected):
 def test_an_export_in_a_dtype_is_what_they_stand_for(small, tmp_path, expected):
     native_write.write(open_checkpoint(small), epath.Path(tmp_path / "wide"), dtype=np.dtype(np.float32))
     opened = open_checkpoint(tmp_path / "wide")
-    assert opened.weights.schemes == {} and "quantization" not in opened.extra
+    assert opened.weights.schemes == {} and opened.facts.quantization is None
     wide = {p: v.dequantize() if isinstance(v, Quantized) else v for p, v in expected.items()}
     assert_same(params.flat(load_params(opened, one_device(), keep_quantized=True)), wide)
 
