@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file: its arrays -> a tokenizer of ours. The other way is gguf_vocabulary.py."""
+"""The tokenizer inside a GGUF file: its arrays -> a tokenizer of ours. The other way is vocabulary.py."""
 
 import numpy as np
 
