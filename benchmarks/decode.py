@@ -20,9 +20,10 @@ hardware.prepare_cpu()
 import jax
 import numpy as np
 
-from phijax.checkpoint.open import load_params, open_checkpoint
 from phijax.inference.generator import Generator
 from phijax.inference.sampling import Sampling
+from phijax.interchange.load import load_params
+from phijax.interchange.open import open_checkpoint
 from phijax.model import params
 from phijax.model.config import ModelConfig
 from phijax.parallel.mesh import MeshConfig, make_mesh

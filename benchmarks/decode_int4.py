@@ -30,11 +30,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phijax import library
-from phijax.checkpoint import gguf_names
-from phijax.checkpoint.gguf_config import keys_of
 from phijax.inference.generator import Generator
+from phijax.inference.model import load
 from phijax.inference.sampling import Sampling
+from phijax.interchange.gguf import names as gguf_names
+from phijax.interchange.gguf.config import keys_of
 from phijax.model import params
 from phijax.model.config import ModelConfig
 from phijax.model.kernels import cpu_int4, cpu_int4_library
@@ -239,7 +239,7 @@ def real(folder: pathlib.Path) -> tuple[list[Side], int] | None:
     sides = []
     for scheme in ("int4_g32", "int4_g64"):
         phijax("quantize", f"--checkpoint={file}", f"--scheme={scheme}", f"--output={folder / scheme}")
-        model = library.load(folder / scheme, max_length=CONTEXT)
+        model = load(folder / scheme, max_length=CONTEXT)
         sides.append(ours(scheme, model.generator))
     phijax("export", f"--checkpoint={folder / 'int4_g32'}", "--format=gguf", f"--output={folder / 'q4_0.gguf'}")
     theirs = llama(folder / "q4_0.gguf", model.config.tied_head)

@@ -76,8 +76,11 @@ def in_process(act, *arguments):
 
 def make(folder: pathlib.Path, preset: str) -> int:
     """A Hugging Face folder of random weights, streamed. -> bytes of its largest tensor."""
-    from phijax.checkpoint import durable, huggingface_config, names, safetensors_files
+    from phijax.interchange.huggingface import config as huggingface_config
+    from phijax.interchange.huggingface import names
+    from phijax.interchange.huggingface import safetensors as safetensors_files
     from phijax.model.presets import PRESETS
+    from phijax.storage import atomic
     from phijax.text.train_tokenizer import train_tokenizer
 
     model = PRESETS[preset]
@@ -98,7 +101,7 @@ def make(folder: pathlib.Path, preset: str) -> int:
     safetensors_files.write_index(epath.Path(folder) / safetensors_files.INDEX_FILE, files)
     ids = {"bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000}
     config = huggingface_config.render(model, "phi3", dtype="bfloat16", ids=ids)
-    durable.write_json(epath.Path(folder) / "config.json", config)
+    atomic.write_json(epath.Path(folder) / "config.json", config)
     train_tokenizer(topics.values(), 2048).save_huggingface(folder)
     return max(shape.nbytes for shape in shapes)
 

@@ -12,11 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from phijax.checkpoint import compressed_tensors_export, gguf_names, gguf_small, mlx_export, quantized_export
-from phijax.checkpoint.gguf_file import gguf_library
-from phijax.checkpoint.opened import Opened
-from phijax.checkpoint.ours import OursSource
-from phijax.checkpoint.weight_source import model_shapes
+from phijax.interchange.gguf import integers as gguf_integers
+from phijax.interchange.gguf import names as gguf_names
+from phijax.interchange.gguf.file import gguf_library
+from phijax.interchange.huggingface import compressed_tensors as compressed_tensors_export
+from phijax.interchange.huggingface import mlx as mlx_export
+from phijax.interchange.native import quantize as native_quantize
+from phijax.interchange.native.source import NativeSource
+from phijax.interchange.opened import Opened
+from phijax.interchange.weight_source import model_shapes
 from phijax.model.config import ModelConfig
 from phijax.model.presets import PRESETS
 from phijax.quantization import policy
@@ -25,7 +29,7 @@ MODELS = ("phi3_mini", "phi3_medium")
 SCHEMES = ("int8", "int4", "int4_g128", "int4_g128_head8", "int4_g64", "int4_g32", "int4_g32_head8")
 
 
-class Planned(OursSource):
+class Planned(NativeSource):
     """A quantised checkpoint of ours as the writers see it, without weights."""
 
     def __init__(self, c: ModelConfig, schemes: dict[str, policy.Scheme]):
@@ -44,7 +48,7 @@ def sizes(c: ModelConfig, scheme: str) -> dict[str, int]:
         return sum(tensor.nbytes for tensor in export.folder(opened, "phi3", None).tensors)
 
     return {
-        "ours": sum(quantized_export.nbytes(opened, assigned).values()),
+        "ours": sum(native_quantize.nbytes(opened, assigned).values()),
         "GGUF": sum(of_gguf(tensor, assigned) for tensor in gguf_names.tensors(gguf_names.PHI3, c)),
         "MLX": of_folder(mlx_export),
         "compressed-tensors": of_folder(compressed_tensors_export),
@@ -52,7 +56,7 @@ def sizes(c: ModelConfig, scheme: str) -> dict[str, int]:
 
 
 def of_gguf(tensor: gguf_names.Tensor, assigned: dict[str, policy.Scheme]) -> int:
-    library, kind = gguf_library(), gguf_small.kind_of(assigned, tensor) or "F32"  # norms
+    library, kind = gguf_library(), gguf_integers.kind_of(assigned, tensor) or "F32"  # norms
     per_block, block = library.GGML_QUANT_SIZES[library.GGMLQuantizationType[kind]]
     return math.prod(tensor.shape) // per_block * block
 

@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phijax import library
-from phijax.checkpoint.open import load_params, open_checkpoint
+from phijax.inference.model import load
 from phijax.inference.sampling import Sampling
+from phijax.interchange.load import load_params
+from phijax.interchange.open import open_checkpoint
 from phijax.model import params
 from phijax.model.backend import CHOICES
 from phijax.parallel.mesh import MeshConfig, make_mesh
@@ -98,7 +99,7 @@ def both(shape: Shape):
         theirs.save_pretrained(folder)
         opened = open_checkpoint(folder)
         weights = load_params(opened, make_mesh(MeshConfig(), jax.devices()[:1]))
-        return theirs, library.load(folder), weights
+        return theirs, load(folder), weights
 
 
 def random_tokens(length: int, seed: int = 0) -> np.ndarray:

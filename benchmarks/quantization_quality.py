@@ -68,8 +68,8 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, work: pathlib.Path):
         import numpy as np
 
-        from phijax.checkpoint.open import open_checkpoint
         from phijax.evaluation.fixed_rows import read_fixed_rows
+        from phijax.interchange.open import open_checkpoint
 
         self.arguments, self.work = arguments, work
         self.opened = open_checkpoint(arguments.checkpoint)
@@ -92,8 +92,8 @@ class Bench:
         """Over float32 weights, whatever the file holds."""
         import jax
 
-        from phijax.checkpoint.open import load_params
         from phijax.inference.generator import Generator
+        from phijax.interchange.load import load_params
         from phijax.parallel.mesh import MeshConfig, make_mesh
 
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -129,25 +129,26 @@ class Bench:
     def by_us(self, method: str, scheme: str):
         from etils import epath
 
-        from phijax.checkpoint import quantization_methods, quantized_export
-        from phijax.checkpoint.open import open_checkpoint
+        from phijax.interchange.native import methods as quantization_methods
+        from phijax.interchange.native import quantize as native_quantize
+        from phijax.interchange.open import open_checkpoint
         from phijax.quantization import policy
 
         assigned, output = policy.assign(self.opened.model, policy.parse(scheme)), self.work / "ours"
         shutil.rmtree(output, ignore_errors=True)
         source, rounding = quantization_methods.prepare(self.opened, assigned, method, self.tokens)
-        quantized_export.write(source, epath.Path(output), assigned, method=method, rounding=rounding)
-        size = sum(quantized_export.nbytes(self.opened, assigned).values())
+        native_quantize.write(source, epath.Path(output), assigned, method=method, rounding=rounding)
+        size = sum(native_quantize.nbytes(self.opened, assigned).values())
         return open_checkpoint(output), 8 * size / self.weights()
 
     def by_llama_cpp(self, kind: str):
-        from phijax.checkpoint import gguf_k_quants
-        from phijax.checkpoint.gguf_file import read_file
-        from phijax.checkpoint.open import open_checkpoint
+        from phijax.interchange.gguf import k_quants
+        from phijax.interchange.gguf.file import read_file
+        from phijax.interchange.open import open_checkpoint
 
         path = self.work / "llama.gguf"
         path.unlink(missing_ok=True)
-        gguf_k_quants.write_k_quants(self.opened, path, kind=kind)
+        k_quants.write_k_quants(self.opened, path, kind=kind)
         size = sum(stored.size for stored in read_file(path).tensors.values())
         return open_checkpoint(path), 8 * size / self.weights()
 

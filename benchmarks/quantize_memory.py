@@ -67,9 +67,9 @@ def make(folder: pathlib.Path, preset: str, layers: int | None) -> None:
     """A checkpoint of ours, weights and some tokenizer, streamed."""
     import functools
 
-    from phijax.checkpoint import ours_export
-    from phijax.checkpoint.opened import Opened
-    from phijax.checkpoint.weight_source import model_shapes
+    from phijax.interchange.native import write as native_write
+    from phijax.interchange.opened import Opened
+    from phijax.interchange.weight_source import NOT_QUANTIZED, model_shapes
     from phijax.model.presets import PRESETS
     from phijax.text.train_tokenizer import train_tokenizer
 
@@ -79,7 +79,7 @@ def make(folder: pathlib.Path, preset: str, layers: int | None) -> None:
     block = (0.02 * random.standard_normal(1 << 26, np.float32)).astype(half)
 
     class Source:
-        shapes = functools.partial(model_shapes, model)
+        shapes, schemes = functools.partial(model_shapes, model), NOT_QUANTIZED
 
         def dtype(self, path):
             return half
@@ -91,7 +91,7 @@ def make(folder: pathlib.Path, preset: str, layers: int | None) -> None:
 
     tokenizer = train_tokenizer([text()], 1024)
     opened = Opened(epath.Path(folder), "phijax", model, Source(), lambda: tokenizer)
-    ours_export.write(opened, epath.Path(folder), dtype=None)
+    native_write.write(opened, epath.Path(folder), dtype=None)
 
 
 def text() -> str:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 jax.config.update("jax_traceback_in_locations_limit", 0)  # kernels carry their locations in their bytes
 
-from phijax.inference import programs, resident
+from phijax.inference import placement, programs
 from phijax.inference.sampling import Sampling, Settings
 from phijax.model import cached, params
 from phijax.model.backend import CHOICES
@@ -101,7 +101,7 @@ def tpu_programs(c):
 def host_programs(c, kind: str, tensor: int, weights_kind: str, cache_dtype: str):
     """On CPU devices, as a CPU or a GPU would be given them."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=tensor), jax.devices()[:tensor])
-    path = resident.choose_path(c, CHOICES[kind], mesh, cache_dtype)
+    path = placement.choose_path(c, CHOICES[kind], mesh, cache_dtype)
     weights = jax.eval_shape(lambda: resident_like(c, path, weights_kind))
 
     def struct(shape, dtype=jnp.int32):

@@ -12,13 +12,13 @@ importlib.import_module("phijax.storage.local_paths").mend()
 
 
 def load(path: Any, **options: Any) -> "Model":
-    """Opens a checkpoint (a run of ours, a Hugging Face folder, a GGUF file) for use: phijax.library.load.
+    """Opens a checkpoint (a run of ours, a Hugging Face folder, a GGUF file) for use: phijax.inference.model.load.
 
     Nothing heavier than this function is imported before it is called, and no backend is started.
     """
     if "jax" not in sys.modules:
         importlib.import_module("phijax.parallel.hardware").prepare_cpu()
-    return importlib.import_module("phijax.library").load(path, **options)
+    return importlib.import_module("phijax.inference.model").load(path, **options)
 
 
 def __getattr__(name: str) -> Any:

@@ -40,7 +40,7 @@ class Config:
 
     task: Literal["pretrain"] = "pretrain"
     seed: int = 0
-    init_from: str | None = None  # start weights: any checkpoint (checkpoint/open.py); all else begins anew
+    init_from: str | None = None  # start weights: any checkpoint (interchange/open.py); all else begins anew
     init_from_other_tokenizer: bool = False  # they go on with data of another tokenizer than theirs
     model: ModelSection = ModelSection()
     mesh: MeshConfig = MeshConfig()

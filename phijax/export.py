@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
 
     from etils import epath
 
-    from phijax.checkpoint.open import open_checkpoint
+    from phijax.interchange.open import open_checkpoint
 
     opened = open_checkpoint(FLAGS.checkpoint)
     _describe(opened)
@@ -73,23 +73,21 @@ def main(arguments: list[str]) -> int:
 
 
 def _write_weights(opened, output, max_shard_bytes: int) -> int:
-    from phijax.checkpoint import (
-        compressed_tensors_export,
-        huggingface_export,
-        huggingface_folder,
-        mlx_export,
-        ours_export,
-        small_matrices,
-    )
+    from phijax.interchange import small_matrices
+    from phijax.interchange.huggingface import compressed_tensors as compressed_tensors_export
+    from phijax.interchange.huggingface import export as huggingface_export
+    from phijax.interchange.huggingface import folder as huggingface_folder
+    from phijax.interchange.huggingface import mlx as mlx_export
+    from phijax.interchange.native import write as native_write
 
-    dtype, small = huggingface_export.DTYPES[FLAGS.dtype] if FLAGS.dtype else None, small_matrices.schemes_of(opened)
+    dtype, small = huggingface_export.DTYPES[FLAGS.dtype] if FLAGS.dtype else None, opened.weights.schemes
     if FLAGS.format == "phijax":
         for line in [*_changes(opened, dtype, ()), *_widened(small if dtype is not None else {}, dtype)]:
             print(line)
-        size = ours_export.nbytes(opened, dtype)
+        size = native_write.nbytes(opened, dtype)
         _check_output(output, size)
         if not FLAGS.dry_run:
-            ours_export.write(opened, output, dtype=dtype)
+            native_write.write(opened, output, dtype=dtype)
         print(f"{_done()} {output}: weights of {_bytes(size)}, before compression")
         return EXIT_DONE
     small_formats = {compressed_tensors_export.FORMAT: compressed_tensors_export, mlx_export.FORMAT: mlx_export}
@@ -113,7 +111,7 @@ def _write_weights(opened, output, max_shard_bytes: int) -> int:
 
 def _check_output(output, nbytes: int) -> None:
     """A dry run without --output asks for no place."""
-    from phijax.checkpoint import staging
+    from phijax.storage import staging
 
     if FLAGS.output:
         staging.check_output(output, nbytes)
@@ -121,19 +119,18 @@ def _check_output(output, nbytes: int) -> None:
 
 def _write_gguf(opened, output) -> int:
     if FLAGS.dry_run:
-        from phijax.checkpoint.gguf_write import planned_path
-        from phijax.checkpoint.small_matrices import schemes_of
+        from phijax.interchange.gguf.write import planned_path
 
         if FLAGS.output:
             planned_path(opened, output, FLAGS.kind)
-        keeps = schemes_of(opened) and FLAGS.kind not in K_QUANTS
+        keeps = opened.weights.schemes and FLAGS.kind not in K_QUANTS
         kept = "quantised weights as Q4_0 and Q8_0, others as " if keeps else ""
         print(f"would write {output} as GGUF, {kept}{FLAGS.kind}: {_count(opened):,} weights")
         return EXIT_DONE
-    from phijax.checkpoint.gguf import write_card, write_gguf  # the format's package is an extra
+    from phijax.interchange.gguf.write import write_card, write_gguf  # the format's package is an extra
 
     if FLAGS.kind in K_QUANTS:
-        from phijax.checkpoint.gguf_k_quants import write_k_quants
+        from phijax.interchange.gguf.k_quants import write_k_quants
 
         path = write_k_quants(opened, output, kind=FLAGS.kind, say=print)
     else:
@@ -152,10 +149,9 @@ def _bytes(number: int) -> str:
 
 
 def _describe(opened) -> None:
-    from phijax.checkpoint.small_matrices import schemes_of
     from phijax.quantization.policy import name_of
 
-    small, weights = schemes_of(opened), opened.weights
+    small, weights = opened.weights.schemes, opened.weights
     stored = {name_of(small[path]) if path in small else weights.dtype(path).name for path in weights.shapes()}
     print(f"{opened.path}: a {opened.kind} checkpoint, {_count(opened):,} weights, {', '.join(sorted(stored))}")
 

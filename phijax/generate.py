@@ -63,8 +63,8 @@ flags.DEFINE_enum(
 def main(arguments: list[str]) -> int:
     prompts = _check(arguments)
     hardware.prepare_cpu()
+    from phijax.inference.model import load
     from phijax.inference.sampling import Sampling
-    from phijax.library import load
 
     settings = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = Sampling(**{name: FLAGS[name].value for name in settings}, stop=tuple(FLAGS.stop))

@@ -87,7 +87,7 @@ def dry_run(config) -> int:
     from etils import epath
 
     from phijax.checkpoint import reading
-    from phijax.checkpoint.ours import CHECKPOINTS_FOLDER
+    from phijax.checkpoint.steps import CHECKPOINTS_FOLDER
     from phijax.data import verification
     from phijax.data.shards import files_of
     from phijax.parallel.hardware import a_chip_with, generation

@@ -90,7 +90,7 @@ def check_price(price: float | None) -> None:
 
 def check_plot(path: str | None) -> None:
     """Before the minutes that a plan takes. Raises: UserError for a place where no file can be written."""
-    from phijax.checkpoint import durable
+    from phijax.storage import durable
 
     if not path or not durable.is_local(path):
         return

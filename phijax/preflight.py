@@ -52,10 +52,10 @@ def run_checks(config) -> int:
     from etils import epath
 
     from phijax import config as configs
-    from phijax.checkpoint import durable
     from phijax.parallel import processes
     from phijax.readiness import check, inspection
     from phijax.readiness.limit import TimeLimit
+    from phijax.storage import durable
 
     started, half = time.monotonic(), FLAGS.time_limit / 2
     limits = config.processes if config else processes.ProcessConfig()

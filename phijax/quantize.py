@@ -49,17 +49,19 @@ def main(arguments: list[str]) -> int:
 
     from etils import epath
 
-    from phijax.checkpoint import manifest, quantized_export, staging
-    from phijax.checkpoint.open import open_checkpoint
-    from phijax.checkpoint.ours import QUALITY_FILE
+    from phijax.checkpoint import manifest
+    from phijax.interchange.native import quantize as native_quantize
+    from phijax.interchange.native.source import QUALITY_FILE
+    from phijax.interchange.open import open_checkpoint
     from phijax.parallel.mesh import check_32_bits
     from phijax.quantization import policy, report
+    from phijax.storage import staging
 
     check_32_bits()
     opened = open_checkpoint(FLAGS.checkpoint)
-    quantized_export.refuse_quantized(opened)
+    native_quantize.refuse_quantized(opened)
     assigned = policy.assign(opened.model, policy.parse(FLAGS.scheme))
-    shapes, nbytes = opened.weights.shapes(), quantized_export.nbytes(opened, assigned)
+    shapes, nbytes = opened.weights.shapes(), native_quantize.nbytes(opened, assigned)
     print(f"{opened.path}: a {opened.kind} checkpoint, to {FLAGS.scheme} by {FLAGS.method}")
     print("\n".join(report.size_table(shapes, assigned, nbytes)))
     output = epath.Path(FLAGS.output or "(nowhere)")
@@ -69,7 +71,7 @@ def main(arguments: list[str]) -> int:
     rows = _rows(opened, FLAGS.held_out, FLAGS.rows)  # before hours are spent
     calibration = _rows(opened, FLAGS.calibration, FLAGS.calibration_rows)
     inputs = _inputs(calibration) if calibration else None
-    errors = quantized_export.errors_of(output, opened, assigned, _described(inputs)) if unmeasured else None
+    errors = native_quantize.errors_of(output, opened, assigned, _described(inputs)) if unmeasured else None
     if unmeasured and errors is None:
         staging.check_output(output, 0)  # refuses it: another command's
     if FLAGS.dry_run:
@@ -85,9 +87,10 @@ def main(arguments: list[str]) -> int:
 
 def _tell(opened, output, shapes, nbytes, errors, rows) -> None:
     """Measures what was lost, and writes it beside the weights."""
-    from phijax.checkpoint import durable, manifest
-    from phijax.checkpoint.ours import PLOT_FILE, QUALITY_FILE
+    from phijax.checkpoint import manifest
+    from phijax.interchange.native.source import PLOT_FILE, QUALITY_FILE
     from phijax.quantization import report
+    from phijax.storage import atomic, durable
 
     size = durable.bytes_below(output / manifest.STATE_FOLDER)
     facts = {
@@ -107,7 +110,7 @@ def _tell(opened, output, shapes, nbytes, errors, rows) -> None:
         print("NOT MEASURED: what this cost in quality. Give --held_out=SHARDS or a text file.")
     try:
         report.plot_errors(errors, output / PLOT_FILE)
-        durable.write_json(output / QUALITY_FILE, facts)
+        atomic.write_json(output / QUALITY_FILE, facts)
     except OSError as error:
         for name in (PLOT_FILE, QUALITY_FILE):
             (output / name).unlink(missing_ok=True)
@@ -119,12 +122,13 @@ def _tell(opened, output, shapes, nbytes, errors, rows) -> None:
 
 
 def _write(opened, output, assigned, inputs):
-    from phijax.checkpoint import quantization_methods, quantized_export
+    from phijax.interchange.native import methods as quantization_methods
+    from phijax.interchange.native import quantize as native_quantize
 
     source, rounding = quantization_methods.prepare(
         opened, assigned, FLAGS.method, inputs, on_layer=_progress("layers scaled")
     )
-    return quantized_export.write(
+    return native_quantize.write(
         source,
         output,
         assigned,
@@ -179,14 +183,14 @@ def _described(inputs) -> str:
 
 def _measure(source, output, rows):
     """One model in memory at a time; the float model's logits wait on disk."""
-    from phijax import library
+    from phijax.inference.model import load
     from phijax.quantization import report
 
     length = max(len(row) for row in rows) + 1
 
     def logits_of(checkpoint):
         # Of the weights alone: how a device rounds activations is no property of the file.
-        return library.load(checkpoint, max_length=length, int8_activations=False).generator.logits
+        return load(checkpoint, max_length=length, int8_activations=False).generator.logits
 
     return report.measure(rows, lambda: logits_of(source), lambda: logits_of(output), say=print)
 

@@ -21,7 +21,7 @@ def save_run(folder: pathlib.Path, model: ModelConfig, tokenizer: TextTokenizer,
     identity = {"model": dataclasses.asdict(model), "data": described}
     config = dataclasses.replace(CheckpointConfig(), asynchronous=False)
     with WriterLock(folder, break_lock=False, log=print) as lock:
-        checkpoints = RunCheckpoints(folder / "checkpoints", config, identity=identity, lock=lock, log=print)
+        checkpoints = RunCheckpoints(folder / "checkpoints", config, identity=identity, version=1, lock=lock, log=print)
         weights = jax.jit(lambda: params.init(model, 3), compiler_options=QUICK)()
         checkpoints.save(9, {"params": weights})
         checkpoints.wait()

@@ -17,9 +17,10 @@ from quick_compilation import QUICK
 from phijax import export
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
-from phijax.checkpoint.open import load_params, open_checkpoint
 from phijax.checkpoint.run_state import RunCheckpoints
 from phijax.errors import UserError
+from phijax.interchange.load import load_params
+from phijax.interchange.open import open_checkpoint
 from phijax.model import params
 from phijax.model.backend import Backend
 from phijax.model.config import LongRope, ModelConfig
@@ -64,7 +65,7 @@ def workdir(tmp_path_factory) -> pathlib.Path:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with WriterLock(folder, break_lock=False, log=print) as lock:
         config = dataclasses.replace(CheckpointConfig(), asynchronous=False)
-        checkpoints = RunCheckpoints(folder / "checkpoints", config, identity=identity, lock=lock, log=print)
+        checkpoints = RunCheckpoints(folder / "checkpoints", config, identity=identity, version=1, lock=lock, log=print)
         weights = jax.jit(lambda: params.init(MODEL, 3), compiler_options=QUICK)()
         checkpoints.save(9, {"params": weights})
         checkpoints.wait()

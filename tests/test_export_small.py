@@ -10,14 +10,17 @@ import real_model
 from absl.testing import flagsaver
 from etils import epath
 
-sys.path.append(str(pathlib.Path(__file__).parent / "checkpoint"))
+sys.path.append(str(pathlib.Path(__file__).parent / "interchange"))
 from small_weights_case import CASES, Small, source
 
 import phijax
 from phijax import export
-from phijax.checkpoint import gguf_k_quants, gguf_write, ours_export, quantized_export
-from phijax.checkpoint.open import open_checkpoint
 from phijax.errors import UserError
+from phijax.interchange.gguf import k_quants
+from phijax.interchange.gguf import write as gguf_write
+from phijax.interchange.native import quantize as native_quantize
+from phijax.interchange.native import write as native_write
+from phijax.interchange.open import open_checkpoint
 from phijax.quantization import policy, report
 from phijax.quantization.rounding import round_to_nearest
 
@@ -39,7 +42,7 @@ def small(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("dense") / "ours"
-    ours_export.write(source(CASES["mixed"][0]), epath.Path(folder), dtype=None)
+    native_write.write(source(CASES["mixed"][0]), epath.Path(folder), dtype=None)
     return str(folder)
 
 
@@ -126,7 +129,7 @@ def test_the_builder_of_onnx_runtime_finds_its_keys(small, tmp_path):
 
 
 def test_kinds_are_those_of_the_writers():
-    assert export.GGUF_KINDS == gguf_write.KINDS and export.K_QUANTS == gguf_k_quants.KINDS
+    assert export.GGUF_KINDS == gguf_write.KINDS and export.K_QUANTS == k_quants.KINDS
     with pytest.raises(UserError, match="Nearest: Q6_K"):
         run("--checkpoint=c", "--format=gguf", "--kind=Q6K", "--output=o")
 
@@ -138,10 +141,10 @@ def test_a_real_model_through_transformers(tmp_path):
     pytest.importorskip("compressed_tensors")
     opened = open_checkpoint(real_model.find_or_skip())
     assigned = policy.assign(opened.model, policy.parse("int4_g64_head8"))
-    quantized_export.write(opened, epath.Path(tmp_path / "small"), assigned, round_to_nearest, method="rtn")
+    native_quantize.write(opened, epath.Path(tmp_path / "small"), assigned, round_to_nearest, method="rtn")
     arguments = [f"--checkpoint={tmp_path / 'small'}", "--format=compressed_tensors", f"--output={tmp_path / 'out'}"]
     assert run(*arguments) == 0
-    ours_export.write(open_checkpoint(tmp_path / "small"), epath.Path(tmp_path / "wide"), dtype=np.dtype(np.float32))
+    native_write.write(open_checkpoint(tmp_path / "small"), epath.Path(tmp_path / "wide"), dtype=np.dtype(np.float32))
     model = phijax.load(tmp_path / "wide", max_length=256)  # what the integers stand for, in float32
     tokens = opened.tokenizer().encode((pathlib.Path(__file__).parents[1] / "README.md").read_text())[:200]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()

@@ -20,13 +20,15 @@ PACKAGE = REPOSITORY / "phijax"
 STEPS = [
     {"__main__", "main", "prepare", "plan", "show", "generate", "export", "quantize", "preflight"},  # commands
     {"planner"},  # what `plan` is made of
-    {"run", "command", "library"},  # what commands are made of
+    {"run", "command"},  # what commands are made of
     {"config", "planning"},
     {"training", "evaluation", "curation", "readiness"},
-    {"data", "inference", "checkpoint"},
+    {"inference"},
+    {"data", "interchange"},
     {"quantization"},
     {"model"},
-    {"text", "parallel", "report", "storage"},
+    {"checkpoint", "text", "parallel", "report"},
+    {"storage"},
     {"errors", "distribution"},
 ]
 IMPORT_EXCEPTIONS: dict[tuple[str, str], str] = {}  # (file, imported module): the reason
@@ -99,8 +101,46 @@ def test_every_room_has_its_step_once():
 def test_the_check_sees_an_upward_import_and_one_along_a_step():
     turned = [*STEPS[:4], *reversed(STEPS[4:])]
     assert any("phijax/training/program.py" in line for line in violations(FILES, turned))
-    joined = [*STEPS[:5], STEPS[5] | STEPS[7], STEPS[6], *STEPS[8:]]  # model beside data, inference and checkpoint
+    joined = [*STEPS[:5], STEPS[5] | STEPS[6], *STEPS[7:]]  # inference beside data and interchange
     assert any("phijax/inference/" in line for line in violations(FILES, joined))
+
+
+def private_imports(file: str) -> list[str]:
+    """Underscore names of another room (a folder of phijax/) that a file takes, by import or through a module."""
+    tree, room = ast.parse((REPOSITORY / file).read_text()), pathlib.PurePath(file).parent
+    others, out = {}, []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not node.module.startswith("phijax"):
+            continue
+        for alias in node.names:
+            inner = f"{node.module}.{alias.name}"
+            home = pathlib.PurePath((inner if module_exists(inner) else node.module).replace(".", "/")).parent
+            if home != room and alias.name.startswith("_"):
+                out.append(f"{file}:{node.lineno} imports {inner}")
+            elif home != room and module_exists(inner):
+                others[alias.asname or alias.name] = inner
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and isinstance(node.value, ast.Name):
+            if node.value.id in others:
+                out.append(f"{file}:{node.lineno} takes {others[node.value.id]}.{node.attr}")
+    return out
+
+
+def test_no_room_takes_what_another_keeps_to_itself():
+    assert [line for file in FILES for line in private_imports(file)] == []
+
+
+def test_the_check_sees_an_underscore_name(tmp_path, monkeypatch):
+    (tmp_path / "phijax" / "data").mkdir(parents=True)
+    text = "from phijax.run.start import _flag\nfrom phijax.run import start as s\nx = s._facts\ny = s.open_start\n"
+    (tmp_path / "phijax" / "data" / "one.py").write_text(text)
+    (tmp_path / "phijax" / "run").mkdir()
+    (tmp_path / "phijax" / "run" / "start.py").touch()
+    monkeypatch.setattr(sys.modules[__name__], "REPOSITORY", tmp_path)
+    assert private_imports("phijax/data/one.py") == [
+        "phijax/data/one.py:1 imports phijax.run.start._flag",
+        "phijax/data/one.py:3 takes phijax.run.start._facts",
+    ]
 
 
 def test_no_import_goes_in_a_circle():

@@ -87,7 +87,7 @@ def test_a_checkpoint(tmp_path):
     from etils import epath
 
     leaves = manifest.describe_leaves({"params/embed": np.zeros((4, 2), np.float32)})
-    manifest.write(epath.Path(step), step=12, leaves=leaves, identity={"model": "tiny"}, extra={})
+    manifest.write(epath.Path(step), step=12, leaves=leaves, identity={"model": "tiny"}, extra={}, version=1)
     for folder in (step, tmp_path / "checkpoints"):
         result = show(folder)
         assert result.returncode == 0, result.stderr

@@ -10,13 +10,13 @@ from synthetic_shards import small_tokenizer, write_synthetic
 
 import phijax
 from phijax import export
-from phijax.checkpoint.open import open_checkpoint
 from phijax.data.loader import check_resume, fingerprint
 from phijax.data.mixture import Phase, Source
 from phijax.data.rows import Plan
 from phijax.data.shards import Shards
 from phijax.errors import UserError
 from phijax.inference.sampling import Sampling
+from phijax.interchange.open import open_checkpoint
 from phijax.model.config import ModelConfig
 from phijax.run.resume import begin_of
 from phijax.text.beginning import write_beginning

@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 from etils import epath
 
-from phijax.checkpoint import durable, good, manifest, steps
+from phijax.checkpoint import good, manifest, steps
 from phijax.errors import UserError
+from phijax.storage import durable
 
 
 def step_to_restore(directory: epath.Path, step: int, repeated: bool) -> tuple[int | None, list[str]]:

@@ -11,7 +11,7 @@ import tensorstore
 from etils import epath
 
 from phijax.checkpoint import manifest
-from phijax.checkpoint.ours import array_spec
+from phijax.checkpoint.array_spec import array_spec
 from phijax.errors import UserError
 
 COUNT = "skipped_in_a_row"  # the leaf that tells it of steps saved before manifests did

@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 import jax
 from etils import epath
 
-from phijax.checkpoint import durable
 from phijax.checkpoint.agreement import from_process_zero
 from phijax.errors import UserError
+from phijax.storage import atomic, durable
 
 LOCK_FILE = "writer.lock"
 # Between the creation of a lock file and its content lie microseconds; one still empty after this is a dead run's.
@@ -142,7 +142,7 @@ class WriterLock:
         return owner is not None and owner.token == self._owner.token
 
     def _write(self) -> None:
-        durable.write_text(self._path, self._text())
+        atomic.write_text(self._path, self._text())
 
     def _text(self) -> str:
         return json.dumps(dataclasses.asdict(self._owner))

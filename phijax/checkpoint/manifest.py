@@ -15,9 +15,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from phijax.checkpoint import durable
 from phijax.errors import UserError
-from phijax.model.config import fields_version
+from phijax.storage import atomic, durable
 
 MANIFEST_FILE = "manifest.json"
 STATE_FOLDER = "state"  # what Orbax writes, inside a step's folder
@@ -51,13 +50,16 @@ def describe_leaves(leaves: Leaves) -> list[dict]:
     ]
 
 
-def write(folder: epath.Path, *, step: int, leaves: list[dict], identity: dict, extra: dict) -> dict:
-    """Digests what lies under `folder` / state, makes it durable, then writes the manifest. Returns the manifest."""
+def write(folder: epath.Path, *, step: int, leaves: list[dict], identity: dict, extra: dict, version: int) -> dict:
+    """Digests what lies under `folder` / state, makes it durable, then writes the manifest. Returns the manifest.
+
+    Args: version: the oldest format whose readers understand `identity`, 1 to FORMAT.
+    """
     files = _digest_files(folder, durable.files_below(folder / STATE_FOLDER), sync=True)
     durable.sync_tree(folder)
     durable.sync_directory(folder.parent)
     content = {
-        "format": _format_of(identity),
+        "format": version,
         "kind": "phijax run state",
         "step": step,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -66,13 +68,8 @@ def write(folder: epath.Path, *, step: int, leaves: list[dict], identity: dict, 
         "leaves": leaves,
         "files": files,
     }
-    durable.write_text(folder / MANIFEST_FILE, json.dumps({**content, "crc32": _own_digest(content)}, indent=1))
+    atomic.write_text(folder / MANIFEST_FILE, json.dumps({**content, "crc32": _own_digest(content)}, indent=1))
     return content
-
-
-def _format_of(identity: dict) -> int:
-    model = identity.get("model")
-    return fields_version(model) if isinstance(model, dict) else 1
 
 
 def read(folder: epath.Path) -> dict:

@@ -8,8 +8,9 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from phijax.checkpoint import durable, manifest, steps
+from phijax.checkpoint import manifest, steps
 from phijax.errors import UserError
+from phijax.storage import durable
 
 
 def restore_arrays(folder: epath.PathLike, like: Any, *, partial: bool = False) -> Any:

@@ -15,12 +15,13 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from phijax.checkpoint import durable, going_back, host_memory, manifest, reading, steps, upkeep
+from phijax.checkpoint import going_back, host_memory, manifest, reading, steps, upkeep
 from phijax.checkpoint.agreement import any_process, from_process_zero
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
 from phijax.checkpoint.manifest import Leaves
 from phijax.errors import RunFailure, UserError
+from phijax.storage import durable
 
 # Stacked weights are stored layer by layer and nothing in larger pieces, so that a reader need not decode a whole
 # array for one layer: on one device it would be one piece, 3.2 GB for an MLP matrix of mini.
@@ -56,6 +57,7 @@ class RunCheckpoints:
         config: CheckpointConfig,
         *,
         identity: dict,
+        version: int,
         lock: WriterLock,
         log: Callable[[str], None],
     ):
@@ -65,6 +67,7 @@ class RunCheckpoints:
           directory: created if missing.
           identity: what the checkpoints belong to (model config, tokenizer hash, data fingerprint); JSON, stored in
             every manifest, compared by the caller.
+          version: of the manifests' format, as manifest.write takes it.
           lock: held, for `directory` or a folder above it.
         Raises: UserError if `directory` cannot be written, or has a name that Orbax would take for another.
         """
@@ -74,6 +77,7 @@ class RunCheckpoints:
         durable.check_name(self._directory, orbax=True)
         self._config = config
         self._identity = json.loads(json.dumps(identity))
+        self._version = version
         self._lock = lock
         self._log = log
         self._saving: _Saving | None = None
@@ -256,7 +260,9 @@ class RunCheckpoints:
             try:
                 checkpointer.close()  # waits until Orbax has committed, on all processes
                 if jax.process_index() == 0:
-                    manifest.write(folder, step=step, leaves=described, identity=self._identity, extra=extra)
+                    manifest.write(
+                        folder, step=step, leaves=described, identity=self._identity, extra=extra, version=self._version
+                    )
                     steps.finish(folder)
                     saving.lines = upkeep.after_save(self._directory, self._config)
             except BaseException as error:

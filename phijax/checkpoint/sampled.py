@@ -4,9 +4,10 @@ import hashlib
 
 from etils import epath
 
-from phijax.checkpoint import durable, manifest, steps
-from phijax.checkpoint.ours import CHECKPOINTS_FOLDER
+from phijax.checkpoint import manifest, steps
+from phijax.checkpoint.steps import CHECKPOINTS_FOLDER
 from phijax.errors import UserError
+from phijax.storage import durable
 
 BLOCK_BYTES = 4096
 BLOCKS = 16  # of each file, evenly spaced, its first and last bytes among them

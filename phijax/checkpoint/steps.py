@@ -17,10 +17,11 @@ import socket
 
 from etils import epath
 
-from phijax.checkpoint import durable
 from phijax.checkpoint.manifest import MANIFEST_FILE
 from phijax.errors import UserError
+from phijax.storage import durable
 
+CHECKPOINTS_FOLDER = "checkpoints"  # in a workdir: what holds the steps
 UNFINISHED_FILE = "unfinished.json"
 DAMAGED_FILE = "damaged.json"
 NOT_GOOD_FILE = "not_good.json"

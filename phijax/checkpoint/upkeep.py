@@ -5,10 +5,11 @@ All of it runs on process 0 and returns lines for the log; run_state.py tells th
 
 from etils import epath
 
-from phijax.checkpoint import durable, good, manifest, steps
+from phijax.checkpoint import good, manifest, steps
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
 from phijax.errors import UserError
+from phijax.storage import durable
 
 INTERRUPTED_FILE = "interrupted_saves.txt"  # runs in a row that died while saving
 

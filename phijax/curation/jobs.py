@@ -12,8 +12,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from phijax.data.shards import write_atomically
 from phijax.errors import UserError
+from phijax.storage import atomic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _run(task: Task) -> dict[str, Any]:
     try:
         counts = task.function(*task.arguments)
         done = {"output_bytes": task.output.stat().st_size, "counts": counts}
-        write_atomically(task.marker, json.dumps(done).encode())
+        atomic.write_bytes(task.marker, json.dumps(done).encode())
     except OSError as error:
         raise UserError(f"{task.output} could not be written: {error}. Start again when that is mended.") from error
     return counts

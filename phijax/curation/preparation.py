@@ -18,8 +18,9 @@ from phijax.curation import jobs
 from phijax.curation.documents import InputFile, Part, find_inputs, parts_of, read_part
 from phijax.curation.tokenize_shards import Stage, assemble_shard, is_validation, tokenize_unit
 from phijax.data.shard_manifest import MANIFEST_FILE, InputEntry, Manifest, ShardEntry, read_manifest
-from phijax.data.shards import Shards, token_dtype, write_atomically
+from phijax.data.shards import Shards, token_dtype
 from phijax.errors import UserError
+from phijax.storage import atomic
 from phijax.text.open import open_tokenizer
 from phijax.text.tokenizer import TextTokenizer
 from phijax.text.train_tokenizer import train_tokenizer
@@ -142,7 +143,7 @@ def prepare(plan: Plan, workers: int, watch: Watch) -> list[Manifest]:
         manifests = _manifests(plan, tokenizer, counts, entries)
         for folder, manifest in zip(plan.folders.values(), manifests, strict=True):
             tokenizer.save(folder)
-            write_atomically(folder / MANIFEST_FILE, manifest.to_json().encode())
+            atomic.write_bytes(folder / MANIFEST_FILE, manifest.to_json().encode())
         (work / "plan.json").unlink()  # from here on the output is complete, the rest is tidying up
     shutil.rmtree(work)
     return manifests
@@ -252,13 +253,12 @@ def _same_plan_as_before(plan: Plan, work: pathlib.Path) -> None:
         before = json.loads(path.read_bytes())
         _refuse_difference(work.parent, before["settings"], before["inputs"], plan, inputs)
         return
-    write_atomically(path, json.dumps({"settings": plan.settings, "inputs": inputs}).encode())
+    atomic.write_bytes(path, json.dumps({"settings": plan.settings, "inputs": inputs}).encode())
 
 
 def _remove_temporary_files(plan: Plan, work: pathlib.Path) -> None:
-    for folder in (work, *plan.folders.values()):
-        for path in folder.glob("*.tmp"):
-            path.unlink()
+    for path in (path for folder in (work, *plan.folders.values()) for path in folder.glob("*.tmp")):
+        path.unlink()
 
 
 def _tokenizer(plan: Plan, work: pathlib.Path, watch: Watch) -> TextTokenizer:

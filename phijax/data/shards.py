@@ -278,17 +278,6 @@ def files_of(folders: Iterable[Shards]) -> list[ShardFile]:
     return list({file.path: file for shards in folders for file in shards.files()}.values())
 
 
-def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a file so that under its name there is all of it or nothing, also after a power cut."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def _sync_and_digest(path: pathlib.Path) -> tuple[str, int]:
     with open(path, "rb") as file:
         os.fsync(file.fileno())

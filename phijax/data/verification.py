@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from etils import epath
 
 from phijax.errors import RunFailure, UserError
+from phijax.storage import atomic
 
 FOLDER = "data_checked"  # beside the run
 FORMAT = "phijax checked shards"
@@ -230,10 +231,4 @@ def remember(folder: epath.Path, process: int, checked: Iterable[Checked]) -> No
     files = [dataclasses.asdict(entry) for entry in sorted(checked, key=lambda entry: entry.path)]
     text = json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{process}.json"
-    if "://" in str(folder):  # a bucket's objects are whole at once
-        path.write_text(text)
-        return
-    temporary = folder / f"{process}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
+    atomic.write_text(folder / f"{process}.json", text)

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phijax.errors import UserError
-from phijax.inference import programs, resident
-from phijax.inference.kept import Kept, Prefix
+from phijax.inference import placement, programs
+from phijax.inference.prefix_cache import Prefix, PrefixCache
 from phijax.inference.sampling import Sampling, Settings
 from phijax.inference.stopping import Continuation, Result
 from phijax.model.backend import CHOICES, Backend
@@ -84,12 +84,12 @@ class Generator:
         self._per_sequence = model.long_rope is not None and (
             long_rope == "per_sequence" or (long_rope == "auto" and max_length is None)
         )
-        self._path = resident.choose_path(model, self.backend, self.mesh, cache_dtype)
+        self._path = placement.choose_path(model, self.backend, self.mesh, cache_dtype)
         # Of partitioned programs the promise is 1e-5, not bits.
         self._alone = self.mesh.size == 1 and platform == "cpu"
-        form = resident.matrix_format(self.backend, self.mesh)
-        self._weights = resident.place(model, self._path, params, self.mesh, form)
-        self._cache_layout = resident.cache_sharding(model, self._path, self.mesh)
+        form = placement.matrix_format(self.backend, self.mesh)
+        self._weights = placement.place(model, self._path, params, self.mesh, form)
+        self._cache_layout = placement.cache_sharding(model, self._path, self.mesh)
         _, self._attention_factor = inverse_frequencies(model, self.max_length)
 
     def generate(
@@ -98,7 +98,7 @@ class Generator:
         sampling: Sampling | None = None,
         *,
         names: Sequence[int] = (),
-        kept: Kept | None = None,
+        kept: PrefixCache | None = None,
     ) -> list[Result]:
         """Continues each prompt.
 
@@ -117,7 +117,7 @@ class Generator:
         sampling: Sampling | None = None,
         *,
         names: Sequence[int] = (),
-        kept: Kept | None = None,
+        kept: PrefixCache | None = None,
         with_logits: bool = False,
     ) -> Iterator[Piece]:
         """As `generate`, token by token; joined, a row's texts are its result's. Arguments are checked at the call.
@@ -133,7 +133,7 @@ class Generator:
         if len(names) != len(ids):
             raise UserError(f"{len(names)} names for {len(ids)} prompts.")
         assert kept is None or len(ids) == 1
-        return self._groups(ids, names, sampling, with_logits, kept or Kept())
+        return self._groups(ids, names, sampling, with_logits, kept or PrefixCache())
 
     def ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Raises: UserError for a prompt that is empty, too long, or has ids that the model lacks."""
@@ -179,14 +179,14 @@ class Generator:
         )
         return f"the model takes {self.max_length}.{declared}"
 
-    def _groups(self, ids, names, sampling, with_logits, kept: Kept) -> Iterator[Piece]:
+    def _groups(self, ids, names, sampling, with_logits, kept: PrefixCache) -> Iterator[Piece]:
         for start in range(0, len(ids), LARGEST_BATCH):
             here = slice(start, start + LARGEST_BATCH)
             for piece in self._decode(ids[here], names[here], sampling, with_logits, kept):
                 yield dataclasses.replace(piece, row=piece.row + start)
 
     def _decode(
-        self, ids: list[list[int]], names: list[int], sampling: Sampling, with_logits: bool, kept: Kept
+        self, ids: list[list[int]], names: list[int], sampling: Sampling, with_logits: bool, kept: PrefixCache
     ) -> Iterator[Piece]:
         room = [min(sampling.max_tokens, self.max_length - len(i)) for i in ids]
         texts = [self._continuation(i, n, sampling) for i, n in zip(ids, room, strict=True)]
@@ -255,7 +255,7 @@ class Generator:
                 _, cache = self._filled(cache, row, filled[row], frequencies[row])
         return cache
 
-    def _begun(self, ids: list[list[int]], frequencies: np.ndarray, rows: int, length: int, kept: Kept):
+    def _begun(self, ids: list[list[int]], frequencies: np.ndarray, rows: int, length: int, kept: PrefixCache):
         """-> logits behind each prompt, a cache of `rows` rows with them, and its length: `length`, or more."""
         before, done = kept.take(ids[0], frequencies[0])
         if before is None:

@@ -2,7 +2,7 @@
 
 Weights and cache are plain trees. Where layers are unrolled both are held a layer an array: a slice of a stack is a
 copy, and at one token a step the copies are all of the time. Nothing here sets or reads a mesh in context: the weights
-lie where they are used (`inference/resident.py`), and XLA carries their cuts through.
+lie where they are used (`inference/placement.py`), and XLA carries their cuts through.
 """
 
 import dataclasses

@@ -22,7 +22,7 @@ from phijax.model.gathering import from_heads, gathered, into_heads
 class WeightFormat(Protocol):
     """A matrix [rows, D] in a form of its own: a registered dataclass of arrays that a Param holds in place of one.
 
-    `quantized.Quantized` is how it is stored; `inference/resident.py` makes of it what a platform computes with.
+    `quantized.Quantized` is how it is stored; `inference/placement.py` makes of it what a platform computes with.
     """
 
     @property

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from phijax.inference import programs, resident
+from phijax.inference import placement, programs
 from phijax.inference.sampling import Sampling, Settings
 from phijax.model import cached
 from phijax.model import params as model_params
@@ -35,7 +35,7 @@ class Served:
 
     @property
     def path(self) -> cached.Path:
-        return resident.choose_path(self.model, CHOICES["tpu"], self.mesh, self.cache_dtype)
+        return placement.choose_path(self.model, CHOICES["tpu"], self.mesh, self.cache_dtype)
 
 
 def lower_step(served: Served, rows: int, places: int, sampling: Sampling | None = None):
@@ -89,7 +89,7 @@ def abstract_weights(served: Served) -> Params:
     schemes, axes = policy.assign(c, served.schemes), model_params.axes(c)
     out = {}
     for name, shape in model_params.shapes(c).items():
-        cut = resident.cut_of(c, mesh, axes[name], shape)
+        cut = placement.cut_of(c, mesh, axes[name], shape)
         if name in schemes:
             out[name] = _abstract_quantized(served, name, shape, schemes[name], cut)
         else:
@@ -104,7 +104,7 @@ def _abstract_quantized(served: Served, name: str, shape, scheme: Scheme, cut):
         jax.ShapeDtypeStruct(shape, jnp.int4 if scheme.bits == 4 else jnp.int8),
         jax.ShapeDtypeStruct(groups, jnp.float16),
     )
-    placed = jax.eval_shape(lambda w: resident.for_kernel(served.model, served.path, name, w, cut, mesh), stored)
+    placed = jax.eval_shape(lambda w: placement.for_kernel(served.model, served.path, name, w, cut, mesh), stored)
     along = [at if n % mesh.shape["tensor"] == 0 else None for at, n in zip(cut, groups, strict=True)]
     if placed.scales.shape != tuple(groups):  # turned
         along[-1], along[-2] = along[-2], along[-1]
@@ -118,7 +118,7 @@ def _abstract_quantized(served: Served, name: str, shape, scheme: Scheme, cut):
 def abstract_cache(served: Served, rows: int, places: int) -> cached.Cache:
     c, path = served.model, served.path
     arrays = jax.eval_shape(lambda: cached.empty_cache(c, path, rows, programs.piece_lengths(places)))
-    layout = resident.cache_sharding(c, path, served.mesh)
+    layout = placement.cache_sharding(c, path, served.mesh)
     layout = jax.tree.map(lambda _: layout, arrays) if isinstance(layout, NamedSharding) else layout
     return jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), arrays, layout)
 

@@ -1,4 +1,4 @@
-"""Four-bit integers as they lie in files: two to a byte."""
+"""Integers of four and eight bits as they lie in files: bytes, and words of 32 bits."""
 
 import numpy as np
 
@@ -22,3 +22,9 @@ def unpack(packed: np.ndarray) -> np.ndarray:
     out[..., 1::2] = packed >> 4
     out -= 8
     return out
+
+
+def packed(values: np.ndarray, bits: int) -> np.ndarray:
+    """(n, D) int8 -> (n, D bits / 32) int32: value + 2^(bits-1), lowest bits first."""
+    out = pack(values) if bits == 4 else (values.view(np.uint8) ^ np.uint8(128))
+    return np.ascontiguousarray(out).view("<i4")

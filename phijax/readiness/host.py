@@ -13,7 +13,8 @@ import jax
 from etils import epath
 
 import phijax
-from phijax.checkpoint import durable, host_memory
+from phijax.checkpoint import host_memory
+from phijax.storage import durable
 
 # libtpu is absent on machines without TPUs, which is equal there too.
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain")

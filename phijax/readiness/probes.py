@@ -9,9 +9,9 @@ import tensorstore
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from phijax.checkpoint import durable
 from phijax.parallel import processes
 from phijax.readiness.check import FAIL, OK, Check
+from phijax.storage import durable
 
 SUM_WIDTH = 1 << 18  # int32 of each device: 1 MiB, enough to use every link
 FILE_BYTES = 8 << 20

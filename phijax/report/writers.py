@@ -19,6 +19,7 @@ from etils import epath
 
 from phijax.distribution import install_hint
 from phijax.errors import RunFailure, UserError
+from phijax.storage import atomic, durable
 
 REMOTE_SECONDS = 60.0
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
@@ -90,25 +91,10 @@ def rewind(path: epath.Path, keep: Callable[[dict], bool]) -> int:
     if cut:
         superseded = path.with_suffix(".superseded.jsonl")
         before = superseded.read_bytes() if superseded.exists() else b""
-        _replace(superseded, before + b"".join(cut))
+        atomic.write_bytes(superseded, before + b"".join(cut))
     if data != b"".join(kept):  # also when only the last newline was torn off
-        _replace(path, b"".join(kept))
+        atomic.write_bytes(path, b"".join(kept))
     return len(cut)
-
-
-def _replace(path: epath.Path, data: bytes) -> None:
-    if not _is_local(path):
-        path.write_bytes(data)  # an object appears whole or not at all
-        return
-    new = path.with_suffix(path.suffix + ".new")
-    with open(new, "wb") as file:
-        file.write(data)
-        os.fsync(file.fileno())
-    os.replace(new, path)
-
-
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)
 
 
 class LineFile:
@@ -121,7 +107,7 @@ class LineFile:
     def __init__(self, path: epath.Path, clock: Callable[[], float] = time.monotonic):
         self._path, self._clock = path, clock
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a", encoding="utf-8") if _is_local(path) else None
+        self._file = open(path, "a", encoding="utf-8") if durable.is_local(path) else None
         self._sent_at = clock()
         self._unsent = False
         self._text = [path.read_text()] if self._file is None and path.exists() else []
@@ -218,7 +204,7 @@ class Wandb:
         if not id_path.exists():
             workdir.mkdir(parents=True, exist_ok=True)
             id_path.write_text(uuid.uuid4().hex[:12])
-        directory = os.fspath(workdir) if _is_local(workdir) else None
+        directory = os.fspath(workdir) if durable.is_local(workdir) else None
         self._run = wandb.init(
             project=project, id=id_path.read_text(), resume="allow", dir=directory, config=dict(run_config)
         )

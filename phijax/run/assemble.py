@@ -9,13 +9,12 @@ from etils import epath
 from jax.sharding import Mesh
 
 from phijax import config as configs
-from phijax.checkpoint import durable, reading
+from phijax.checkpoint import reading
 from phijax.checkpoint.agreement import from_process_zero
 from phijax.checkpoint.lock import WriterLock
-from phijax.checkpoint.open import load_params
-from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER
 from phijax.checkpoint.run_state import RunCheckpoints
 from phijax.checkpoint.sampled import sampled_digest
+from phijax.checkpoint.steps import CHECKPOINTS_FOLDER
 from phijax.config import Config
 from phijax.data import loader, mixture
 from phijax.data.checking import DataCheck
@@ -24,8 +23,10 @@ from phijax.data.loader import Loader
 from phijax.data.rows import Plan, RowIndex
 from phijax.data.shards import files_of
 from phijax.evaluation.held_out import HeldOut, score_name
+from phijax.interchange.load import load_params
+from phijax.interchange.native.source import TOKENIZER_FOLDER
 from phijax.model import params
-from phijax.model.config import ModelConfig, model_to_dict
+from phijax.model.config import ModelConfig, fields_version, model_to_dict
 from phijax.model.flops import train_flops_per_token
 from phijax.parallel.hardware import generation, peak_flops
 from phijax.parallel.mesh import make_mesh
@@ -39,6 +40,7 @@ from phijax.report.summary import summarise
 from phijax.run import resume, start
 from phijax.run.recipe import EvaluationSet, data_facts, make_recipe, open_evaluation, open_plan
 from phijax.run.start import Start
+from phijax.storage import durable
 from phijax.training import compile_cache, loop, program
 from phijax.training.compile_cache import CompileCache
 from phijax.training.program import BatchShape, Recipe
@@ -73,7 +75,10 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         identity |= start.kept(before, begun)
         best = score_name(config.evaluation, config.checkpoint.keep_best)
         policy = dataclasses.replace(config.checkpoint, keep_best=best)
-        checkpoints = RunCheckpoints(workdir / CHECKPOINTS_FOLDER, policy, identity=identity, lock=lock, log=say)
+        version = fields_version(identity["model"])
+        checkpoints = RunCheckpoints(
+            workdir / CHECKPOINTS_FOLDER, policy, identity=identity, version=version, lock=lock, log=say
+        )
         first_step = checkpoints.latest_verified(recipe.total_steps, lambda: resume.changes(config, workdir) == {}) or 0
         went_back: list[dict] = []
         if first_step:

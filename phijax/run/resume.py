@@ -8,14 +8,14 @@ from typing import Any
 from etils import epath
 
 from phijax import config as configs
-from phijax.checkpoint import durable
-from phijax.checkpoint.opened import Opened
-from phijax.checkpoint.ours import model_of
 from phijax.config import Config
 from phijax.data import loader
 from phijax.data.rows import Plan
 from phijax.errors import UserError
+from phijax.interchange.native.source import model_of
+from phijax.interchange.opened import Opened
 from phijax.run import start
+from phijax.storage import atomic
 
 
 def begin_of(plan: Plan, before: dict[str, Any] | None, opened: Opened | None) -> int | None:
@@ -58,7 +58,7 @@ def keep_config(config: Config, workdir: epath.Path, step: int, say) -> None:
             say(f"config: {key} was {old!r}, from step {step} on {new!r}")
         if changed:
             add_to_history(workdir, {"step": step, "changed": {k: list(v) for k, v in changed.items()}})
-    durable.write_json(path, now)
+    atomic.write_json(path, now)
 
 
 def changes(config: Config, workdir: epath.Path) -> dict[str, tuple[Any, Any]] | None:

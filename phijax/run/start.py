@@ -8,12 +8,14 @@ from etils import epath
 
 from phijax import config as configs
 from phijax.checkpoint import reading
-from phijax.checkpoint.open import open_checkpoint
-from phijax.checkpoint.opened import TRAVELLING, Opened
-from phijax.checkpoint.ours import CHECKPOINTS_FOLDER, START, model_of
+from phijax.checkpoint.steps import CHECKPOINTS_FOLDER
 from phijax.config import Config
 from phijax.data.shards import Shards
 from phijax.errors import UserError
+from phijax.interchange.facts import TRAVELLING
+from phijax.interchange.native.source import START, model_of
+from phijax.interchange.open import open_checkpoint
+from phijax.interchange.opened import Opened
 from phijax.model.config import CHECKPOINT, ModelConfig, ModelSection, by_hand, model_to_dict, resolve_model
 from phijax.model.presets import PRESETS
 from phijax.text.tokenizer import TextTokenizer
@@ -154,7 +156,7 @@ def check_tokenizer(opened: Opened, shards: Shards, other: bool) -> tuple[TextTo
     except UserError as error:  # a checkpoint without one is no mistake: the data have one
         theirs, missing = None, str(error)
         # A step that was copied without its run still says what its data were.
-        said = ((opened.extra.get("identity") or {}).get("data") or {}).get("tokenizer")
+        said = ((opened.facts.identity or {}).get("data") or {}).get("tokenizer")
         same = None if said is None else said == shards.tokenizer_fingerprint
     if same:
         return theirs, True, []
@@ -165,7 +167,7 @@ def check_tokenizer(opened: Opened, shards: Shards, other: bool) -> tuple[TextTo
     data = f"the data are of another tokenizer ({shards.vocab_size} ids, {shards.tokenizer_fingerprint[:12]}) than"
     if other:
         return theirs, False, [f"warning: init_from: {data} {whose}"]
-    place = shlex.quote(str(opened.extra.get("tokenizer_folder", opened.path)))
+    place = shlex.quote(str(opened.facts.tokenizer_folder or opened.path))
     raise UserError(
         f"init_from: {data} {whose}: the same id means one text to the weights and another in the data.\n"
         f"Prepare the text again with --tokenizer={place}; or, where the weights are to learn other ids on purpose, "
@@ -190,9 +192,8 @@ def facts_of(
         return known
 
     facts: dict[str, Any] = {"model": model_to_dict(opened.model)}
-    for key in TRAVELLING:
-        if key in opened.extra:
-            facts[key] = moved(opened.extra[key], key) if key.endswith("_id") else opened.extra[key]
+    for key, value in opened.facts.said(*TRAVELLING).items():
+        facts[key] = moved(value, key) if key.endswith("_id") else value
     stops = [i for i in (moved(i, "stop id") for i in opened.stop_ids) if i is not None]
     if stops:  # the data's documents end a text too
         facts["stop_ids"] = list(dict.fromkeys([*stops, ours.end_of_text]))

@@ -23,9 +23,9 @@ import jax
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
-from phijax.checkpoint import durable
 from phijax.checkpoint.agreement import from_process_zero
 from phijax.errors import UserError
+from phijax.storage import durable
 
 FOLDER = "compile_cache"
 SET_ASIDE = "compile_cache.set_aside"  # the newest one alone is kept, so that crashes fill no disk

@@ -82,7 +82,7 @@ def writer(directory, log=None, break_lock=False, **config):
     lines = [] if log is None else log
     with WriterLock(directory, break_lock=break_lock, log=lines.append) as lock:
         config = CheckpointConfig(**config)
-        checkpoints = RunCheckpoints(directory, config, identity=IDENTITY, lock=lock, log=lines.append)
+        checkpoints = RunCheckpoints(directory, config, identity=IDENTITY, version=1, lock=lock, log=lines.append)
         yield checkpoints, lines
 
 

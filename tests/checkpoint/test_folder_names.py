@@ -9,10 +9,10 @@ import tensorstore
 from checkpoint_case import bits, like, mesh_of, save_steps, state, writer
 from etils import epath
 
-from phijax.checkpoint import durable
-from phijax.checkpoint.ours import array_spec
+from phijax.checkpoint.array_spec import array_spec
 from phijax.errors import UserError
 from phijax.readiness import probes
+from phijax.storage import durable
 
 ODD = ["run%20b", "run#1", "run?", "100%", "a|zip:", "a b", "été 中", "a*[b]", "lö\nf", "a;b&c", "~x"]
 

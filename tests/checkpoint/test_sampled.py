@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from phijax.checkpoint import ours
 from phijax.checkpoint.sampled import BLOCK_BYTES, BLOCKS, sampled_digest
 from phijax.errors import UserError
+from phijax.interchange.native import source as native_source
 
 SIZE = 4 * BLOCKS * BLOCK_BYTES
 
@@ -62,9 +62,9 @@ def test_nothing_is_refused(tmp_path):
 
 def test_every_process_opens_the_step_below_its_own_path(monkeypatch, tmp_path):
     """Process 0 says which step; where it has it may be somewhere else."""
-    monkeypatch.setattr(ours, "from_process_zero", lambda act: "checkpoints/7")
+    monkeypatch.setattr(native_source, "from_process_zero", lambda act: "checkpoints/7")
     with pytest.raises(UserError, match=rf"{tmp_path}/mine/checkpoints/7"):
-        ours.open_ours(epath.Path(tmp_path / "mine"))
-    monkeypatch.setattr(ours, "from_process_zero", lambda act: ".")
+        native_source.open_native(epath.Path(tmp_path / "mine"))
+    monkeypatch.setattr(native_source, "from_process_zero", lambda act: ".")
     with pytest.raises(UserError, match=rf"{tmp_path}/mine\b(?!/checkpoints)"):
-        ours.open_ours(epath.Path(tmp_path / "mine"))
+        native_source.open_native(epath.Path(tmp_path / "mine"))

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import real_model
 
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "checkpoint"))
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "interchange"))
 from gguf_case import LLAMA, LONG, PHI3, TEXT, logits, opened, random_arrays, tokenizer
 
 import phijax
-from phijax.checkpoint.gguf import open_gguf, write_gguf
 from phijax.inference.sampling import Sampling
+from phijax.interchange.gguf.open import open_gguf
+from phijax.interchange.gguf.write import write_gguf
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is built from source, 10 to 25 minutes: make test-llama")
 

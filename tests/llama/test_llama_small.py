@@ -13,17 +13,20 @@ import pytest
 import real_model
 from etils import epath
 
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "checkpoint"))
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "interchange"))
 from gguf_case import Arrays, everything, logits, opened, random_arrays
 from small_weights_case import CASES, FUSED, Small
 from test_llama_cpp import load, theirs
 
 import phijax
-from phijax.checkpoint import gguf_k_quants, ours_export, quantized_export
-from phijax.checkpoint.gguf import open_gguf, write_gguf
-from phijax.checkpoint.open import open_checkpoint
-from phijax.checkpoint.weight_source import model_shapes
 from phijax.errors import UserError
+from phijax.interchange.gguf import k_quants
+from phijax.interchange.gguf.open import open_gguf
+from phijax.interchange.gguf.write import write_gguf
+from phijax.interchange.native import quantize as native_quantize
+from phijax.interchange.native import write as native_write
+from phijax.interchange.open import open_checkpoint
+from phijax.interchange.weight_source import model_shapes
 from phijax.quantization import policy, report
 from phijax.quantization.rounding import round_to_nearest
 
@@ -64,7 +67,7 @@ def test_weights_and_logits_are_ours(case, small, tmp_path):
 @pytest.mark.parametrize("kind", ["Q4_K_M", "Q6_K"])
 def test_k_quants_are_read_by_us_and_near(kind, tmp_path):
     source, said = opened(WIDE, random_arrays(WIDE)), []
-    path = gguf_k_quants.write_k_quants(source, tmp_path / "m.gguf", kind=kind, say=said.append)
+    path = k_quants.write_k_quants(source, tmp_path / "m.gguf", kind=kind, say=said.append)
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.gguf"] and not said
     kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert kinds == ({"F32", "Q4_K", "Q6_K"} if kind == "Q4_K_M" else {"F32", "Q6_K"})
@@ -77,7 +80,7 @@ def test_k_quants_are_read_by_us_and_near(kind, tmp_path):
 
 def test_of_quantised_weights_it_says_that_it_rounds_again(small, tmp_path):
     said = []
-    gguf_k_quants.write_k_quants(small("mixed"), tmp_path, kind="Q5_K_M", say=said.append)
+    k_quants.write_k_quants(small("mixed"), tmp_path, kind="Q5_K_M", say=said.append)
     assert [entry.name for entry in tmp_path.iterdir()] == ["tiny-Q5_K_M.gguf"]
     assert len(said) == 1 and "is quantised already; Q5_K_M rounds a second time" in said[0]
 
@@ -86,9 +89,9 @@ def test_what_llama_refuses_is_one_message_and_leaves_nothing(tmp_path, monkeypa
     def garbage(opened, path, **settings):
         path.write_bytes(b"GGUF no model")
 
-    monkeypatch.setattr(gguf_k_quants, "write_gguf", garbage)
+    monkeypatch.setattr(k_quants, "write_gguf", garbage)
     with pytest.raises(UserError, match=r"llama.cpp could not make Q4_K_M of it: .*\S"):
-        gguf_k_quants.write_k_quants(opened(WIDE), tmp_path / "m.gguf", kind="Q4_K_M")
+        k_quants.write_k_quants(opened(WIDE), tmp_path / "m.gguf", kind="Q4_K_M")
     assert not list(tmp_path.iterdir())
 
 
@@ -96,7 +99,7 @@ def test_weights_that_are_nan_leave_nothing(tmp_path):
     arrays = random_arrays(WIDE)
     arrays["blocks/mlp/up"][1, 2, 3] = np.nan
     with pytest.raises(UserError, match="holds NaN"):
-        gguf_k_quants.write_k_quants(opened(WIDE, weights=Arrays(arrays)), tmp_path / "m.gguf", kind="Q4_K_M")
+        k_quants.write_k_quants(opened(WIDE, weights=Arrays(arrays)), tmp_path / "m.gguf", kind="Q4_K_M")
     assert not list(tmp_path.iterdir())
 
 
@@ -106,10 +109,10 @@ def test_a_real_model(tmp_path):
     its integer products, which round activations to eight bits (the next test)."""
     float_model = open_checkpoint(real_model.find_or_skip())
     assigned = policy.assign(float_model.model, policy.parse("int4_g64_head8"))
-    quantized_export.write(float_model, epath.Path(tmp_path / "small"), assigned, round_to_nearest, method="rtn")
+    native_quantize.write(float_model, epath.Path(tmp_path / "small"), assigned, round_to_nearest, method="rtn")
     opened = open_checkpoint(tmp_path / "small")
     path = write_gguf(opened, tmp_path / "m.gguf", kind="F32")
-    ours_export.write(opened, epath.Path(tmp_path / "wide"), dtype=np.dtype(np.float32))
+    native_write.write(opened, epath.Path(tmp_path / "wide"), dtype=np.dtype(np.float32))
     model = phijax.load(tmp_path / "wide", max_length=512)  # what the integers stand for
     tokens = opened.tokenizer().encode((pathlib.Path(__file__).parents[2] / "README.md").read_text())[:200]
     ours = np.asarray(model.logits(tokens))
@@ -143,7 +146,7 @@ def test_its_integer_products_are_ours(layers, tmp_path):
     """
     opened = Layers(open_checkpoint(real_model.find_or_skip()), layers).opened
     assigned = policy.assign(opened.model, policy.parse("int4_g32_head8"))
-    quantized_export.write(opened, epath.Path(tmp_path / "small"), assigned, round_to_nearest, method="rtn")
+    native_quantize.write(opened, epath.Path(tmp_path / "small"), assigned, round_to_nearest, method="rtn")
     llama = load(write_gguf(open_checkpoint(tmp_path / "small"), tmp_path / "m.gguf", kind="F32"), 512)
     text = "\n\n".join(topics[chapter] for chapter in sorted(topics)[:5])
     tokens = opened.tokenizer().encode(text)[:512]

@@ -9,15 +9,18 @@ import real_model
 from absl.testing import flagsaver
 from etils import epath
 
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "checkpoint"))
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "interchange"))
 from gguf_case import logits, tokenizer
 from small_weights_case import CASES, STOPS, Small, expected, layout_of
 
 import phijax
 from phijax import export
-from phijax.checkpoint import huggingface_folder, mlx_export, ours_export, quantized_export
-from phijax.checkpoint.huggingface_export import DTYPES
-from phijax.checkpoint.open import open_checkpoint
+from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.huggingface import mlx as mlx_export
+from phijax.interchange.huggingface.export import DTYPES
+from phijax.interchange.native import quantize as native_quantize
+from phijax.interchange.native import write as native_write
+from phijax.interchange.open import open_checkpoint
 from phijax.quantization import policy, report
 from phijax.quantization.rounding import round_to_nearest
 
@@ -85,7 +88,7 @@ def test_a_real_model(tmp_path):
     """SmolLM2-135M in int4_g64, embedding in int8, as the commands make it. Measured: KL 5e-11."""
     opened = open_checkpoint(real_model.find_or_skip())
     assigned = policy.assign(opened.model, policy.parse("int4_g64_head8"))
-    quantized_export.write(opened, epath.Path(tmp_path / "small"), assigned, round_to_nearest, method="rtn")
+    native_quantize.write(opened, epath.Path(tmp_path / "small"), assigned, round_to_nearest, method="rtn")
     saved = flagsaver.save_flag_values(export.FLAGS)
     try:
         arguments = [f"--checkpoint={tmp_path / 'small'}", "--format=mlx", f"--output={tmp_path / 'mlx'}"]
@@ -93,7 +96,7 @@ def test_a_real_model(tmp_path):
     finally:
         flagsaver.restore_flag_values(saved, export.FLAGS)
     small = open_checkpoint(tmp_path / "small")
-    ours_export.write(small, epath.Path(tmp_path / "wide"), dtype=np.dtype(np.float32))
+    native_write.write(small, epath.Path(tmp_path / "wide"), dtype=np.dtype(np.float32))
     model = phijax.load(tmp_path / "wide", max_length=128)  # what the integers stand for
     tokens = small.tokenizer().encode((pathlib.Path(__file__).parents[2] / "README.md").read_text())[:96]
     ours, got = np.asarray(model.logits(tokens)), theirs(tmp_path / "mlx", tokens)

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from etils import epath
 
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "checkpoint"))
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "interchange"))
 from gguf_case import tokenizer
 from small_weights_case import FUSED, SPLIT, STOPS, source
 
-from phijax.checkpoint import huggingface_export, huggingface_folder, quantized_export
-from phijax.checkpoint.huggingface_export import DTYPES
-from phijax.checkpoint.open import open_checkpoint
+from phijax.interchange.huggingface import export as huggingface_export
+from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.huggingface.export import DTYPES
+from phijax.interchange.native import quantize as native_quantize
+from phijax.interchange.open import open_checkpoint
 from phijax.model.config import LongRope
 from phijax.quantization import policy
 from phijax.quantization.rounding import round_to_nearest
@@ -62,7 +64,7 @@ def test_logits_are_those_of_the_folder(layout, tmp_path):
     """phi-3 with LongRoPE, on both sides of its switch; from quantised weights of ours, which it gets in 16 bits."""
     opened = source(LONG if layout == "phi3" else SPLIT)
     assigned = policy.assign(opened.model, policy.parse("int4_g32"))
-    quantized_export.write(opened, epath.Path(tmp_path / "small"), assigned, round_to_nearest, method="rtn")
+    native_quantize.write(opened, epath.Path(tmp_path / "small"), assigned, round_to_nearest, method="rtn")
     plain, onnx = built(open_checkpoint(tmp_path / "small"), tmp_path, layout, "fp32")
     model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
     for length in (L0 // 2, L0 + 40):

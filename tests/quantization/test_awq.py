@@ -9,7 +9,8 @@ import pytest
 from quantized_case import MODEL, SCHEME, random_params
 from quick_compilation import QUICK
 
-from phijax.checkpoint.folded_source import FoldedSource
+from phijax.interchange.native.folded import FoldedSource
+from phijax.interchange.weight_source import NOT_QUANTIZED
 from phijax.model import params
 from phijax.model.backend import Backend
 from phijax.model.config import LongRope
@@ -23,6 +24,8 @@ ASSIGNED = policy.assign(MODEL, policy.parse(SCHEME))
 
 class Source:
     """Parameters in memory as a checkpoint's weights, the vocabulary cut."""
+
+    schemes = NOT_QUANTIZED
 
     def __init__(self, flat):
         self.flat = {p: np.asarray(v)[:700] if v.shape[0] == 1024 else np.asarray(v) for p, v in flat.items()}

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from quantized_case import MODEL, one_device, quantized_params, random_params
 
-from phijax.inference import programs, resident
+from phijax.inference import placement, programs
 from phijax.inference.generator import Generator
-from phijax.inference.kept import Kept
+from phijax.inference.prefix_cache import PrefixCache
 from phijax.inference.sampling import Sampling, Settings
 from phijax.model import params
 from phijax.model.backend import CHOICES
@@ -90,7 +90,7 @@ def test_a_row_has_its_bits_over_a_cache_of_eight_bits():
 @needs_compiler
 def test_the_next_turn_of_a_conversation_has_its_bits():
     """Its first chunk is the last turn's."""
-    generator, kept, sampling = Generator(MODEL, stored()), Kept(), Sampling(temperature=0, max_tokens=6)
+    generator, kept, sampling = Generator(MODEL, stored()), PrefixCache(), Sampling(temperature=0, max_tokens=6)
     (first,) = prompts(90)
     answer = generator.generate([first], sampling, kept=kept)[0].tokens
     (second,) = generator.generate([[*first, *answer, 5, 6, 7]], sampling, kept=kept)
@@ -118,6 +118,6 @@ def test_off_and_on_a_mesh_it_is_plain_xla(monkeypatch):
     assert isinstance(generator._weights["blocks"][0]["mlp"]["gate"], Quantized)
     monkeypatch.delenv(cpu_int4_library.VARIABLE)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]).reshape(1, 1, 1, 2), ("data", "fsdp", "context", "tensor"))
-    assert resident.matrix_format(CHOICES["cpu"], mesh) is None
-    assert resident.matrix_format(CHOICES["tpu"], one_device()) is None
-    assert resident.matrix_format(PLAIN, one_device()) is None
+    assert placement.matrix_format(CHOICES["cpu"], mesh) is None
+    assert placement.matrix_format(CHOICES["tpu"], one_device()) is None
+    assert placement.matrix_format(PLAIN, one_device()) is None

@@ -10,8 +10,8 @@ from absl.testing import flagsaver
 from quantized_case import MODEL, random_params, save_run
 
 from phijax import export, quantize
-from phijax.checkpoint.gguf_file import read_file
-from phijax.checkpoint.safetensors_files import SINGLE_FILE
+from phijax.interchange.gguf.file import read_file
+from phijax.interchange.huggingface.safetensors import SINGLE_FILE
 from phijax.model.presets import PRESETS
 
 REPOSITORY = pathlib.Path(__file__).parents[2]

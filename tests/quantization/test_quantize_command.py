@@ -12,11 +12,12 @@ import pytest
 from quantized_case import MODEL, SCHEME, random_params, run, save_run
 from quick_compilation import QUICK
 
-import phijax.library
+import phijax.inference.model
 from phijax import export, prepare, quantize
-from phijax.checkpoint.open import load_params, open_checkpoint
 from phijax.errors import UserError
-from phijax.inference import programs, resident
+from phijax.inference import placement, programs
+from phijax.interchange.load import load_params
+from phijax.interchange.open import open_checkpoint
 from phijax.model import params
 from phijax.model.backend import CHOICES, Backend
 from phijax.parallel.mesh import MeshConfig, make_mesh
@@ -81,7 +82,7 @@ def test_quality_lies_beside_the_weights(workdir, small, text):
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_inference_over_it_equals_the_decoder_over_its_dequantized_weights(small, tensor):
-    model = phijax.library.load(small, tensor=tensor, int8_activations=False)
+    model = phijax.inference.model.load(small, tensor=tensor, int8_activations=False)
     ids = np.random.default_rng(0).integers(0, 700, 40, dtype=np.int32)
     weights = load_params(open_checkpoint(small), make_mesh(MeshConfig(), jax.devices()[:1]))
     # float32: the order of sums.
@@ -96,11 +97,11 @@ def test_what_goes_into_the_program_is_quantized(small, platform):
     """Every matrix enters the decode step as integers and scales: none is widened before it; layers unrolled (CPU) or
     scanned (TPU)."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    path = resident.choose_path(MODEL, CHOICES[platform], mesh)
-    weights = resident.place(
+    path = placement.choose_path(MODEL, CHOICES[platform], mesh)
+    weights = placement.place(
         MODEL, path, load_params(open_checkpoint(small), mesh, dtype=path.dtype, keep_quantized=True), mesh
     )
-    cache = programs.cache_maker(MODEL, path, 1, (256,), resident.cache_sharding(MODEL, path, mesh))()
+    cache = programs.cache_maker(MODEL, path, 1, (256,), placement.cache_sharding(MODEL, path, mesh))()
     frequencies = np.zeros(MODEL.rotary_dim // 2, np.float32)
     tokens = np.zeros(16, np.int32)
     zero = np.int32(0)

@@ -12,11 +12,14 @@ import pytest
 from quantized_case import MODEL, SCHEME, random_params, run, save_run
 
 from phijax import prepare, quantize
-from phijax.checkpoint import durable, manifest, quantized_export, tokenizer_files
-from phijax.checkpoint.open import open_checkpoint
-from phijax.checkpoint.ours import PLOT_FILE
+from phijax.checkpoint import manifest
 from phijax.errors import UserError
+from phijax.interchange import tokenizer_files
+from phijax.interchange.native import quantize as native_quantize
+from phijax.interchange.native.source import PLOT_FILE
+from phijax.interchange.open import open_checkpoint
 from phijax.model import params
+from phijax.storage import durable
 
 METHODS = ("rtn", "awq", "gptq")
 
@@ -110,7 +113,7 @@ def test_a_disk_that_takes_no_more(workdir, text, tmp_path, method):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("module, name", [(tokenizer_files, "write_ours"), (manifest, "write")])
+@pytest.mark.parametrize("module, name", [(tokenizer_files, "write_native"), (manifest, "write")])
 def test_a_disk_that_is_full_at_the_end(workdir, text, tmp_path, monkeypatch, module, name):
     def full(*arguments, **more):
         raise OSError(28, "No space left on device")
@@ -136,7 +139,7 @@ def test_a_place_that_may_not_be_written(workdir, text, tmp_path, monkeypatch):
     def refused(self, *arguments, **more):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(type(quantized_export.epath.Path(tmp_path)), "mkdir", refused)
+    monkeypatch.setattr(type(native_quantize.epath.Path(tmp_path)), "mkdir", refused)
     with pytest.raises(UserError, match=r"could not be written: .*Permission denied"):
         run(quantize, *flags(workdir, tmp_path / "out", "rtn", text))
 

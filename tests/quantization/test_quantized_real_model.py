@@ -7,10 +7,11 @@ import pytest
 import real_model
 from etils import epath
 
-import phijax.library
-from phijax.checkpoint import quantization_methods, quantized_export
-from phijax.checkpoint.open import open_checkpoint
+import phijax.inference.model
 from phijax.evaluation.fixed_rows import read_fixed_rows
+from phijax.interchange.native import methods as quantization_methods
+from phijax.interchange.native import quantize as native_quantize
+from phijax.interchange.open import open_checkpoint
 from phijax.quantization import policy, report
 
 pytestmark = pytest.mark.slow
@@ -37,16 +38,16 @@ def rows(opened, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(opened, rows):
-    model = phijax.library.load(opened.path, max_length=LENGTH + 2)
+    model = phijax.inference.model.load(opened.path, max_length=LENGTH + 2)
     return [model.generator.logits(row[:-1]) for row in rows[1]]
 
 
 def quantized(opened, method: str, scheme: str, output, calibration=None):
     assigned = policy.assign(opened.model, policy.parse(scheme))
     source, rounding = quantization_methods.prepare(opened, assigned, method, calibration)
-    quantized_export.write(source, epath.Path(output), assigned, method=method, rounding=rounding)
+    native_quantize.write(source, epath.Path(output), assigned, method=method, rounding=rounding)
     # Of the weights alone: with activations in int8 too, eight bits are 0.010 nats away in place of 0.004.
-    return phijax.library.load(output, max_length=LENGTH + 2, int8_activations=False)
+    return phijax.inference.model.load(output, max_length=LENGTH + 2, int8_activations=False)
 
 
 def quality(model, rows, reference) -> report.Quality:

@@ -2,8 +2,9 @@ import pytest
 from run_case import Runs
 from synthetic_shards import write_synthetic
 
-from phijax.checkpoint import huggingface_export, huggingface_folder
-from phijax.checkpoint.open import open_checkpoint
+from phijax.interchange.huggingface import export as huggingface_export
+from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.open import open_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,16 @@ import pytest
 from run_case import ROOT, metrics, saved_steps
 
 from phijax import config as configs
-from phijax.checkpoint import huggingface_export, huggingface_folder, manifest, ours_export, quantized_export
-from phijax.checkpoint.gguf import write_gguf
-from phijax.checkpoint.open import load_params, open_checkpoint
+from phijax.checkpoint import manifest
 from phijax.data.shards import Shards
 from phijax.errors import UserError
+from phijax.interchange.gguf.write import write_gguf
+from phijax.interchange.huggingface import export as huggingface_export
+from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.load import load_params
+from phijax.interchange.native import quantize as native_quantize
+from phijax.interchange.native import write as native_write
+from phijax.interchange.open import open_checkpoint
 from phijax.model.config import ModelConfig, fields_version, model_from_dict, model_to_dict
 from phijax.model.presets import PRESETS
 from phijax.parallel.mesh import MeshConfig, make_mesh
@@ -84,7 +89,7 @@ def opens_starts_and_exports(folder: pathlib.Path, runs, tmp_path: pathlib.Path)
     assert begun.facts["model"] == model_to_dict(opened.model)
     huggingface_folder.write(opened, tmp_path / "hf", huggingface_export.folder(opened, "llama", None))
     write_gguf(opened, tmp_path / "model.gguf", kind="F32", architecture="llama")
-    ours_export.write(opened, tmp_path / "ours", dtype=None)
+    native_write.write(opened, tmp_path / "ours", dtype=None)
     again = json.loads((tmp_path / "ours" / manifest.MANIFEST_FILE).read_text())
     assert again["format"] == 1 and again["identity"]["model"] == model_to_dict(opened.model)
 
@@ -103,17 +108,15 @@ def test_a_step_of_an_old_run_opens_starts_and_exports(runs, halfway, tmp_path):
 def test_what_old_commands_wrote_opens_starts_and_exports(runs, unbroken, tmp_path, kept):
     folder, opened = tmp_path / kept, open_checkpoint(unbroken / "checkpoints" / str(STEP))
     if kept == "quantised":
-        quantized_export.write(
+        native_quantize.write(
             opened, folder, policy.assign(opened.model, policy.parse("int4_g32,down=int8")), method="rtn"
         )
     else:
-        ours_export.write(opened, folder, dtype=None)
+        native_write.write(opened, folder, dtype=None)
     age(runs, folder, kept)
     found = open_checkpoint(folder)
-    assert (found.extra.get("architecture") == "LlamaForCausalLM") == (kept == "imported")
-    assert bool(found.stop_ids) == (kept == "imported") and bool(getattr(found.weights, "schemes", {})) == (
-        kept == "quantised"
-    )
+    assert (found.facts.architecture == "LlamaForCausalLM") == (kept == "imported")
+    assert bool(found.stop_ids) == (kept == "imported") and bool(found.weights.schemes) == (kept == "quantised")
     opens_starts_and_exports(folder, runs, tmp_path)
 
 
@@ -133,13 +136,14 @@ def test_a_field_that_older_code_would_misread_makes_version_2():
     assert fields_version(other) == 2 and other["activation"] == "gelu"
 
 
-def test_a_manifest_is_version_2_where_it_must_be(tmp_path):
-    for version, activation in ((1, "silu"), (2, "gelu")):
-        folder = tmp_path / str(version)
-        (folder / manifest.STATE_FOLDER).mkdir(parents=True)
-        identity = {"model": model_to_dict(dataclasses.replace(LATER, activation=activation))}
-        manifest.write(folder, step=version, leaves=[], identity=identity, extra={})
-        assert manifest.read(folder)["format"] == version
+@pytest.mark.parametrize(("version", "activation"), [(1, "silu"), (2, "gelu")])
+def test_a_manifest_is_version_2_where_it_must_be(unbroken, tmp_path, version, activation):
+    opened = open_checkpoint(unbroken / "checkpoints" / str(STEP))
+    opened = dataclasses.replace(opened, model=Later(**dataclasses.asdict(opened.model), activation=activation))
+    native_write.write(opened, tmp_path / "written", dtype=None)
+    assigned = policy.assign(opened.model, policy.parse("int8"))
+    native_quantize.write(opened, tmp_path / "quantised", assigned, method="rtn")
+    assert [manifest.read(tmp_path / name)["format"] for name in ("written", "quantised")] == [version, version]
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ from etils import epath
 from run_case import LIMIT, ROOT, environment, free_address
 from synthetic_shards import write_synthetic
 
-from phijax.checkpoint import durable, ours, upkeep
+from phijax.checkpoint import upkeep
+from phijax.checkpoint.array_spec import array_spec
 from phijax.errors import UserError
+from phijax.storage import durable
 from phijax.training import compile_cache
 
 STEPS, EVERY = 10, 2
@@ -221,9 +223,9 @@ def test_a_machine_without_the_client_says_what_to_install(command, tmp_path):
 
 def test_tensorstore_is_told_the_names_of_objects_as_they_are(bucket):
     for number, name in enumerate(("run b", "run%20b", "été")):
-        spec = ours.array_spec(epath.Path(f"gs://bucket/named/{name}"), "params/w")
+        spec = array_spec(epath.Path(f"gs://bucket/named/{name}"), "params/w")
         spec["metadata"] = {"shape": [1], "dtype": "<f4", "chunks": [1]}
         tensorstore.open(spec, create=True).result()[...] = number
         assert any(found.startswith(f"named/{name}/") for found in bucket.names("named/")), name
-    found = tensorstore.open(ours.array_spec(epath.Path("gs://bucket/named/run%20b"), "params/w"), open=True).result()
+    found = tensorstore.open(array_spec(epath.Path("gs://bucket/named/run%20b"), "params/w"), open=True).result()
     assert found[0].read().result() == 1

@@ -43,9 +43,8 @@ def test_a_run_from_before_segments_began_with_end_of_text_keeps_its_rows(runs, 
         folder = halfway / "checkpoints" / str(step)
         content = reading.read_manifest(folder)
         del content["identity"]["data"]["begin"]
-        manifest.write(
-            folder, step=step, leaves=content["leaves"], identity=content["identity"], extra=content["extra"]
-        )
+        kept = {key: content[key] for key in ("leaves", "identity", "extra")}
+        manifest.write(folder, step=step, version=content["format"], **kept)
     ended = runs.run(halfway)
     assert ended.code == 0, ended.output
     whole, old = (
@@ -185,7 +184,7 @@ def weights_only(folder: pathlib.Path, source: pathlib.Path, change) -> pathlib.
     assert set(manifest.flatten(params.nested(leaves))) == set(like)
     with WriterLock(folder, break_lock=False, log=print) as lock:
         config = dataclasses.replace(CheckpointConfig(), asynchronous=False)
-        checkpoints = RunCheckpoints(folder, config, identity=stored["identity"], lock=lock, log=print)
+        checkpoints = RunCheckpoints(folder, config, identity=stored["identity"], version=1, lock=lock, log=print)
         checkpoints.save(7, params.nested(change(leaves)))
         checkpoints.wait()
     return folder / "7"

@@ -12,13 +12,17 @@ from synthetic_shards import small_tokenizer, write_synthetic
 import phijax
 from phijax import config as configs
 from phijax import main as command
-from phijax.checkpoint import huggingface_export, huggingface_folder, ours_export, quantized_export
-from phijax.checkpoint.gguf import open_gguf, write_gguf
-from phijax.checkpoint.open import open_checkpoint
-from phijax.checkpoint.ours import model_of
 from phijax.checkpoint.reading import read_manifest
 from phijax.data.shards import Shards
 from phijax.errors import UserError
+from phijax.interchange.gguf.open import open_gguf
+from phijax.interchange.gguf.write import write_gguf
+from phijax.interchange.huggingface import export as huggingface_export
+from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.native import quantize as native_quantize
+from phijax.interchange.native import write as native_write
+from phijax.interchange.native.source import model_of
+from phijax.interchange.open import open_checkpoint
 from phijax.quantization import policy
 from phijax.run import resume, start
 from phijax.text.beginning import write_beginning
@@ -113,8 +117,8 @@ SIZES = [(f"model.{name}", str(value)) for name, value in dict(
 def assert_travelled(opened, *, ids=(END, USER, TOKENIZER.end_of_text)) -> None:
     assert set(opened.stop_ids) == set(ids)  # the data's documents end as they do there
     assert opened.chat_template == PHI4.template
-    assert opened.begin == (1,) and opened.extra["bos_id"] == 1 and opened.extra["eos_id"] == END
-    assert {k: opened.extra["generation"][k] for k in ("do_sample", "temperature", "top_p")} == {
+    assert opened.begin == (1,) and opened.facts.bos_id == 1 and opened.facts.eos_id == END
+    assert {k: opened.facts.generation[k] for k in ("do_sample", "temperature", "top_p")} == {
         k: SETTINGS[k] for k in ("do_sample", "temperature", "top_p")
     }
 
@@ -126,7 +130,7 @@ def exported(opened, folder: pathlib.Path, layout: str) -> pathlib.Path:
 
 def small(opened, folder: pathlib.Path) -> pathlib.Path:
     assigned = policy.assign(opened.model, policy.parse("int8"))
-    quantized_export.write(opened, folder, assigned, method="rtn")
+    native_quantize.write(opened, folder, assigned, method="rtn")
     return folder
 
 
@@ -137,7 +141,7 @@ def test_what_came_with_the_weights_goes_into_every_export(went_on, tmp_path):
     alone = shutil.copytree(went_on / "checkpoints" / "6", tmp_path / "alone")  # a step without its run
     assert open_checkpoint(alone).stop_ids == opened.stop_ids
     again = tmp_path / "ours"
-    ours_export.write(opened, again, dtype=None)
+    native_write.write(opened, again, dtype=None)
     for number, each in enumerate((opened, open_checkpoint(again), open_checkpoint(small(opened, tmp_path / "small")))):
         assert_travelled(each)
         for layout in ("llama", "phi3"):

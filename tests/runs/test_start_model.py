@@ -7,9 +7,9 @@ import pytest
 from etils import epath
 
 from phijax import config as configs
-from phijax.checkpoint.opened import Opened
 from phijax.config import Config
 from phijax.errors import UserError
+from phijax.interchange.opened import Opened
 from phijax.model.config import LongRope, ModelSection, resolve_model
 from phijax.model.presets import PRESETS
 from phijax.run import start

@@ -9,9 +9,10 @@ import sentencepiece
 from etils import epath
 from text_samples import CHAPTERS, PLAIN, SPECIAL, random_text
 
-from phijax.checkpoint import huggingface_export, huggingface_folder
-from phijax.checkpoint.open import open_checkpoint
 from phijax.errors import UserError
+from phijax.interchange.huggingface import export as huggingface_export
+from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.open import open_checkpoint
 from phijax.text.huggingface_files import sentencepiece_json, take_as_it_is
 from phijax.text.open import open_tokenizer
 from phijax.text.sentencepiece_model import take_apart

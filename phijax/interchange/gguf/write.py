@@ -1,0 +1,311 @@
+"""Writes a GGUF file tensor by tensor, in pieces, under a temporary name until all of it is on the disk."""
+
+import contextlib
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from phijax.errors import UserError
+from phijax.interchange import model_card, small_matrices, tokenizer_files
+from phijax.interchange.gguf import integers as gguf_integers
+from phijax.interchange.gguf import names as gguf_names
+from phijax.interchange.gguf import sampling as gguf_sampling
+from phijax.interchange.gguf.config import exact_lists, keys_of, lacks
+from phijax.interchange.gguf.file import gguf_library
+from phijax.interchange.gguf.tokenizer import NAMED_STOPS, PHI3_NAMES, PREFIX, STOPS_KEY
+from phijax.interchange.gguf.vocabulary import vocabulary
+from phijax.interchange.opened import Opened
+from phijax.storage import atomic, durable
+
+Kind = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0"]
+KINDS: tuple[str, ...] = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+_FILE_TYPES = {
+    "F32": "ALL_F32",
+    "F16": "MOSTLY_F16",
+    "BF16": "MOSTLY_BF16",
+    "Q8_0": "MOSTLY_Q8_0",
+    "Q4_0": "MOSTLY_Q4_0",
+}
+_ALIGNMENT = 32
+_AT_ONCE = 1 << 22  # values in memory at once
+
+
+def write_gguf(
+    opened: Opened,
+    output: epath.PathLike,
+    *,
+    kind: Kind,
+    keep_integers: bool = True,
+    architecture: Literal["phi3", "llama"] | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> epath.Path:
+    """Writes `opened` as one GGUF file and returns its path: `output` if it ends in .gguf, else a file in that folder.
+
+    Norms stay float32, as ggml wants them; every other tensor becomes `kind`, rounded to the nearest where it is
+    narrower. Q8_0 and Q4_0 are blocks of 32 as `gguf.quants.quantize` makes them.
+
+    Args:
+      keep_integers: what a checkpoint of ours stores quantised becomes Q4_0 or Q8_0, integer for integer, whatever
+        `kind` the others get.
+      architecture: None: as the checkpoint says, phi3 where it says nothing.
+      name: of the model, shown by those who read it; that of a phi3 file always holds "phi3", since llama.cpp's rule
+        for whitespace behind special tokens hangs on it.
+      say: is told, in a line, what a reader will do otherwise.
+    Raises: UserError for what a GGUF file cannot hold, before anything is written; for weights that are not finite or
+      too large for `kind`. Nothing is left behind then.
+    """
+    if kind not in KINDS:
+        raise UserError(f"kind={kind!r} is not written; written are {', '.join(KINDS)}.")
+    architecture = architecture or architecture_for(opened)
+    plan = gguf_names.tensors(architecture, opened.model)
+    small = _small(opened, plan) if keep_integers else {}
+    kinds = {tensor.name: small.get(tensor.name) or _kind(tensor, kind) for tensor in plan}
+    most = _most(plan, kinds)
+    path = output_path(epath.Path(output), opened, most, overwrite)
+    header = _header(opened, architecture, most, name, say)
+    if small:
+        counted = Counter(kinds[tensor.name] for tensor in plan)
+        say("quantised weights integer for integer: " + ", ".join(f"{n} tensors {k}" for k, n in counted.items()))
+    if opened.model.sliding_window:
+        say(
+            f"warning: the sliding window of {opened.model.sliding_window} is written, but llama.cpp does not use it "
+            f"with architecture {architecture!r}: texts longer than that give other outputs there"
+        )
+    extra = _rope_lists(opened)
+    with finished(path) as temporary:
+        _write_header(temporary, header, plan, kinds, extra)
+        with open(os.fspath(temporary), "ab") as file:
+            for values in extra.values():
+                _append(file, [values])
+            for tensor in plan:
+                pieces = _blocks if tensor.name in small else _pieces
+                _append(file, pieces(opened, tensor, kinds[tensor.name]))
+    return path
+
+
+def write_card(opened: Opened, output: epath.PathLike) -> None:
+    """A model card beside the file in the folder `output`, where there is none; nothing where `output` is the file."""
+    path = epath.Path(output) / model_card.FILE
+    if epath.Path(output).suffix != ".gguf" and not path.exists():
+        atomic.write_text(path, model_card.render(opened, architecture_for(opened), "gguf"))
+
+
+@contextlib.contextmanager
+def finished(path: epath.Path) -> Iterator[epath.Path]:
+    """Gives a temporary name beside `path`; what lies there at the end is made durable and becomes `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with atomic.replaced(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror or error}. Nothing was written.") from error
+
+
+def _small(opened: Opened, plan: list[gguf_names.Tensor]) -> dict[str, str]:
+    """Tensor -> kind, of those that the checkpoint stores quantised."""
+    schemes = opened.weights.schemes
+    found = {tensor.name: gguf_integers.kind_of(schemes, tensor) for tensor in plan}
+    return {name: kind for name, kind in found.items() if kind}
+
+
+def _most(plan: list[gguf_names.Tensor], kinds: dict[str, str]) -> str:
+    """The kind that most weights are of: the file's."""
+    counts: Counter[str] = Counter()
+    for tensor in plan:
+        if len(tensor.shape) > 1:
+            counts[kinds[tensor.name]] += math.prod(tensor.shape)
+    return counts.most_common(1)[0][0]
+
+
+def architecture_for(opened: Opened) -> str:
+    """phi3 or llama: what the checkpoint was, phi3 where it does not say; the other one where only that can hold it."""
+    split = opened.facts.architecture in ("LlamaForCausalLM", "MistralForCausalLM")
+    order = (gguf_names.LLAMA, gguf_names.PHI3) if split else (gguf_names.PHI3, gguf_names.LLAMA)
+    return next((name for name in order if lacks(opened.model, name) is None), order[0])
+
+
+def planned_path(opened: Opened, output: epath.PathLike, kind: str) -> epath.Path:
+    """Where `write_gguf`, or `write_k_quants`, would write. Raises: UserError as they do, if it is there already."""
+    if kind in KINDS:
+        plan = gguf_names.tensors(architecture_for(opened), opened.model)
+        small = _small(opened, plan)
+        kind = _most(plan, {tensor.name: small.get(tensor.name) or _kind(tensor, kind) for tensor in plan})
+    return output_path(epath.Path(output), opened, kind, overwrite=False)
+
+
+def output_path(path: epath.Path, opened: Opened, kind: str, overwrite: bool) -> epath.Path:
+    """The file's path. Raises: UserError if it is there already."""
+    if not durable.is_local(path):
+        raise UserError(f"{path}: GGUF files are written to a local disk. Copy it afterwards.")
+    if path.suffix != ".gguf":
+        path = path / f"{_safe(opened.facts.name or 'model')}-{kind}.gguf"
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} is there already. Remove it or name another file.")
+    return path
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-.") or "model"
+
+
+def _kind(tensor: gguf_names.Tensor, kind: str) -> str:
+    """Raises: UserError for rows that blocks do not divide."""
+    if len(tensor.shape) == 1:
+        return "F32"
+    if kind in ("Q8_0", "Q4_0") and tensor.shape[-1] % 32:
+        raise UserError(
+            f"{tensor.name} has rows of {tensor.shape[-1]} weights; {kind} needs a multiple of 32. Take F16 or BF16."
+        )
+    return kind
+
+
+def _header(
+    opened: Opened, architecture: str, kind: str, name: str | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Key -> value. Whole numbers are uint32, others float32; lists of them int32 and float32; arrays float64."""
+    library = gguf_library()
+    name = name or str(opened.facts.name or "model")
+    if architecture == gguf_names.PHI3 and not any(part in name.lower() for part in PHI3_NAMES):
+        name = f"{name} phi3"
+    header = {
+        "general.type": "model",
+        "general.name": name,
+        "general.file_type": int(library.LlamaFileType[_FILE_TYPES[kind]]),
+        "general.quantization_version": library.GGML_QUANT_VERSION,
+        "general.alignment": _ALIGNMENT,
+    }
+    header |= {f"{architecture}.{key}": value for key, value in keys_of(opened.model, architecture).items()}
+    header |= {key: np.asarray(values, np.float64) for key, values in exact_lists(opened.model).items()}
+    tokenizer = opened.tokenizer()
+    stops, phi3 = tokenizer_files.ids_of(opened, tokenizer).stops, any(part in name.lower() for part in PHI3_NAMES)
+    arrays = vocabulary(tokenizer, opened.model.vocab_size, opened.facts, begin=opened.begin, stops=stops, phi3=phi3)
+    header |= {PREFIX + key: value for key, value in arrays.items()}
+    said = {value for key, value in arrays.items() if key in ("eos_token_id", "eot_token_id", "eom_token_id")}
+    said |= {i for name, i in tokenizer.specials.ids.items() if name in NAMED_STOPS}
+    if not said.issuperset(stops):
+        header[STOPS_KEY] = list(stops)
+        say(f"warning: {len(stops)} tokens end a text; llama.cpp ends it at {', '.join(map(str, sorted(said)))} alone")
+    header |= gguf_sampling.keys_of(opened.facts.generation or {})
+    if template := tokenizer_files.chat_template_of(opened, tokenizer):
+        header["tokenizer.chat_template"] = template
+    return header
+
+
+def _rope_lists(opened: Opened) -> dict[str, np.ndarray]:
+    rope = opened.model.long_rope
+    if rope is None:
+        return {}
+    lists = {gguf_names.LONG_FACTORS: rope.long_factor, gguf_names.SHORT_FACTORS: rope.short_factor}
+    return {name: np.asarray(values, np.float32) for name, values in lists.items()}
+
+
+def _write_header(
+    path: epath.Path,
+    header: dict[str, Any],
+    plan: list[gguf_names.Tensor],
+    kinds: dict[str, str],
+    extra: dict[str, np.ndarray],
+) -> None:
+    library = gguf_library()
+    architecture = next(key.split(".")[0] for key in header if key.endswith(".block_count"))
+    writer = library.GGUFWriter(os.fspath(path), architecture)
+    value_types = library.GGUFValueType
+    by_type = {bool: value_types.BOOL, int: value_types.UINT32, float: value_types.FLOAT32, str: value_types.STRING}
+    of_array = {int: value_types.INT32, float: value_types.FLOAT32, str: value_types.STRING}
+    for key, value in header.items():
+        if isinstance(value, np.ndarray):
+            writer.add_key_value(key, value.tolist(), value_types.ARRAY, sub_type=value_types.FLOAT64)
+        elif isinstance(value, list):
+            writer.add_key_value(key, value, value_types.ARRAY, sub_type=of_array[type(value[0])])
+        else:
+            writer.add_key_value(key, value, by_type[type(value)])
+    for name, values in extra.items():
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+    for tensor in plan:
+        stored = library.GGMLQuantizationType[kinds[tensor.name]]
+        per_block, block_size = library.GGML_QUANT_SIZES[stored]
+        size = int(np.prod(tensor.shape)) // per_block * block_size
+        # The dtype says only that the shape is counted in weights, not in bytes.
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
+def _append(file: BinaryIO, pieces: Iterator[np.ndarray] | list[np.ndarray]) -> None:
+    """One tensor, at the next multiple of the alignment, as the header has it."""
+    file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+    for piece in pieces:
+        file.write(np.ascontiguousarray(piece).view(np.uint8).data)  # a buffer of bfloat16 there is not
+
+
+def _pieces(opened: Opened, tensor: gguf_names.Tensor, kind: str) -> Iterator[np.ndarray]:
+    """The tensor's rows from the top, some at a time, as bytes of `kind`."""
+    model = opened.model
+    for leaf, lines in zip(tensor.row.leaves, tensor.rows, strict=True):
+        whole = () if tensor.layer is None else (slice(tensor.layer, tensor.layer + 1),)
+        if len(tensor.shape) == 1:
+            values = opened.weights.read(leaf, (*whole, slice(0, lines)))
+            yield converted(values.reshape(lines), kind, tensor.name)
+            continue
+        for part in _row_blocks(tensor, lines, model.head_dim):
+            across = slice(0, tensor.shape[1])
+            index = (across, part) if tensor.row.transposed else (part, across)
+            values = opened.weights.read(leaf, (*whole, *index))
+            values = values.reshape(values.shape[-2:])
+            values = values.T if tensor.row.transposed else values
+            if tensor.row.interleaved:
+                values = gguf_names.interleave(values, model.head_dim)
+            yield converted(values, kind, tensor.name)
+
+
+def _blocks(opened: Opened, tensor: gguf_names.Tensor, kind: str) -> Iterator[np.ndarray]:
+    """The same of what is stored quantised."""
+    source, transposed, head_dim = opened.weights, tensor.row.transposed, opened.model.head_dim
+    for leaf, lines in zip(tensor.row.leaves, tensor.rows, strict=True):
+        for rows in _row_blocks(tensor, lines, head_dim):
+            where = (source, leaf, tensor.layer, transposed, rows)
+            values, scales = small_matrices.read_integers(*where), small_matrices.read_scales(*where)
+            if tensor.row.interleaved:
+                values, scales = (gguf_names.interleave(array, head_dim) for array in (values, scales))
+            yield gguf_integers.blocks(values, scales, source.schemes[leaf].bits)
+
+
+def _row_blocks(tensor: gguf_names.Tensor, lines: int, head_dim: int) -> Iterator[slice]:
+    """Rows of the file that are read at once, of a leaf that fills `lines` of them; of an interleaved, whole heads."""
+    height = tensor.shape[0] if tensor.row.transposed else lines
+    step = max(1, _AT_ONCE // tensor.shape[1])
+    if tensor.row.interleaved:
+        step = -(-step // head_dim) * head_dim
+    return (slice(start, min(start + step, height)) for start in range(0, height, step))
+
+
+def converted(values: np.ndarray, kind: str, name: str) -> np.ndarray:
+    """Values as they lie in a file of `kind`. Raises: UserError for what is not finite, before or after."""
+    if not np.isfinite(values).all():
+        raise UserError(f"{name} holds NaN or infinite weights, which no runtime can use. Nothing was written.")
+    if kind == "F32":
+        return values.astype(np.float32, copy=False)
+    if kind in ("F16", "BF16"):
+        with np.errstate(over="ignore"):
+            out = values.astype(np.float16 if kind == "F16" else jnp.bfloat16, copy=False)
+        if not np.isfinite(out).all():
+            largest = float(np.abs(values.astype(np.float32)).max())
+            raise UserError(f"{name} holds a weight of {largest:.6g}, too large for {kind}. Take BF16 or F32.")
+        return out
+    library = gguf_library()
+    wide = np.ascontiguousarray(values, np.float32)
+    # The scale of a block is a float16: what does not fit becomes infinite there.
+    most = 65504.0 * (127 if kind == "Q8_0" else 8)
+    if wide.size and float(np.abs(wide).max()) > most:
+        raise UserError(f"{name} holds a weight of {float(np.abs(wide).max()):.6g}, too large for {kind}. Take F32.")
+    return library.quantize(wide, library.GGMLQuantizationType[kind])

@@ -1,0 +1,71 @@
+"""A folder that appears whole or not at all: written under a temporary name, made durable, renamed."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+
+from etils import epath
+
+from phijax.errors import UserError
+from phijax.storage import durable
+
+UNFINISHED = ".unfinished"
+
+
+def check_output(output: epath.Path, nbytes: int) -> None:
+    """Raises: UserError if something is there already, or the disk has no room for `nbytes`."""
+    if not durable.is_local(output):
+        raise UserError(f"--output={output}: exports are written to a local disk; copy the folder from there.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output={output} is there already. Nothing is overwritten: give a new name, or remove it.")
+    parent = output
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(os.fspath(parent)).free
+    if nbytes > free:
+        raise UserError(f"--output={output} needs {in_words(nbytes)}; {parent} has {in_words(free)} free.")
+
+
+def in_words(nbytes: int) -> str:
+    """In the largest unit that leaves a digit before the point: 12.3 MB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes} bytes"
+
+
+def unfinished(output: epath.Path) -> epath.Path:
+    """Where `output` is written until it is whole."""
+    return output.parent / f"{output.name}{UNFINISHED}"
+
+
+@contextlib.contextmanager
+def staged(output: epath.Path, *, resumable: bool = False) -> Iterator[epath.Path]:
+    """Gives a folder to write to, OUTPUT.unfinished, which becomes `output` at the end, after all of it is durable.
+
+    After an exception nothing is left; after a kill the unfinished folder is, and the next export removes it.
+    Args: resumable: what a killed process left is given as it is, and Ctrl-C leaves it too.
+    """
+    output = durable.absolute(output)
+    folder = unfinished(output)
+    if folder.exists() and not resumable:
+        folder.rmtree()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+        for file in durable.files_below(folder):
+            descriptor = os.open(os.fspath(file), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        durable.sync_tree(folder)
+        if output.exists():
+            os.rmdir(os.fspath(output))  # empty: check_output
+        folder.rename(output)
+        durable.sync_directory(output.parent)
+    except BaseException as error:
+        if folder.exists() and not (resumable and isinstance(error, KeyboardInterrupt)):
+            folder.rmtree()
+        raise
