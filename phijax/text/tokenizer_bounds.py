@@ -1,7 +1,6 @@
 """What a tokenizer.json may be before a library builds anything from it: sizes, counts, patterns, growth of texts."""
 
 import base64
-import binascii
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +13,10 @@ _MOST_ADDED = 1 << 17
 _MOST_STEPS, _DEEPEST = 64, 8  # of normalizer, pre-tokenizer and decoder; published ones have up to 10, in 2 levels
 _LONGEST_PATTERN = 1 << 16  # characters; one of ours lists all symbols of a SentencePiece model
 _LONGEST_ADDITION = 1 << 10  # what is put before a text
-_MOST_GROWTH = 32  # times as long; Unicode's own NFKC makes 18 characters of one
-_CONSUMES = re.compile(r"(?:\\[pP]\{\^?\w+\}|\\[sSdDwWnrtfv]|[^\\*?{|()^$])+")  # what surely takes a character
+_MOST_GROWTH = 64  # times as long; Unicode's own NFKC makes 18 characters of one
+_CONSUMES = re.compile(
+    r"(?:\\[pP]\{\^?\w+\}|\\[sSdDwWnrtfv]|\{[1-9]\d*,?\d*\}|[^\\*?{|()^$])+"
+)  # what surely takes a character
 _INNER = ("normalizers", "pretokenizers", "decoders")
 _TEXTS = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")
 
@@ -27,15 +28,20 @@ def check_spec(spec: Mapping[str, Any], where: str) -> None:
         for step in _steps(spec.get(part), part, where):
             _check_pattern(step, part, where)
             growth *= _growth(step, where) if part == "normalizer" else 1
-            if growth > _MOST_GROWTH:
-                raise UserError(
-                    f"{where}: its normalizer can make a text {growth:,.0f} times as long; {_MOST_GROWTH} are allowed."
-                )
+            check_growth(growth, where)
     added = spec.get("added_tokens")
     if added is not None and (not isinstance(added, list) or not all(isinstance(token, dict) for token in added)):
         raise UserError(f"{where}: added_tokens must be a list of objects.")
     if added and len(added) > _MOST_ADDED:
         raise UserError(f"{where} has {len(added):,} added tokens; read are up to {_MOST_ADDED:,}.")
+
+
+def check_growth(growth: float, where: str) -> None:
+    """Raises: UserError, naming `where`, for a normalizer that can make a text so many times as long."""
+    if growth > _MOST_GROWTH:
+        raise UserError(
+            f"{where}: its normalizer can make a text {growth:,.0f} times as long; {_MOST_GROWTH} are allowed."
+        )
 
 
 def check_model(model: Mapping[str, Any], where: str) -> None:
@@ -113,14 +119,18 @@ def _growth(step: Mapping[str, Any], where: str) -> float:
         return max(1.0, len(content) + between)
     if kind == "Prepend" and len(str(step.get("prepend"))) > _LONGEST_ADDITION:
         raise UserError(f"{where}: its normalizer puts more than {_LONGEST_ADDITION:,} characters before a text.")
-    return _longest_of_charsmap(step, where) if kind == "Precompiled" else 1.0
-
-
-def _longest_of_charsmap(step: Mapping[str, Any], where: str) -> float:
-    """SentencePiece's table of characters: the bytes of a trie by their number, then texts with a zero behind each."""
+    if kind != "Precompiled":
+        return 1.0
     try:
-        blob = base64.b64decode(step.get("precompiled_charsmap") or "", validate=True)
-    except (TypeError, ValueError, binascii.Error) as error:
+        return charsmap_growth(base64.b64decode(step.get("precompiled_charsmap") or "", validate=True))
+    except (TypeError, ValueError) as error:
         raise UserError(f"{where}: precompiled_charsmap is no base64: {error}.") from error
-    texts = blob[4 + int.from_bytes(blob[:4], "little") :]
+
+
+def charsmap_growth(charsmap: bytes) -> float:
+    """How many times as long SentencePiece's table of characters can make a text.
+
+    It holds the bytes of a trie, behind their number, then texts with a zero behind each.
+    """
+    texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]
     return max(1.0, *(len(text.decode(errors="replace")) for text in texts.split(b"\0")))

@@ -2,17 +2,22 @@
 
 import base64
 import copy
+import io
 import json
 import os
 import pickle
 
 import pytest
+import sentencepiece
+from text_samples import CHAPTERS
 
 from phijax.curation import jobs
 from phijax.errors import UserError
-from phijax.text import tokenizer_trial
+from phijax.text import tokenizer_bounds, tokenizer_trial
 from phijax.text.bpe import BpeTokenizer
 from phijax.text.open import open_tokenizer
+from phijax.text.sentencepiece_model import charsmap as charsmap_of
+from phijax.text.tokenizer import Tokenizer
 
 pytest.importorskip("tokenizers")
 
@@ -42,8 +47,8 @@ def charsmap(text):
 
 BOUNDED = {
     "grows": (normalizers(*[replace({"String": "a"}, "a" * 1000)] * 4), "1,000 times as long"),
-    "grows by steps": (normalizers(*[replace({"String": "a"}, "aa")] * 30), "64 times as long"),
-    "grows between": (normalizers(*[replace({"Regex": "(?=a)"}, "a")] * 30), "64 times as long"),
+    "grows by steps": (normalizers(*[replace({"String": "a"}, "aa")] * 30), "128 times as long"),
+    "grows between": (normalizers(*[replace({"Regex": "(?=a)"}, "a")] * 30), "128 times as long"),
     "grows by its table": (
         normalizers({"type": "Precompiled", "precompiled_charsmap": charsmap("a" * 50_000)}),
         "50,000 times as long",
@@ -160,12 +165,33 @@ def test_many_added_tokens_take_no_time_by_their_square(spec):
 
 
 def test_published_kinds_of_steps_are_read(spec):
+    marks = normalizers(
+        {"type": "Precompiled", "precompiled_charsmap": charsmap("a" * 18)}, replace({"Regex": " {2,}"}, "\u2581")
+    )
+    tokenizer_bounds.check_spec({**spec, **marks}, "a published kind")
     clip = normalizers(
         {"type": "NFC"}, replace({"Regex": r"\s+"}, " "), replace({"Regex": " {2,}"}, " "), {"type": "Lowercase"}
     )
     llama = normalizers({"type": "Prepend", "prepend": "\u2581"}, replace({"String": " "}, "\u2581"))
     for change in (clip, llama, {"normalizer": {"type": "Sequence", "normalizers": []}}, {"normalizer": None}):
         assert BpeTokenizer(json.dumps(copy.deepcopy(spec) | change)).encode("ab")
+
+
+def test_pieces_that_grow(tmp_path):
+    """SentencePiece's own table of characters, made by its own trainer."""
+    rules, out = tmp_path / "rules.tsv", io.BytesIO()
+    rules.write_text("61\t" + " ".join(["61"] * 1000) + "\n")
+    options = {"vocab_size": 600, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    sentences = "\n".join(CHAPTERS).split("\n")
+    for more, growth in (({"normalization_rule_tsv": str(rules)}, 1000), ({"normalization_rule_name": "nmt_nfkc"}, 18)):
+        out = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sentences), model_writer=out, **options, **more)
+        assert tokenizer_bounds.charsmap_growth(charsmap_of(out.getvalue())) == growth
+        if growth == 18:
+            Tokenizer(out.getvalue())
+        else:
+            with pytest.raises(UserError, match=r"here.model: its normalizer can make a text 1,000 times as long"):
+                Tokenizer(out.getvalue(), where="here.model")
 
 
 @pytest.fixture
