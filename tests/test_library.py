@@ -70,6 +70,15 @@ def test_a_chat_template_without_bound_is_refused_by_its_folder(folder, model, t
     assert opened.generate("The file", **asked) == model.generate("The file", **asked)
 
 
+def test_a_chat_template_that_is_no_file(folder, tmp_path):
+    """A device has no length and no end."""
+    odd = shutil.copytree(folder, tmp_path / "odd")
+    (odd / "chat_template.jinja").unlink(missing_ok=True)
+    (odd / "chat_template.jinja").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"chat_template.jinja is no regular file"):
+        phijax.load(odd)
+
+
 def test_generate_takes_one_text_or_several(model):
     one = model.generate("The file", max_tokens=5, temperature=0)
     ids = model.tokenizer.encode("The file")

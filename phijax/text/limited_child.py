@@ -15,6 +15,7 @@ from phijax.errors import UserError
 from phijax.text import limited_work
 
 _WALL = 30  # seconds beyond four times the processor's: other processes, slow disks, a start
+_LARGE = 4 << 20  # bytes: a child that was asked more keeps 15 times as much memory for as long as it lives
 
 
 class Stopped(Exception):
@@ -56,7 +57,8 @@ class _Child:
             wall = 4 * seconds + _WALL
             clock = _Clock(wall, process)
             try:
-                answer = _exchange(process, json.dumps(request).encode("ascii") + b"\n")
+                sent = json.dumps(request).encode("ascii") + b"\n"
+                answer = _exchange(process, sent)
             except BaseException:  # as from the keyboard: its answer must not be taken for the next one
                 _end(process, os.getpid())
                 raise
@@ -65,13 +67,13 @@ class _Child:
             if answer is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(5)  # its own code says how it ended
-            if answer is None or "failed" in answer:
+            if answer is None or "failed" in answer or len(sent) > _LARGE:
                 _end(process, os.getpid())
         if answer is not None and "answer" in answer:
             return answer["answer"]
         if answer is not None:
             raise Stopped(_failure(answer["failed"], size))
-        raise Stopped(f"it took more than {wall:.0f} seconds" if clock.late else _death(process, seconds, size))
+        raise Stopped(f"it took more than {wall:g} s" if clock.late else _death(process, seconds, size))
 
 
 class _Clock(threading.Timer):
@@ -93,7 +95,7 @@ def _start() -> subprocess.Popen[bytes]:
     quiet = {"TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0", "MALLOC_ARENA_MAX": "1"}
     try:
         return subprocess.Popen(
-            [sys.executable, "-P", os.path.abspath(limited_work.__file__)],
+            [sys.executable or "python3", "-P", os.path.abspath(limited_work.__file__)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -134,8 +136,8 @@ def _failure(what: str, size: int) -> str:
 
 def _death(process: subprocess.Popen[bytes], seconds: float, size: int) -> str:
     code = process.returncode
-    if code == -signal.SIGXCPU:
-        return f"it took more than {seconds:.0f} seconds of processor time"
+    if code == -signal.SIGPROF:
+        return f"it took more than {seconds:g} s of processor time"
     if code is not None and code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         return f"the process that tried it ended by {name}, within {size >> 20} MB of memory"

@@ -108,7 +108,11 @@ def main() -> None:
     """Answers until the parent is gone or wants no more."""
     import resource
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C too, and decides
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # sent to a whole group of processes: the parent hears them and decides
+        signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # what a library prints is no answer
@@ -123,6 +127,7 @@ def main() -> None:
             answer = {"failed": OUT_OF_MEMORY}
         except BaseException as error:  # a panic of Rust's is no Exception
             answer = {"failed": str(error) or type(error).__name__}
+        signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
@@ -146,21 +151,14 @@ def _lines(descriptor: int) -> Iterator[bytes]:
 
 
 def _limit(seconds: float, size: int) -> None:
-    """Limits from here on. Where a system knows one of them not, as macOS, the parent's clock remains."""
+    """Limits from here on. Where a system knows no limit of memory, as macOS, the one of time remains."""
     import resource
 
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    _set(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 1)
-    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
-        _set(resource.RLIMIT_AS, int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + size)
-
-
-def _set(kind: int, soft: int) -> None:
-    import resource
-
-    hard = resource.getrlimit(kind)[1]
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(kind, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # of processor time; its signal ends the process
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    with contextlib.suppress(ValueError, OSError), open("/proc/self/statm") as file:
+        soft = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + size
+        resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
 if __name__ == "__main__":

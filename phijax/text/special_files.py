@@ -134,13 +134,18 @@ def read_object(path: epath.Path) -> dict[str, Any] | None:
     return parsed
 
 
-def read_bounded(path: epath.Path) -> bytes:
-    """Raises: UserError for what is no regular file, as a pipe or a device without end, or larger than any need be."""
+def size_of(path: epath.Path) -> int:
+    """Bytes of a file. Raises: UserError for what is no regular file, as a pipe, or a device without end."""
     found = path.stat()
     if found.is_directory or (found.mode is not None and not stat.S_ISREG(found.mode)):
         raise UserError(f"{path} is no regular file.")
-    if found.length > LONGEST_FILE:
-        raise UserError(f"{path} has {found.length:,} bytes; read are tokenizer files of up to {LONGEST_FILE:,}.")
+    return found.length
+
+
+def read_bounded(path: epath.Path) -> bytes:
+    """Raises: UserError as `size_of`, and for a file that is larger than any need be."""
+    if (size := size_of(path)) > LONGEST_FILE:
+        raise UserError(f"{path} has {size:,} bytes; read are tokenizer files of up to {LONGEST_FILE:,}.")
     return path.read_bytes()
 
 

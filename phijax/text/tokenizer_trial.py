@@ -10,7 +10,7 @@ from phijax.text import limited_child
 from phijax.text.tokenizer_bounds import patterns_of
 
 # Beyond what a file of its size needs: 200,000 tokens in 10 million bytes take 0.7 s and 130 MB.
-_SECONDS, _SECONDS_A_MEGABYTE = 2, 1
+_SECONDS, _SECONDS_A_MEGABYTE = 1, 1
 _BYTES, _BYTES_A_BYTE = 128 << 20, 32
 
 _TEXTS = (
