@@ -14,6 +14,7 @@ from typing import Any
 
 from phijax.errors import UserError
 from phijax.storage import atomic
+from phijax.text import tokenizer_trial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,9 @@ def run(tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, dict[str, An
         for i in missing:
             yield i, _run(tasks[i])
         return
+    spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
-        min(workers, len(missing)), multiprocessing.get_context("spawn"), initializer=_end_with_parent
+        min(workers, len(missing)), spawn, initializer=_begin, initargs=(tokenizer_trial.survived(),)
     )
     try:
         futures = {pool.submit(_run, tasks[i]): i for i in missing}
@@ -78,6 +80,12 @@ def _counts_of_earlier_run(task: Task) -> dict[str, Any] | None:
         return done["counts"] if task.output.stat().st_size == done["output_bytes"] else None
     except FileNotFoundError:
         return None
+
+
+def _begin(survived: tuple[str, ...]) -> None:
+    """Args: survived: tokenizers that the parent has tried, so that no worker tries them again."""
+    tokenizer_trial.remember(survived)
+    _end_with_parent()
 
 
 def _end_with_parent() -> None:

@@ -87,7 +87,7 @@ def load(
     template = opened.chat_template
     if opened.kind == "phijax" and tokenizer is not None:  # a run chats as what is exported from it does
         template = chat_template_of(opened, tokenizer)
-    return Model(generator, template, bos=bos, without_tokenizer=missing)
+    return Model(generator, template, bos=bos, without_tokenizer=missing, where=str(opened.path))
 
 
 class Model:
@@ -100,12 +100,17 @@ class Model:
         *,
         bos: int | None = None,
         without_tokenizer: UserError | None = None,
+        where: str = "the checkpoint",
     ):
-        """Args: bos: the id that a chat template may ask for; texts begin as the generator says."""
+        """Args: bos: the id that a chat template may ask for; texts begin as the generator says.
+
+        where: what the model was opened from, for messages.
+        """
         self.generator = generator
         self.config = generator.model
         self.tokenizer = generator.tokenizer
         self._template, self._bos, self._without_tokenizer = chat_template, bos, without_tokenizer
+        self._where = where
         self._format: chats.ChatFormat | None = None
         self._kept = PrefixCache()
 
@@ -158,7 +163,7 @@ class Model:
         """Raises: UserError where the checkpoint has no chat template, or one that is not known."""
         if self._format is None:
             self._need_tokenizer(True)
-            self._format = chats.recognise(self._template, self.tokenizer, self._bos)
+            self._format = chats.recognise(self._template, self.tokenizer, self._bos, self._where)
         if self._format is None:
             known = ", ".join(form.name for form in chats.FORMATS)
             what = "has no chat template" if self._template is None else "has a chat template that is none of ours"

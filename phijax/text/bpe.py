@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -11,6 +12,7 @@ from etils import epath
 
 from phijax.distribution import install_hint
 from phijax.errors import UserError
+from phijax.text import tokenizer_trial
 from phijax.text.bpe_arrays import spec_of_arrays
 from phijax.text.byte_level import bytes_of_token
 from phijax.text.decoding import decode_text
@@ -18,6 +20,7 @@ from phijax.text.huggingface_files import name_of_special, write_names
 from phijax.text.special_files import JSON_FILE, OURS_FILE, dummy_space_of, is_symbol, parts_of
 from phijax.text.specials import SPACE_MARK, Specials
 from phijax.text.tokenizer import TextTokenizer
+from phijax.text.tokenizer_bounds import LONGEST_FILE, check_model, check_spec
 
 # What ends a document, by the names that published vocabularies give to it; the first that a vocabulary has.
 _END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>")
@@ -25,6 +28,9 @@ _END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 _DECIDING = (
     "dropout unk_token continuing_subword_prefix end_of_word_suffix fuse_unk byte_fallback ignore_merges".split()
 )
+
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BpeTokenizer:
@@ -55,6 +61,8 @@ class BpeTokenizer:
             if token.get("content") in control:
                 token["special"] = True
         self._spec = _canonical(parsed)
+        if (lone := _LONE_SURROGATE.search(self._spec)) is not None:
+            raise UserError(f"{where} holds {lone[0]!r}, half of a character. The file is damaged.")
         self._byte_level = _is_byte_level(parsed, where)
         self._dummy_space = "never" if self._byte_level else dummy_space_of(parsed)
         self.specials, self.symbols = _added(parsed, where, end_of_text)
@@ -62,7 +70,7 @@ class BpeTokenizer:
         self.added_tokens: Mapping[str, int] = MappingProxyType({**self.specials.ids, **self.symbols.ids})
         # Without its special tokens: their names in plain text are text.
         self._symbols = [token for token in parsed.get("added_tokens") or () if token["content"] in self.symbols.ids]
-        self._plain = _load(_canonical(parsed | {"added_tokens": self._symbols, "post_processor": None}), where)
+        self._plain = _load(parsed | {"added_tokens": self._symbols, "post_processor": None}, where)
         self._tokens: dict[int, str] = {i: token for token, i in parsed["model"]["vocab"].items()}
         self.vocab_size: int = 1 + max(*self._tokens, *self.added_tokens.values(), -1)
         self._renumbered = self._renumbering(where)
@@ -125,8 +133,17 @@ class BpeTokenizer:
         return ids
 
     def _ids(self, plain: Any, text: str) -> list[int]:
-        ids = plain.encode(text, add_special_tokens=False).ids
+        ids = self._library_ids(plain, text)
         return [self._renumbered.get(i, i) for i in ids] if self._renumbered else ids
+
+    def _library_ids(self, made: Any, text: str) -> list[int]:
+        """Raises: UserError where the library fails over the text, as by a pattern that never comes to an end."""
+        try:
+            return made.encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            if (told := tokenizer_trial.failure(error, self._where, text)) is None:
+                raise
+            raise told from None
 
     def _renumbering(self, where: str) -> dict[int, int]:
         """Ids that the library gives to symbols where the special tokens before them are missing -> their own."""
@@ -139,7 +156,7 @@ class BpeTokenizer:
     def encode_with_specials(self, text: str) -> list[int]:
         """Ids of text in which names of special tokens stand for those tokens. Never give it text of strangers."""
         _check_text(text)
-        return self._full.encode(text, add_special_tokens=False).ids
+        return self._library_ids(self._full, text)
 
     def encode_segment(self, text: str, first: bool) -> list[int]:
         """Ids of the plain text between two special tokens; `first`: nothing is before it."""
@@ -216,7 +233,7 @@ class BpeTokenizer:
         write_names(folder, names, self.specials, self.symbols, chat_template)
 
     def __reduce__(self):
-        return _rebuild, (self._spec, self._where, self._end_of_text)
+        return _rebuild, (self._spec, self._where, self._end_of_text, tokenizer_trial.survived())
 
     @functools.cached_property
     def _decides(self) -> dict[str, Any]:
@@ -239,7 +256,7 @@ class BpeTokenizer:
 
     @functools.cached_property
     def _full(self) -> Any:
-        full = _load(self._spec, self._where)
+        full = _load(json.loads(self._spec), self._where)
         for name, i in self.added_tokens.items():
             if full.token_to_id(name) != i:
                 raise UserError(f"{self._where}: the special token {name!r} has id {i}, but ids before it are missing.")
@@ -252,14 +269,15 @@ class BpeTokenizer:
         for part in parts_of(spec["pre_tokenizer"]):
             if part.get("type") == "Metaspace":
                 part |= {"prepend_scheme": "never", "add_prefix_space": False}
-        return _load(_canonical(spec | {"added_tokens": self._symbols, "post_processor": None}), self._where)
+        return _load(spec | {"added_tokens": self._symbols, "post_processor": None}, self._where)
 
     @functools.cached_property
     def _control_ids(self) -> frozenset[int]:
         return frozenset(self.specials.names)
 
 
-def _rebuild(spec: str, where: str, end_of_text: str) -> BpeTokenizer:
+def _rebuild(spec: str, where: str, end_of_text: str, survived: Collection[str]) -> BpeTokenizer:
+    tokenizer_trial.remember(survived)
     return BpeTokenizer(spec, where, end_of_text=end_of_text)
 
 
@@ -273,6 +291,8 @@ def _check_text(text: str) -> None:
 
 
 def _parse(spec: str, where: str) -> dict[str, Any]:
+    if len(spec) > LONGEST_FILE:
+        raise UserError(f"{where} has {len(spec):,} characters; read are tokenizers of up to {LONGEST_FILE:,}.")
     try:
         parsed = json.loads(spec)
     except (ValueError, RecursionError) as error:
@@ -284,8 +304,8 @@ def _parse(spec: str, where: str) -> dict[str, Any]:
             f"{where} holds {f'a {kind} model' if kind else 'no model'}, not a vocabulary with merges (BPE).\n"
             "phi-3, phi-4, Llama and SmolLM2 come with one that has."
         )
-    if not all(type(i) is int and i >= 0 for i in model["vocab"].values()):
-        raise UserError(f"{where}: ids in the vocabulary must be whole numbers from 0.")
+    check_spec(parsed, where)
+    check_model(model, where)
     # What cuts a text short, fills it up or draws lots (BPE-dropout) is of training: ids are those of the whole text.
     model |= {"dropout": None} if model.get("dropout") else {}
     return parsed | {"truncation": None, "padding": None}
@@ -307,14 +327,15 @@ def _added(parsed: dict[str, Any], where: str, end_of_text: str | None) -> tuple
     """Special tokens, and symbols."""
     ids: dict[str, int] = {}
     flagged: dict[str, set[str]] = {flag: set() for flag in ("rstrip", "lstrip", "single_word", "normalized")}
-    symbols = set()
+    symbols, taken = set(), set()
     for token in parsed.get("added_tokens") or ():
         name, i = token.get("content"), token.get("id")
         if not isinstance(name, str) or not name or type(i) is not int or i < 0:
             raise UserError(f"{where}: an added token needs content and id, but one is {token}.")
-        if name in ids or i in ids.values():
+        if name in ids or i in taken:
             raise UserError(f"{where}: the added token {name!r} or its id {i} is there twice.")
         ids[name] = i
+        taken.add(i)
         symbols |= {name} if is_symbol(name, token) and name != end_of_text else set()
         for flag, names in flagged.items():
             names |= {name} if token.get(flag) else set()
@@ -323,7 +344,7 @@ def _added(parsed: dict[str, Any], where: str, end_of_text: str | None) -> tuple
     return both.renamed(special), both.renamed(found)
 
 
-def _load(spec: str, where: str) -> Any:
+def _load(spec: dict[str, Any], where: str) -> Any:
     try:
         import tokenizers
     except ImportError as error:
@@ -331,7 +352,9 @@ def _load(spec: str, where: str) -> Any:
             f"{where} needs the package tokenizers: {install_hint('tokenizers')}.\n"
             "phi-3 and Llama-2 do without it where a tokenizer.model lies in the folder."
         ) from error
+    text = _canonical(spec)
+    tokenizer_trial.require_harmless(text, spec, where)
     try:
-        return tokenizers.Tokenizer.from_str(spec)
+        return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the package raises Exception itself
         raise UserError(f"{where} is no tokenizer that the package tokenizers can read: {error}") from error

@@ -1,6 +1,7 @@
 """Conversations -> token ids, and which of them the model itself wrote."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -117,14 +118,19 @@ def stop_ids(tokenizer: TextTokenizer, format: ChatFormat) -> tuple[int, ...]:
     return tuple(tokenizer.specials.ids[name] for name in format.stops if name in tokenizer.specials.ids)
 
 
-def recognise(template: str | None, tokenizer: TextTokenizer, bos: int | None = None) -> ChatFormat | None:
+def recognise(
+    template: str | None, tokenizer: TextTokenizer, bos: int | None = None, where: str = "the checkpoint"
+) -> ChatFormat | None:
     """Which of FORMATS a checkpoint's template is: the one that renders every probe conversation to the same text.
 
     Where a template also puts `bos` first, that token is the format's `start`.
 
-    Args: bos: the checkpoint's; None: <s>, where the tokenizer has it.
+    Args:
+      bos: the checkpoint's; None: <s>, where the tokenizer has it.
+      where: the checkpoint's path, for messages.
     None where there is no template, or where it differs from all of them anywhere: then say so and do not guess.
-    Raises UserError where the package jinja2 is missing and the template is none of ours.
+    Raises UserError where the package jinja2 is missing and the template is none of ours, and for a template that takes
+    more time or memory than any needs.
     """
     if template is None:
         return None
@@ -134,15 +140,14 @@ def recognise(template: str | None, tokenizer: TextTokenizer, bos: int | None = 
     for format in FORMATS:
         if template == format.template:
             return format
-        if template == BOS + format.template and begin:
+        if template == BOS + format.template:  # nothing is put first where there is no such token
             return beginning.get(format.name, format)
-    for format in (*FORMATS, *beginning.values()):
-        if format.special_names() <= set(tokenizer.specials.ids) and all(
-            _renders_alike(template, format, messages, prompt, begin, names[tokenizer.end_of_text])
-            for messages, prompt in _PROBES
-        ):
-            return format
-    return None
+    able = [f for f in (*FORMATS, *beginning.values()) if f.special_names() <= set(tokenizer.specials.ids)]
+    if not able:
+        return None
+    end = names[tokenizer.end_of_text]
+    theirs = render_template(template, _PROBES, where=where, bos_token=begin, eos_token=end)
+    return next((f for f in able if all(map(functools.partial(_writes, f), _PROBES, theirs))), None)
 
 
 # Whitespace around and inside, characters of many kinds, several turns; a question last, and an answer last.
@@ -158,16 +163,14 @@ _PROBES = [
 ]
 
 
-def _renders_alike(
-    template: str, format: ChatFormat, messages: list[dict[str, str]], prompt: bool, begin: str | None, end: str
-) -> bool:
-    """A format without place for a system message is told by templates that drop it, and by those that refuse it."""
-    try:
-        theirs = render_template(template, messages, generation_prompt=prompt, bos_token=begin, eos_token=end)
-    except Refused:
-        theirs = None
+def _writes(format: ChatFormat, probe: tuple[list[dict[str, str]], bool], theirs: str | Refused) -> bool:
+    """Whether the format writes what a template did.
+
+    A format without place for a system message is told by templates that drop it, and by those that refuse it.
+    """
+    messages, prompt = probe
     if messages[0]["role"] == "system" and "system" not in format.before:
-        return theirs in (None, render_chat(messages[1:], format, generation_prompt=prompt))
+        return isinstance(theirs, Refused) or theirs == render_chat(messages[1:], format, generation_prompt=prompt)
     return theirs == render_chat(messages, format, generation_prompt=prompt)
 
 

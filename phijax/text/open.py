@@ -4,7 +4,7 @@ from etils import epath
 
 from phijax.errors import UserError
 from phijax.text.bpe import BpeTokenizer
-from phijax.text.special_files import JSON_FILE, control_names, read_folder_tokens
+from phijax.text.special_files import JSON_FILE, control_names, read_bounded, read_folder_tokens
 from phijax.text.tokenizer import MODEL_FILE, TextTokenizer, Tokenizer
 
 
@@ -27,4 +27,8 @@ def open_tokenizer(path: str | epath.PathLike) -> TextTokenizer:
 def _open_json(path: epath.Path) -> BpeTokenizer:
     said = read_folder_tokens(path.parent)
     control = control_names(path.parent)
-    return BpeTokenizer(path.read_text(), str(path), end_of_text=said.end if said else None, control=control)
+    try:
+        spec = read_bounded(path).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}") from error
+    return BpeTokenizer(spec, str(path), end_of_text=said.end if said else None, control=control)

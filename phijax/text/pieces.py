@@ -5,7 +5,9 @@ from collections.abc import Collection, Mapping
 import sentencepiece
 
 from phijax.errors import UserError
+from phijax.text.sentencepiece_model import charsmap
 from phijax.text.special_files import ADDED_TOKENS_FILE
+from phijax.text.tokenizer_bounds import charsmap_growth, check_growth
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -48,6 +50,7 @@ def load_pieces(model: bytes, where: str) -> sentencepiece.SentencePieceProcesso
             f"{where} is not a SentencePiece model ({len(model)} bytes).\n"
             "phi-3-mini, phi-3-medium, phi-3.5-mini and Llama-2 come with one, named tokenizer.model."
         )
+    check_growth(charsmap_growth(charsmap(model)), where)
     return pieces
 
 

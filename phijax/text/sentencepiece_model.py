@@ -68,6 +68,12 @@ def take_apart(model: bytes) -> PieceModel:
     )
 
 
+def charsmap(model: bytes) -> bytes:
+    """The table by which a model folds characters; b"" where it has none."""
+    normalizer = next((dict(_fields(value)) for field, value in _fields(model) if field == 3), {})
+    return normalizer.get(2, b"")
+
+
 def user_defined(model: bytes) -> dict[str, int]:
     """Pieces that a model takes out of every text whole -> their ids."""
     # Field 3, a piece's kind, is 4: most models have none, and need not be taken apart for it.

@@ -6,6 +6,7 @@ that speaks of an id decides its name and flags.
 
 import dataclasses
 import json
+import stat
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from etils import epath
 
 from phijax.errors import UserError
 from phijax.text.specials import DummySpace, looks_like_control
+from phijax.text.tokenizer_bounds import LONGEST_FILE, check_spec
 
 ADDED_TOKENS_FILE = "added_tokens.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -52,6 +54,8 @@ def read_folder_tokens(folder: epath.Path) -> FolderTokens | None:
     added = read_object(folder / ADDED_TOKENS_FILE)
     config = read_object(folder / CONFIG_FILE)
     whole = read_object(folder / JSON_FILE)
+    if whole is not None:
+        check_spec(whole, str(folder / JSON_FILE))
     ours = read_object(folder / OURS_FILE)
     if added is None and config is None and whole is None:
         return None
@@ -122,12 +126,27 @@ def read_object(path: epath.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        parsed = json.loads(path.read_bytes())
+        parsed = json.loads(read_bounded(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise UserError(f"{path} must hold one object of names and values.")
     return parsed
+
+
+def size_of(path: epath.Path) -> int:
+    """Bytes of a file. Raises: UserError for what is no regular file, as a pipe, or a device without end."""
+    found = path.stat()
+    if found.is_directory or (found.mode is not None and not stat.S_ISREG(found.mode)):
+        raise UserError(f"{path} is no regular file.")
+    return found.length
+
+
+def read_bounded(path: epath.Path) -> bytes:
+    """Raises: UserError as `size_of`, and for a file that is larger than any need be."""
+    if (size := size_of(path)) > LONGEST_FILE:
+        raise UserError(f"{path} has {size:,} bytes; read are tokenizer files of up to {LONGEST_FILE:,}.")
+    return path.read_bytes()
 
 
 def _name(names: dict[int, str], path: epath.Path, name: Any, i: Any) -> None:

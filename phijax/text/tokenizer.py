@@ -21,7 +21,7 @@ from phijax.text.pieces import (
     phi3_strips_right,
 )
 from phijax.text.sentencepiece_model import interchangeable, user_defined, with_control
-from phijax.text.special_files import ADDED_TOKENS_FILE, JSON_FILE, OURS_FILE, read_folder_tokens
+from phijax.text.special_files import ADDED_TOKENS_FILE, JSON_FILE, OURS_FILE, read_bounded, read_folder_tokens
 from phijax.text.specials import SPACE_MARK, DummySpace, Specials, looks_like_control
 from phijax.text.text_tokenizer import TextTokenizer
 
@@ -128,8 +128,8 @@ class Tokenizer:
             )
         said = read_folder_tokens(path) if path.is_dir() else None
         if said is None:
-            return cls(model_path.read_bytes(), where=str(model_path))
-        model = model_path.read_bytes()
+            return cls(read_bounded(model_path), where=str(model_path))
+        model = read_bounded(model_path)
         own = own_specials(load_pieces(model, str(model_path)))
         added = {name: i for name, i in said.ids().items() if own.get(name) != i}
         named, symbols = {*own, *added}, said.symbols - own.keys()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -56,6 +57,26 @@ def folder(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="module")
 def model(folder) -> Model:
     return phijax.load(folder)
+
+
+def test_a_chat_template_without_bound_is_refused_by_its_folder(folder, model, tmp_path):
+    """Where a conversation asks for it; texts are continued without."""
+    odd = shutil.copytree(folder, tmp_path / "odd")
+    (odd / "chat_template.jinja").write_text("{{ 'a'.ljust(4000000000) }}")
+    opened = phijax.load(odd)
+    with pytest.raises(UserError, match=f"chat template of {odd} .*asked for more than 256 MB"):
+        opened.chat([{"role": "user", "content": "Hi"}])
+    asked = {"max_tokens": 5, "temperature": 0}
+    assert opened.generate("The file", **asked) == model.generate("The file", **asked)
+
+
+def test_a_chat_template_that_is_no_file(folder, tmp_path):
+    """A device has no length and no end."""
+    odd = shutil.copytree(folder, tmp_path / "odd")
+    (odd / "chat_template.jinja").unlink(missing_ok=True)
+    (odd / "chat_template.jinja").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"chat_template.jinja is no regular file"):
+        phijax.load(odd)
 
 
 def test_generate_takes_one_text_or_several(model):

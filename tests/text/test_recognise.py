@@ -109,8 +109,9 @@ def test_without_jinja2_nothing_is_guessed(pieces, monkeypatch):
 
 
 def test_whose_turn_it_is_may_be_computed():
-    template = "{% for m in messages %}{{ loop.index0 % 2 }}{% endfor %}"
-    assert render_template(template, [{}, {}, {}], generation_prompt=False) == "010"
+    def rendered(template, messages):
+        return render_template(template, [(messages, False)], where="a test")[0]
+
+    assert rendered("{% for m in messages %}{{ loop.index0 % 2 }}{% endfor %}", [{}, {}, {}]) == "010"
     for wrong in ("{{ '%9999d' % 1 }}", "{{ 9 ** 9 ** 9 }}", "{{ 1 % 0 }}"):
-        with pytest.raises(Refused):
-            render_template(wrong, [{}], generation_prompt=False)
+        assert isinstance(rendered(wrong, [{}]), Refused)

@@ -17,6 +17,7 @@ from phijax.interchange.weight_source import NOT_QUANTIZED, Index, check_finite,
 from phijax.model.config import ModelConfig
 from phijax.text.beginning import read_beginning
 from phijax.text.open import open_tokenizer
+from phijax.text.special_files import size_of
 from phijax.text.tokenizer import TextTokenizer
 
 GENERATION_FILE = "generation_config.json"
@@ -154,7 +155,7 @@ def _ids(value: Any, where: str) -> tuple[int, ...]:
 
 def _template(folder: epath.Path, tokenizer_config: dict[str, Any]) -> str | None:
     file = folder / TEMPLATE_FILE
-    if file.exists() and file.stat().length <= LONGEST_TEMPLATE:
+    if file.exists() and size_of(file) <= LONGEST_TEMPLATE:
         return file.read_text()
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):  # several, by name
