@@ -17,6 +17,7 @@ from phijax.text.bpe_arrays import spec_of_arrays
 from phijax.text.byte_level import bytes_of_token
 from phijax.text.decoding import decode_text
 from phijax.text.huggingface_files import name_of_special, write_names
+from phijax.text.pre_tokenizers import cuts_of
 from phijax.text.special_files import JSON_FILE, OURS_FILE, dummy_space_of, is_symbol, parts_of
 from phijax.text.specials import SPACE_MARK, Specials
 from phijax.text.tokenizer import TextTokenizer
@@ -239,7 +240,7 @@ class BpeTokenizer:
     def _decides(self) -> dict[str, Any]:
         """What of tokenizer.json decides ids. The rest differs between publishers, versions of the file, and GGUF."""
         parsed = json.loads(self._spec)
-        model, added = parsed["model"], parsed.get("added_tokens") or ()
+        model, added, cuts = parsed["model"], parsed.get("added_tokens") or (), parsed.get("pre_tokenizer")
         names = {token["content"] for token in added}
         flags = ("id", "content", "single_word", "lstrip", "rstrip", "normalized")
         return {
@@ -249,9 +250,7 @@ class BpeTokenizer:
             "added": sorted([[token.get(flag) or False for flag in flags] for token in added]),
             "normalizer": parts_of(parsed.get("normalizer")),
             # Offsets are no ids.
-            "cuts": [
-                {k: v for k, v in part.items() if k != "trim_offsets"} for part in parts_of(parsed.get("pre_tokenizer"))
-            ],
+            "cuts": cuts_of(cuts) or [{**part, "trim_offsets": None} for part in parts_of(cuts)],
         }
 
     @functools.cached_property

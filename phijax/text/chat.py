@@ -140,8 +140,8 @@ def recognise(
     for format in FORMATS:
         if template == format.template:
             return format
-        if template == BOS + format.template:  # nothing is put first where there is no such token
-            return beginning.get(format.name, format)
+        if template == BOS + format.template and not (begin and format.start):
+            return beginning.get(format.name, format)  # nothing is put first where there is no such token
     able = [f for f in (*FORMATS, *beginning.values()) if f.special_names() <= set(tokenizer.specials.ids)]
     if not able:
         return None

@@ -42,3 +42,23 @@ def pre_tokenizer(name: str) -> dict[str, Any]:
     ]
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {"type": "Sequence", "pretokenizers": [*cuts, to_bytes]}
+
+
+def cuts_of(part: Any) -> tuple[str, ...] | None:
+    """The expressions by which a tokenizer.json's `pre_tokenizer` cuts text, which it then makes GPT-2's characters.
+
+    Publishers write one rule in several ways. None for a pre-tokenizer that does anything else.
+    """
+    cuts: list[str] = []
+    bytes_last = False
+    for step in part.get("pretokenizers", [part]) if isinstance(part, dict) else ():
+        kind, bytes_last = step.get("type"), step.get("type") == "ByteLevel"
+        if kind == "Digits" and step.get("individual_digits"):
+            cuts.append(r"\p{N}")
+        elif kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+            cuts.append(step["pattern"].get("Regex", ""))
+        elif kind == "ByteLevel" and not step.get("add_prefix_space"):
+            cuts += PRE_TOKENIZERS["gpt-2"] if step.get("use_regex", True) else ()
+        else:
+            return None
+    return tuple(cuts) if bytes_last else None

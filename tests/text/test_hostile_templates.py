@@ -63,7 +63,8 @@ def test_our_own_need_no_rendering(pieces, byte_level, no_child):
     for form in FORMATS:
         tokenizer = byte_level if "im_start" in form.template else pieces
         assert recognise(form.template, tokenizer) is form
-        assert recognise(BOS + form.template, tokenizer)
+        if not form.start:  # else there would be two of them
+            assert recognise(BOS + form.template, tokenizer)
 
 
 def test_without_the_tokens_of_any_format_nothing_is_rendered(pieces, no_child):

@@ -10,7 +10,7 @@ from etils import epath
 from phijax.errors import UserError
 from phijax.interchange.facts import Facts
 from phijax.interchange.gguf.tokenizer import END_OF_TURN
-from phijax.text.pre_tokenizers import PRE_TOKENIZERS
+from phijax.text.pre_tokenizers import PRE_TOKENIZERS, cuts_of
 from phijax.text.sentencepiece_model import PieceKind, take_apart
 from phijax.text.special_files import is_symbol
 from phijax.text.tokenizer import END_OF_TEXT, MODEL_FILE, TextTokenizer
@@ -113,20 +113,8 @@ def _of_json(spec: dict[str, Any], rows: int) -> dict[str, Any]:
 
 def _pre_name(part: Any) -> str | None:
     """The name of a tokenizer.json's rule: its cuts, one after the other, are those of the name."""
-    cuts: list[str] = []
-    bytes_last = False
-    for step in part.get("pretokenizers", [part]) if isinstance(part, dict) else ():
-        kind, bytes_last = step.get("type"), step.get("type") == "ByteLevel"
-        if kind == "Digits" and step.get("individual_digits"):
-            cuts.append(r"\p{N}")
-        elif kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
-            cuts.append(step["pattern"].get("Regex", ""))
-        elif kind == "ByteLevel" and not step.get("add_prefix_space"):
-            cuts += PRE_TOKENIZERS["gpt-2"] if step.get("use_regex", True) else ()
-        else:
-            return None
-    found = (name for name, expressions in PRE_TOKENIZERS.items() if expressions == tuple(cuts))
-    return next(found, None) if bytes_last else None
+    cuts = cuts_of(part)
+    return next((name for name, expressions in PRE_TOKENIZERS.items() if expressions == cuts), None)
 
 
 def _ids(tokenizer: TextTokenizer, facts: Facts, begin: Sequence[int], stops: Sequence[int]) -> dict[str, Any]:
