@@ -108,7 +108,7 @@ def test_reading_tells_a_torn_end_from_damage(workdir):
 
 
 def test_a_bucket_gets_the_whole_file_when_it_must_last(workdir, monkeypatch):
-    monkeypatch.setattr(writers, "_is_local", lambda path: False)
+    monkeypatch.setattr(writers.durable, "is_local", lambda path: False)
     now = [0.0]
     path = workdir / "metrics.jsonl"
     path.write_text('{"step": 0}\n')
