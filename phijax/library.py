@@ -187,7 +187,7 @@ class Model:
         self._need_tokenizer(isinstance(text, str))
         if isinstance(text, str):
             return [*self.generator.begin, *self.tokenizer.encode(text)]
-        return [int(i) for i in text]
+        return self.generator.known(text, "text")
 
     def _need_tokenizer(self, needed: bool) -> None:
         if needed and self.tokenizer is None:
@@ -197,6 +197,8 @@ class Model:
 def _sampling(sampling: Sampling | None, settings: dict) -> Sampling:
     if sampling is not None and settings:
         raise UserError(f"Give either a Sampling or its fields, not both: {', '.join(settings)}.")
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise UserError(f"sampling={sampling!r}: must be a Sampling, or its fields by name.")
     try:
         return sampling or Sampling(**settings)
     except TypeError as error:
