@@ -1,7 +1,9 @@
 """phijax.load on a folder as transformers saves it, and the command that is made of it."""
 
+import inspect
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import pytest
 
 import phijax
 from phijax import generate as command_generate
+from phijax import library
 from phijax.errors import UserError
 from phijax.inference import programs
 from phijax.inference.sampling import Sampling
@@ -176,6 +179,26 @@ def test_a_load_that_cannot_be_is_refused(folder, tmp_path):
         phijax.load(folder, tensor=3)
     with pytest.raises(UserError, match="positions end at 128"):
         phijax.load(folder, max_length=129)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"dtype": "int3"}, {"dtype": None}, {"dtype": ["float32"]}, {"dtype": np.float32}, {"long_rope": "always"}]
+    + [{"cache_dtype": "int4"}, {"tensor": 0}, {"tensor": True}, {"tensor": "2"}, {"max_length": 0}]
+    + [{"max_length": 2.5}, {"max_length": -1}, {"int8_activations": "no"}, {"int8_activations": 1}],
+)
+def test_options_that_mean_nothing_are_refused_before_anything_is_opened(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(UserError, match=re.escape(f"{name}={value!r}: must be")):
+        phijax.load("/nowhere", **wrong)
+
+
+def test_help_shows_the_options_that_there_are():
+    ours, theirs = inspect.signature(phijax.load), inspect.signature(library.load)
+    assert list(ours.parameters) == list(theirs.parameters)
+    for name, parameter in ours.parameters.items():
+        assert parameter.default == theirs.parameters[name].default
+        assert name == "path" or f"{name}:" in phijax.load.__doc__
 
 
 def run(capsys, *arguments: str) -> str:
