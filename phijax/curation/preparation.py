@@ -16,11 +16,11 @@ from etils import epath
 
 from phijax.curation import jobs
 from phijax.curation.documents import InputFile, Part, find_inputs, parts_of, read_part
+from phijax.curation.given_tokenizer import open_given
 from phijax.curation.tokenize_shards import Stage, assemble_shard, is_validation, tokenize_unit
 from phijax.data.shard_manifest import MANIFEST_FILE, InputEntry, Manifest, ShardEntry, read_manifest
 from phijax.data.shards import Shards, token_dtype, write_atomically
 from phijax.errors import UserError
-from phijax.text.open import open_tokenizer
 from phijax.text.tokenizer import TextTokenizer
 from phijax.text.train_tokenizer import train_tokenizer
 
@@ -104,7 +104,7 @@ def make_plan(request: Request) -> Plan:
         units=_units(parts_of(files, UNIT_BYTES)),
         num_train_shards=shards,
         num_validation_shards=math.ceil(shards * fraction),
-        given_tokenizer=open_tokenizer(request.tokenizer) if request.tokenizer else None,
+        given_tokenizer=open_given(request.tokenizer) if request.tokenizer else None,
     )
 
 
@@ -275,7 +275,7 @@ def _tokenizer(plan: Plan, work: pathlib.Path, watch: Watch) -> TextTokenizer:
         shutil.rmtree(temporary, ignore_errors=True)
         tokenizer.save(temporary)
         temporary.rename(folder)
-    return open_tokenizer(folder)
+    return open_given(folder)
 
 
 def _sample(plan: Plan) -> Iterator[str]:
