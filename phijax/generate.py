@@ -25,10 +25,12 @@ command.define_path("prompt_file", "A file that is a prompt; .jsonl: a prompt a 
 flags.DEFINE_bool("chat", False, "Talk with the model.", flag_values=FLAGS)
 flags.DEFINE_string("message", None, "With --chat: one message, one answer.", flag_values=FLAGS)
 flags.DEFINE_string("system", None, "With --chat: the system message.", flag_values=FLAGS)
-flags.DEFINE_integer("max_tokens", 256, "At most this many tokens an answer.", flag_values=FLAGS)
+flags.DEFINE_integer("max_tokens", 256, "At most this many tokens an answer; 0: none.", flag_values=FLAGS)
 flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.", flag_values=FLAGS)
 flags.DEFINE_integer("top_k", 0, "Only the k most likely tokens; 0: all.", flag_values=FLAGS)
-flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens that together reach this probability.", flag_values=FLAGS)
+flags.DEFINE_float(
+    "top_p", 1.0, "Only the likeliest tokens that together reach this probability; 0: the likeliest.", flag_values=FLAGS
+)
 flags.DEFINE_float("min_p", 0.0, "Only tokens at least this times as likely as the likeliest.", flag_values=FLAGS)
 flags.DEFINE_float("repetition_penalty", 1.0, "Above 1: tokens that occurred get less likely.", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", flag_values=FLAGS)
@@ -68,7 +70,6 @@ def main(arguments: list[str]) -> int:
 
     settings = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = Sampling(**{name: FLAGS[name].value for name in settings}, stop=tuple(FLAGS.stop))
-    sampling.check()
     model = load(
         FLAGS.checkpoint,
         max_length=FLAGS.max_length,

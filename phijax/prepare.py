@@ -25,7 +25,9 @@ FLAGS = flags.FlagValues()
 command.define_path("input", "a folder (with all below it), a file, or a quoted glob", FLAGS)
 command.define_path("output", "a new or empty folder, or one to go on with", FLAGS)
 command.define_path(
-    "tokenizer", "folder with tokenizer.model or tokenizer.json; none: one is trained on the input", FLAGS
+    "tokenizer",
+    "folder with tokenizer.model or tokenizer.json, or a GGUF file; none: one is trained on the input",
+    FLAGS,
 )
 flags.DEFINE_integer("vocab_size", 32011, "ids of a tokenizer trained here, phi-3's is 32011", flag_values=FLAGS)
 flags.DEFINE_integer("block", 1024, "tokens in a record; rows of training are multiples of it", flag_values=FLAGS)

@@ -60,10 +60,12 @@ def main(arguments: list[str]) -> int:
     check_32_bits()
     opened = open_checkpoint(FLAGS.checkpoint)
     native_quantize.refuse_quantized(opened)
-    assigned = policy.assign(opened.model, policy.parse(FLAGS.scheme))
+    assigned = policy.assign(opened.model, policy.parse(FLAGS.scheme, tied_head=opened.model.tied_head))
     shapes, nbytes = opened.weights.shapes(), native_quantize.nbytes(opened, assigned)
     print(f"{opened.path}: a {opened.kind} checkpoint, to {FLAGS.scheme} by {FLAGS.method}")
     print("\n".join(report.size_table(shapes, assigned, nbytes)))
+    if opened.model.tied_head:
+        print("  the head is the embedding (tied): what is said of that is of both")
     output = epath.Path(FLAGS.output or "(nowhere)")
     unmeasured = (output / manifest.MANIFEST_FILE).exists() and not (output / QUALITY_FILE).exists()
     if FLAGS.output and not unmeasured:

@@ -1,6 +1,8 @@
-"""Prints what a folder of token shards or of checkpoints holds: python -m phijax.show DIR [--rows=3] [--verify]
+"""Prints what is in shards or a checkpoint: python -m phijax.show PATH [--rows=3] [--verify]
 
-Of shards: the manifest as a table, and rows decoded, with a mark where a document begins.
+PATH is a folder of token shards, a run's workdir or its checkpoints, a Hugging Face folder or a GGUF file. Of shards:
+the manifest as a table, and rows decoded, with a mark where a document begins. Of a run: every step. Of others: the
+model.
 """
 
 import os
@@ -27,27 +29,33 @@ _SHARDS_LISTED = 10
 
 def main(arguments: list[str]) -> None:
     if len(arguments) != 1:
-        raise UserError("Give one folder of shards or of checkpoints: python -m phijax.show DIR")
+        raise UserError("Give one folder of shards, or one checkpoint: python -m phijax.show PATH")
     if FLAGS.rows < 0:
         raise UserError(f"--rows={FLAGS.rows} must be 0 or more.")
     folder = epath.Path(named(arguments[0]))
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist.")
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder.")
+        print("\n".join(_model(folder)))
+        return
     splits = [folder / name for name in ("train", "validation") if (folder / name / MANIFEST_FILE).exists()]
     if _is_shards(folder):
         _show_shards(folder)
     elif splits:
         for split in splits:
             _show_shards(split)
-    elif _is_checkpoints(folder):
+    elif (steps := _steps_of(folder)) is not None:
         # Imported here: it brings jax, seconds that a look at shards need not wait.
         from phijax.checkpoint.reading import describe
 
-        print(describe(folder))
+        print(describe(steps))
+    elif (folder / "config.json").exists() or any(path.suffix == ".gguf" for path in folder.iterdir()):
+        print("\n".join(_model(folder)))
     else:
         raise UserError(
-            f"{folder} holds neither token shards ({MANIFEST_FILE} by phijax.prepare) nor checkpoints "
-            f"(numbered folders). It has: {', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'}."
+            f"{folder} holds neither token shards ({MANIFEST_FILE} by phijax.prepare) nor checkpoints (a workdir, "
+            "numbered folders, a Hugging Face folder, a GGUF file). "
+            f"It has: {', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'}."
         )
 
 
@@ -61,6 +69,29 @@ def _is_checkpoints(folder: epath.Path) -> bool:
     return (folder / MANIFEST_FILE).exists() or any(
         path.name.isdigit() and (path / MANIFEST_FILE).exists() for path in folder.iterdir()
     )
+
+
+def _steps_of(folder: epath.Path) -> epath.Path | None:
+    """The folder itself, or the one of a run's workdir, that has steps."""
+    return next((path for path in (folder, folder / "checkpoints") if path.is_dir() and _is_checkpoints(path)), None)
+
+
+def _model(path: epath.Path) -> list[str]:
+    """What a checkpoint of others is, as lines; its weights are not read."""
+    from phijax.interchange.open import open_checkpoint
+    from phijax.planning.summary import describe_model
+
+    opened = open_checkpoint(path)
+    try:
+        tokenizer = f"{opened.tokenizer().vocab_size:,} ids"
+    except UserError as error:
+        tokenizer = f"none: {str(error).splitlines()[0]}"
+    return [
+        f"{opened.path}: a {opened.kind} checkpoint",
+        *describe_model(opened.model),
+        f"tokenizer: {tokenizer}; begins texts with {list(opened.begin)}, ends them with {list(opened.stop_ids)}",
+        f"chat template: {'none' if opened.chat_template is None else f'{len(opened.chat_template):,} characters'}",
+    ]
 
 
 def _show_shards(folder: epath.Path) -> None:

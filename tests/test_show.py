@@ -88,7 +88,7 @@ def test_a_checkpoint(tmp_path):
 
     leaves = manifest.describe_leaves({"params/embed": np.zeros((4, 2), np.float32)})
     manifest.write(epath.Path(step), step=12, leaves=leaves, identity={"model": "tiny"}, extra={}, version=1)
-    for folder in (step, tmp_path / "checkpoints"):
+    for folder in (step, tmp_path / "checkpoints", tmp_path):
         result = show(folder)
         assert result.returncode == 0, result.stderr
         assert "step 12" in result.stdout and "8 float32" in result.stdout and '"tiny"' in result.stdout

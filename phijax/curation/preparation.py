@@ -14,14 +14,15 @@ from typing import Any
 
 from etils import epath
 
-from phijax.curation import jobs
+from phijax.curation import fruitless, jobs
 from phijax.curation.documents import InputFile, Part, find_inputs, parts_of, read_part
+from phijax.curation.fruitless import Fruitless
+from phijax.curation.given_tokenizer import open_given
 from phijax.curation.tokenize_shards import Stage, assemble_shard, is_validation, tokenize_unit
 from phijax.data.shard_manifest import MANIFEST_FILE, InputEntry, Manifest, ShardEntry, read_manifest
 from phijax.data.shards import Shards, token_dtype
 from phijax.errors import UserError
 from phijax.storage import atomic
-from phijax.text.open import open_tokenizer
 from phijax.text.tokenizer import TextTokenizer
 from phijax.text.train_tokenizer import train_tokenizer
 
@@ -105,7 +106,7 @@ def make_plan(request: Request) -> Plan:
         units=_units(parts_of(files, UNIT_BYTES)),
         num_train_shards=shards,
         num_validation_shards=math.ceil(shards * fraction),
-        given_tokenizer=open_tokenizer(request.tokenizer) if request.tokenizer else None,
+        given_tokenizer=open_given(request.tokenizer) if request.tokenizer else None,
     )
 
 
@@ -135,12 +136,16 @@ def prepare(plan: Plan, workers: int, watch: Watch) -> list[Manifest]:
     with _only_one(work):
         _same_plan_as_before(plan, work)
         _remove_temporary_files(plan, work)
-        tokenizer = _tokenizer(plan, work, watch)
-        stage = _stage(plan, work)
-        tasks = _units_to_tokenize(plan, stage, work)
-        counts = _tokenize(plan, tasks, workers, watch)
-        entries = _assemble(plan, stage, [task.output for task in tasks], workers, watch, work)
-        manifests = _manifests(plan, tokenizer, counts, entries)
+        try:
+            tokenizer = _tokenizer(plan, work, watch)
+            stage = _stage(plan, work)
+            tasks = _units_to_tokenize(plan, stage, work)
+            units = [task.output for task in tasks]
+            counts = _tokenize(plan, tasks, workers, watch)
+            manifests = _manifests(plan, tokenizer, counts, _assemble(plan, stage, units, workers, watch, work))
+        except Fruitless:
+            fruitless.discard(plan.folders.values(), work)
+            raise
         for folder, manifest in zip(plan.folders.values(), manifests, strict=True):
             tokenizer.save(folder)
             atomic.write_bytes(folder / MANIFEST_FILE, manifest.to_json().encode())
@@ -275,7 +280,7 @@ def _tokenizer(plan: Plan, work: pathlib.Path, watch: Watch) -> TextTokenizer:
         shutil.rmtree(temporary, ignore_errors=True)
         tokenizer.save(temporary)
         temporary.rename(folder)
-    return open_tokenizer(folder)
+    return open_given(folder)
 
 
 def _sample(plan: Plan) -> Iterator[str]:
@@ -307,7 +312,7 @@ def _sample(plan: Plan) -> Iterator[str]:
                 found = True
                 yield text
     if not found:
-        raise _no_document(plan, read, dropped)
+        raise fruitless.no_document(plan.request.input, plan.request.text_field, read, dropped)
 
 
 def _stage(plan: Plan, work: pathlib.Path) -> Stage:
@@ -337,16 +342,8 @@ def _tokenize(plan: Plan, tasks: list[jobs.Task], workers: int, watch: Watch) ->
         dropped.update(counts.pop("dropped"))
         total.update(counts)
     if not total["train"]:
-        raise _no_document(plan, total["read"], dropped)
+        raise fruitless.no_document(plan.request.input, plan.request.text_field, total["read"], dropped)
     return {**total, "dropped": dict(sorted(dropped.items()))}
-
-
-def _no_document(plan: Plan, read: int, dropped: collections.Counter[str]) -> UserError:
-    reasons = "".join(f"\n  {count} dropped: {reason}" for reason, count in dropped.most_common())
-    return UserError(
-        f"No document of {read} in --input={plan.request.input} can be trained on.{reasons}\n"
-        f"In .jsonl and .parquet the text is looked for in --text_field={plan.request.text_field}."
-    )
 
 
 def _assemble(
@@ -372,11 +369,8 @@ def _manifests(plan: Plan, tokenizer: TextTokenizer, counts: dict, entries: list
         kept = counts["validation" if split == "validation" else "train"]
         tokens = sum(shard.tokens for shard in shards)
         if not any(shard.records for shard in shards):
-            raise UserError(
-                f"The text for {'training' if split == 'all' else split} has {tokens} tokens in {len(shards)} shards, "
-                f"which fill no record of {plan.request.block + 1}. Give more text, a smaller --block, or fewer "
-                f"--num_shards, and another --output."
-            )
+            documents = counts["train"] + counts["validation"]
+            raise fruitless.no_record(split, tokens, len(shards), plan.request.block, documents)
         manifests.append(
             Manifest(
                 block=plan.request.block,

@@ -109,6 +109,8 @@ class Generator:
         """
         pieces = self.stream(prompts, sampling, names=names, kept=kept)
         results = {piece.row: piece.result for piece in pieces if piece.result}
+        if sampling is not None and sampling.max_tokens == 0:
+            return [Result("", (), (), "length") for _ in prompts]
         return [results[row] for row in range(len(prompts))]
 
     def stream(
@@ -122,28 +124,33 @@ class Generator:
     ) -> Iterator[Piece]:
         """As `generate`, token by token; joined, a row's texts are its result's. Arguments are checked at the call.
 
-        Of a stream that is not read to its end nothing is kept.
+        Of a stream that is not read to its end nothing is kept. With max_tokens=0 there is no piece.
         """
         sampling = sampling or Sampling()
-        sampling.check()
         if sampling.stop and self.tokenizer is None:
             raise UserError("stop texts need a tokenizer, and this checkpoint has none. Give stop_ids.")
-        ids = [self.ids(prompt) for prompt in prompts]
+        ids = [self.ids(prompt, room_for=min(1, sampling.max_tokens)) for prompt in prompts]
         names = list(names) or list(range(len(ids)))
         if len(names) != len(ids):
             raise UserError(f"{len(names)} names for {len(ids)} prompts.")
         assert kept is None or len(ids) == 1
+        if sampling.max_tokens == 0:
+            return iter(())
         return self._groups(ids, names, sampling, with_logits, kept or PrefixCache())
 
-    def ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """Raises: UserError for a prompt that is empty, too long, or has ids that the model lacks."""
+    def ids(self, prompt: str | Sequence[int], room_for: int = 1) -> list[int]:
+        """Raises: UserError for a prompt that is empty, too long, or has ids that the model lacks.
+
+        Args: room_for: tokens of an answer that must fit behind it.
+        """
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UserError("This checkpoint has no tokenizer: give prompts as token ids.")
             prompt = [*self.begin, *self.tokenizer.encode(prompt)]
-        ids = self._known(prompt, "prompt")
-        if len(ids) >= self.max_length:
-            raise UserError(f"The prompt has {len(ids)} tokens; with at least one of an answer {self._room()}")
+        ids = self.known(prompt, "prompt")
+        if len(ids) + room_for > self.max_length:
+            answer = "with at least one of an answer " if room_for else ""
+            raise UserError(f"The prompt has {len(ids)} tokens; {answer}{self._room()}")
         return ids
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
@@ -151,7 +158,7 @@ class Generator:
 
         Raises: UserError for a text that is empty, longer than the model takes, or has ids that the model lacks.
         """
-        ids = self._known(ids, "text")
+        ids = self.known(ids, "text")
         if len(ids) > self.max_length:
             raise UserError(f"The text has {len(ids)} tokens; {self._room()}")
         parts = [
@@ -160,7 +167,8 @@ class Generator:
         ]
         return np.concatenate(parts)
 
-    def _known(self, ids: Sequence[int], what: str) -> list[int]:
+    def known(self, ids: Sequence[int], what: str) -> list[int]:
+        """Raises: UserError for what is no list of ids, is empty, or has ids that the model lacks."""
         try:
             ids = [operator.index(i) for i in ids]
         except TypeError as error:

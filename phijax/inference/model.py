@@ -49,11 +49,12 @@ def load(
       tensor: devices over which the weights are cut.
       int8_activations: on one CPU, what quantised weights are multiplied with is rounded to int8: many times as fast,
         for about 1 % of a product's deviation. False: the weights are computed as exactly as any.
-    Raises: UserError for what is no checkpoint, or cannot be cut so.
+    Raises: UserError for what is no checkpoint, or cannot be cut so; for an option that means nothing.
     """
+    _check_options(max_length, dtype, tensor, long_rope, cache_dtype, int8_activations)
     opened = open_checkpoint(path)
     devices = jax.devices()
-    if not 1 <= tensor <= len(devices):
+    if tensor > len(devices):
         raise UserError(f"tensor={tensor}: this machine has {len(devices)} devices.")
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, context=1, tensor=tensor), devices[:tensor])
     for name, shape in shapes(opened.model).items():
@@ -88,6 +89,23 @@ def load(
     if opened.kind == "phijax" and tokenizer is not None:  # a run chats as what is exported from it does
         template = chat_template_of(opened, tokenizer)
     return Model(generator, template, bos=bos, without_tokenizer=missing, where=str(opened.path))
+
+
+def _check_options(max_length, dtype, tensor, long_rope, cache_dtype, int8_activations) -> None:
+    """What `load` takes, before anything is opened. Raises: UserError."""
+    one_of = {
+        "dtype": (dtype, ("auto", "float32", "bfloat16")),
+        "long_rope": (long_rope, ("auto", "declared", "per_sequence")),
+        "cache_dtype": (cache_dtype, ("auto", "int8")),
+        "int8_activations": (int8_activations, (True, False)),
+    }
+    for name, (value, known) in one_of.items():
+        if not isinstance(value, type(known[0])) or value not in known:
+            raise UserError(f"{name}={value!r}: must be one of {', '.join(map(repr, known))}.")
+    counts = {"tensor": tensor} if max_length is None else {"tensor": tensor, "max_length": max_length}
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise UserError(f"{name}={value!r}: must be a whole number, 1 or above.")
 
 
 class Model:
@@ -193,7 +211,7 @@ class Model:
         self._need_tokenizer(isinstance(text, str))
         if isinstance(text, str):
             return [*self.generator.begin, *self.tokenizer.encode(text)]
-        return [int(i) for i in text]
+        return self.generator.known(text, "text")
 
     def _need_tokenizer(self, needed: bool) -> None:
         if needed and self.tokenizer is None:
@@ -203,6 +221,8 @@ class Model:
 def _sampling(sampling: Sampling | None, settings: dict) -> Sampling:
     if sampling is not None and settings:
         raise UserError(f"Give either a Sampling or its fields, not both: {', '.join(settings)}.")
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise UserError(f"sampling={sampling!r}: must be a Sampling, or its fields by name.")
     try:
         return sampling or Sampling(**settings)
     except TypeError as error:

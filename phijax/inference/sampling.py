@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+import operator
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +19,70 @@ MOST_PENALTY = 1e3
 _LARGEST = {np.float32: 1 / LEAST_TEMPERATURE, np.int32: 2**31 - 1}
 
 
+def _whole(value: Any) -> int | None:
+    """The whole number that a value is; None for any other, and for what is true or false."""
+    try:
+        return None if _is_truth(value) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _real(value: Any) -> float | None:
+    """As `_whole`, of any number; texts and arrays of several are none."""
+    if _is_truth(value) or isinstance(value, str | bytes | bytearray) or getattr(value, "ndim", 0):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _is_truth(value: Any) -> bool:
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool"
+
+
+def _several(value: Any) -> tuple | None:
+    """What was given alone or in a list; None for what is neither."""
+    if isinstance(value, str) or _whole(value) is not None:
+        return (value,)
+    if isinstance(value, Mapping | bytes | bytearray):  # they would count as a list of keys, of numbers
+        return None
+    try:
+        return tuple(value)
+    except TypeError:
+        return None
+
+
+_RANGES = {  # setting -> what a value is read by, which are right, and in words
+    "max_tokens": (_whole, lambda n: n >= 0, "a whole number, 0 (no token) or above"),
+    "temperature": (_real, lambda x: 0 <= x < math.inf, "a number, 0 (the most likely token) or above"),
+    "top_k": (_whole, lambda n: n >= 0, "a whole number, 0 (all tokens) or above"),
+    "top_p": (_real, lambda x: 0 <= x <= 1, "a number from 0 (the most likely token) to 1 (all tokens)"),
+    "min_p": (_real, lambda x: 0 <= x <= 1, "a number from 0 (all tokens) to 1"),
+    "repetition_penalty": (
+        _real,
+        lambda x: 1 / MOST_PENALTY <= x <= MOST_PENALTY,
+        f"a number from {1 / MOST_PENALTY:g} to {MOST_PENALTY:g}; 1 is none",
+    ),
+    "seed": (_whole, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2^32 - 1"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How a text is continued.
 
+    max_tokens: at most so many; 0: none, only the prompt is checked.
     temperature: divides the logits; 0 takes the most likely token.
     top_k: only the k most likely tokens; 0: all.
-    top_p: only the most likely tokens that together reach this probability; 1: all.
+    top_p: only the most likely tokens that together reach this probability; 1: all, 0: the most likely token.
     min_p: only tokens at least this times as likely as the most likely; 0: all.
     repetition_penalty: divides positive logits of tokens that occurred, multiplies negative ones; 1: none.
     seed: a row's draws depend on it, the row's number and how many tokens it has: not on the rest of the batch.
     stop: texts that end the answer and are not part of it. stop_ids: tokens that do, beside those of the checkpoint.
+      One alone may be given without a list.
+
+    All are checked here and nowhere else; numbers may be NumPy's or JAX's. Raises: UserError for what means nothing.
     """
 
     max_tokens: int = 256
@@ -40,33 +95,28 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
 
-    def check(self) -> None:
-        """Raises: UserError for a value that means nothing."""
-        wrong = [
-            (self.max_tokens < 1, "max_tokens", "at least 1"),
-            (not (0 <= self.temperature < math.inf), "temperature", "0 (the most likely token) or above"),
-            (self.top_k < 0, "top_k", "0 (all tokens) or above"),
-            (not 0 < self.top_p <= 1, "top_p", "above 0, at most 1 (all tokens)"),
-            (not 0 <= self.min_p <= 1, "min_p", "0 (all tokens) to 1"),
-            (
-                not 1 / MOST_PENALTY <= self.repetition_penalty <= MOST_PENALTY,
-                "repetition_penalty",
-                f"{1 / MOST_PENALTY:g} to {MOST_PENALTY:g}; 1 is none",
-            ),
-            (not 0 <= self.seed < 2**32, "seed", "0 to 2^32 - 1"),
-            ("" in self.stop, "stop", "texts that are not empty"),
-        ]
-        for is_wrong, name, allowed in wrong:
-            if is_wrong:
-                raise UserError(f"{name}={getattr(self, name)}: must be {allowed}.")
+    def __post_init__(self):
+        for name, (number, is_right, allowed) in _RANGES.items():
+            value = number(getattr(self, name))
+            if value is None or not is_right(value):
+                raise UserError(f"{name}={getattr(self, name)!r}: must be {allowed}.")
+            object.__setattr__(self, name, value)
+        texts = _several(self.stop)
+        if texts is None or not all(isinstance(text, str) and text for text in texts):
+            raise UserError(f"stop={self.stop!r}: must be a text that is not empty, or a list of such texts.")
+        ids = _several(self.stop_ids)
+        if ids is None or not all(_whole(i) is not None and i >= 0 for i in ids):
+            raise UserError(f"stop_ids={self.stop_ids!r}: must be the id of a token, 0 or above, or a list of ids.")
+        object.__setattr__(self, "stop", texts)
+        object.__setattr__(self, "stop_ids", tuple(map(_whole, ids)))
 
     @property
     def plan(self) -> "Plan":
-        draws = bool(self.temperature >= LEAST_TEMPERATURE)
+        draws = self.temperature >= LEAST_TEMPERATURE and self.top_p > 0
         return Plan(
             draws=draws,
-            filters=draws and bool(self.top_k > 0 or self.top_p < 1 or self.min_p > 0),
-            penalises=bool(self.repetition_penalty != 1),
+            filters=draws and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0),
+            penalises=self.repetition_penalty != 1,
         )
 
 

@@ -15,7 +15,8 @@ from phijax.errors import UserError
 from phijax.model.kernels.dense import MASKED
 from phijax.parallel import sharding
 
-CHUNK = 2048  # tokens: their float32 logits over 32768 rows take 256 MiB
+CHUNK = 2048  # tokens at most
+CHUNK_BYTES = 512 << 20  # of float32 logits at once; each chunk also reads and writes the whole gradient of the head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ def token_logprobs(x: jax.Array, head: jax.Array, targets: jax.Array, *, vocab_s
 
     def local(x: jax.Array, shard: jax.Array, targets: jax.Array) -> jax.Array:
         w, columns = _gather_head(shard, x.dtype, vocab_size)
-        flat, (hidden, wanted) = _chunks(x.reshape(-1, x.shape[-1]), targets.reshape(-1))
+        flat, (hidden, wanted) = _chunks(w.shape[0], x.reshape(-1, x.shape[-1]), targets.reshape(-1))
 
         @jax.checkpoint
         def chunk(_, part):
@@ -115,7 +116,7 @@ def _sharded(x, head, targets, weights, vocab_size, loss, *, gradients):
 def _local(x, shard, targets, weights, *, vocab_size, loss, gradients, others):
     """On one chip: x (b, t, D), shard (rows, D). -> (loss sum, nll sum[, d_x, d_shard])."""
     w, columns = _gather_head(shard, x.dtype, vocab_size)
-    flat, chunks = _chunks(x.reshape(-1, x.shape[-1]), targets.reshape(-1), weights.reshape(-1))
+    flat, chunks = _chunks(w.shape[0], x.reshape(-1, x.shape[-1]), targets.reshape(-1), weights.reshape(-1))
 
     def step(carry, part):
         h, target, weight = part
@@ -172,11 +173,17 @@ def _scatter_head(d_w, dtype, others):
     return jax.lax.psum(d_w, tuple(axis for axis in others if axis != "fsdp")).astype(jnp.float32)
 
 
-def _chunks(*arrays):
+def chunk_tokens(tokens: int, rows: int) -> int:
+    """Tokens whose logits over `rows` rows of the head exist at once, of so many on a chip."""
+    largest = max(1, min(CHUNK, CHUNK_BYTES // (4 * rows)))
+    return -(-tokens // -(-tokens // largest))
+
+
+def _chunks(rows: int, *arrays):
     """Cuts (tokens, ...) into equal chunks, filled up with zeros (weight 0). -> (tokens, (chunks, chunk, ...) each)."""
     tokens = arrays[0].shape[0]
-    count = -(-tokens // CHUNK)
-    size = -(-tokens // count)
+    size = chunk_tokens(tokens, rows)
+    count = -(-tokens // size)
     surplus = count * size - tokens
 
     def cut(a):

@@ -333,8 +333,11 @@ class StopSignal:
             if self._shared:
                 os.kill(os.getpid(), signal.SIGTERM)
         # os.write: a print here could run into the print that was interrupted.
-        name = signal.Signals(number).name
-        os.write(2, f"\n{name}: saving after this step, then stopping. Ctrl-C now ends at once, unsaved.\n".encode())
+        text = (
+            f"\n{signal.Signals(number).name}: saving after this step, then stopping; the same command goes on from "
+            "there. Ctrl-C now ends at once, unsaved: it then goes on from the last save.\n"
+        )
+        os.write(2, text.encode())
 
 
 class Watchdog:

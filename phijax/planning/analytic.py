@@ -247,7 +247,7 @@ class _Local:
         self.gathered_bytes = self.layer_bytes - 3 * self.ffn * rounded
         self.head_elements = self.vocab * c.model_dim
         self.head_bytes = self.head_elements * self.compute
-        self.chunk_logits = min(cross_entropy.CHUNK, self.tokens) * self.vocab * 4
+        self.chunk_logits = cross_entropy.chunk_tokens(self.tokens, self.vocab) * self.vocab * 4
         # Activations, bytes a token and layer. Heads lie in whole rows of lanes.
         heads, kv = self.heads * self.head_width, self.kv_heads * self.head_width
         sizes_of = {

@@ -36,7 +36,8 @@ def memory(recipe: Recipe, sizes: Mapping[str, int], shape: BatchShape) -> dict[
     layers_gathered = c.num_layers if remat_names(recipe.backend.remat) is None else 2
     gathered = layers_gathered * layer_rows * sizes["fsdp"] * compute
     head = c.padded_vocab_size // sizes["tensor"] * c.model_dim
-    logits = min(cross_entropy.CHUNK, tokens) * c.padded_vocab_size // sizes["tensor"] * FLOAT32
+    rows = c.padded_vocab_size // sizes["tensor"]
+    logits = cross_entropy.chunk_tokens(tokens, rows) * rows * FLOAT32
     moments = {"optimizer moments (float32)": 2 * weights}
     if recipe.optimizer.moments_on_host:
         moments = {f"optimizer moments (float32, {2 * weights / GIB:.3f} GiB on the host)": 0}

@@ -77,10 +77,10 @@ def paths_of(kind: str) -> tuple[str, ...]:
     return tuple(path for path, leaf in params.any_leaves().items() if leaf.kind == kind)
 
 
-def parse(text: str) -> dict[str, Scheme]:
+def parse(text: str, *, tied_head: bool = False) -> dict[str, Scheme]:
     """ "int4_g64" or "int4_g64,down=int8,head=as_stored" -> kind -> scheme, without the kinds that stay as stored.
 
-    Raises: UserError for a name that is not in the tables.
+    Raises: UserError for a name that is not in the tables; for a head that is the embedding and was to be another.
     """
     name, *changes = (part.strip() for part in text.split(","))
     _known("--scheme", name, POLICIES)
@@ -90,6 +90,12 @@ def parse(text: str) -> dict[str, Scheme]:
         _known(f"--scheme={text}: kind", kind, KINDS)
         _known(f"--scheme={text}: {kind}", scheme, (*SCHEMES, AS_STORED))
         chosen[kind] = scheme
+    by_hand = any(change.partition("=")[0] == "head" for change in changes)
+    if tied_head and by_hand and chosen["head"] != chosen["embedding"]:
+        raise UserError(
+            f"--scheme={text}: this model's head is its embedding (tied), so it has no scheme of its own, and "
+            f"embedding={chosen['embedding']}.\nSay embedding={chosen['head']}, which is both, and leave head out."
+        )
     return {kind: SCHEMES[scheme] for kind, scheme in chosen.items() if scheme != AS_STORED}
 
 

@@ -68,13 +68,17 @@ def clocks(skew: float | None) -> Check:
     return Check("clocks", OK, f"at most {skew:.3f} s apart")
 
 
-def memory(hosts: Sequence[Host], needed: Sequence[int | None]) -> Check:
-    """Args: needed: bytes that each process holds while it saves, and by moments; None where no config was given."""
+NO_CONFIG = "no --config"
+BAD_CONFIG = "the config could not be used: see above"
+
+
+def memory(hosts: Sequence[Host], needed: Sequence[int | None], why_unknown: str = NO_CONFIG) -> Check:
+    """Args: needed: bytes that each process holds while it saves, and by moments; None where that is not known."""
     known = [host.memory for host in hosts if host.memory is not None]
     if not known:
         return Check("memory", WARNING, "this system does not say how much memory is free")
     if None in needed:
-        return Check("memory", OK, f"{min(known) / 1e9:.1f} GB free at least; compared with nothing (no --config)")
+        return Check("memory", OK, f"{min(known) / 1e9:.1f} GB free at least; compared with nothing ({why_unknown})")
     by_host = collections.defaultdict(int)
     free = {}
     for host, bytes_ in zip(hosts, needed, strict=True):
@@ -88,13 +92,13 @@ def memory(hosts: Sequence[Host], needed: Sequence[int | None]) -> Check:
     return Check("memory", WARNING if share > TIGHT else OK, text)
 
 
-def disk(hosts: Sequence[Host], state_bytes: int | None, kept: int) -> Check:
-    """Args: state_bytes: of one checkpoint, None where no config was given. kept: as many lie there at once."""
+def disk(hosts: Sequence[Host], state_bytes: int | None, kept: int, why_unknown: str = NO_CONFIG) -> Check:
+    """Args: state_bytes: of one checkpoint, None where that is not known. kept: as many lie there at once."""
     free = [host.disk for host in hosts if host.disk is not None]
     if not free:
         return Check("disk", OK, "the workdir is on an object store")
     if state_bytes is None:
-        return Check("disk", OK, f"{min(free) / 1e9:.1f} GB free; compared with nothing (no --config)")
+        return Check("disk", OK, f"{min(free) / 1e9:.1f} GB free; compared with nothing ({why_unknown})")
     text = f"{kept} checkpoints of {state_bytes / 1e9:.2f} GB, {min(free) / 1e9:.1f} GB free"
     fits = kept * state_bytes <= min(free)
     return Check("disk", OK if fits else FAIL, text + ("" if fits else ". Lower checkpoint.keep_last, or make room."))

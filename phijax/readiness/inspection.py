@@ -75,14 +75,15 @@ def inspect(
     if all(one.verdict != FAIL for one in found if one.name == "data"):  # what could not be opened is absent there
         of_data = agreement.differing("preflight data", needs.data, limit.left)
         found = [Check("data", FAIL, "; ".join(of_data)) if of_data and one.name == "data" else one for one in found]
+    why_unknown = comparison.BAD_CONFIG if config else comparison.NO_CONFIG
     return [
         comparison.processes(hosts),
         comparison.versions(hosts, of_config),
         comparison.clocks(skew),
         comparison.devices(kinds, hosts, expected_devices),
         *found,
-        comparison.memory(hosts, [fields["memory"] for fields in told]),
-        comparison.disk(hosts, needs.state_bytes, needs.kept),
+        comparison.memory(hosts, [fields["memory"] for fields in told], why_unknown),
+        comparison.disk(hosts, needs.state_bytes, needs.kept, why_unknown),
         comparison.open_files(hosts, max(fields["shards"] for fields in told)),
     ]
 

@@ -29,18 +29,27 @@ def open_progress(stream: TextIO, first_step: int, total_steps: int) -> Progress
     return PlainProgress(stream, total_steps)
 
 
+GOODPUT = (
+    "goodput: the part of the time since the run's first start that was spent in steps that last; starts, compiling, "
+    "evaluating and saving are not in it, so it is low at first"
+)
+
+
 class PlainProgress:
     """A line a logged step; every one is flushed, since logs are read while they grow."""
 
     def __init__(self, stream: TextIO, total_steps: int):
         self._stream, self._total = stream, total_steps
+        self._explained = False
 
     def step(self, step: int) -> None:
         pass
 
     def line(self, values: Mapping, seconds_left: float | None) -> None:
-        parts = [f"step {values['step']}/{self._total}", *describe(values), *describe_time(values, seconds_left)]
-        self.say("  ".join(parts + describe_held_out(values)))
+        self.say(describe_all(values, self._total, seconds_left))
+        if values.get("goodput") and not self._explained:
+            self._explained = True
+            self.say(GOODPUT)
 
     def say(self, text: str) -> None:
         self._stream.write(text + "\n")
@@ -51,35 +60,51 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """One line that is redrawn, with a bar; evaluations and what is said stay above it."""
+    """One line that is redrawn, with a bar; logged steps and what is said stay above it.
+
+    On a narrow terminal the line's end is cut, where the losses are: they stand above it too.
+    """
 
     def __init__(self, console, first_step: int, total_steps: int):
         from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
         self._console, self._total = console, total_steps
         self._bar = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=16),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=console,
+            expand=True,
         )
-        self._task = self._bar.add_task("", total=total_steps, completed=first_step, text="compiling the first step")
+        start = "compiling the first step"
+        self._task = self._bar.add_task("", total=total_steps, completed=first_step, left="", text=start)
+        self._explained = False
         self._bar.start()
 
     def step(self, step: int) -> None:
         self._bar.update(self._task, completed=step + 1)
 
     def line(self, values: Mapping, seconds_left: float | None) -> None:
-        self._bar.update(self._task, text="  ".join(describe(values) + describe_time(values, seconds_left)))
-        held_out = describe_held_out(values)
-        if held_out:
-            self.say("  ".join([f"step {values['step']}", *describe(values)[:1], *held_out]))
+        left = "" if seconds_left is None else f"{duration(seconds_left)} left"
+        self._bar.update(self._task, left=left, text="  ".join(describe(values) + describe_time(values, None)))
+        self.say(describe_all(values, self._total, None))
+        if values.get("goodput") and not self._explained:
+            self._explained = True
+            self.say(GOODPUT)
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         self._bar.stop()
+
+
+def describe_all(values: Mapping, total: int, seconds_left: float | None) -> str:
+    """A logged step as one line."""
+    parts = [f"step {values['step']}/{total}", *describe(values), *describe_time(values, seconds_left)]
+    return "  ".join(parts + describe_held_out(values))
 
 
 def describe(values: Mapping) -> list[str]:
@@ -99,7 +124,7 @@ def describe_time(values: Mapping, seconds_left: float | None) -> list[str]:
         parts.append(f"{_thousands(values['tokens_per_second'])} tokens/s")
     if values.get("mfu") is not None:
         parts.append(f"MFU {values['mfu']:.1%}")
-    if values.get("goodput") is not None:
+    if values.get("goodput"):  # before the first step that has a time there is none
         parts.append(f"goodput {values['goodput']:.0%}")
     if seconds_left is not None:
         parts.append(f"{duration(seconds_left)} left")

@@ -84,20 +84,21 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         if first_step:
             resume.check_identity(checkpoints.manifest(first_step)["identity"], identity, first_step)
             checkpoints.go_on_from(first_step, functools.partial(resume.note_going_back, workdir, went_back))
-        if jax.process_index() == 0:
-            resume.keep_config(config, workdir, first_step, say)
-            next(iter(plan.sources.values())).tokenizer().save(workdir / TOKENIZER_FOLDER)
         checkpoints.check_host_memory(program.abstract_state(recipe, mesh))
         state = begin(recipe, mesh, checkpoints, first_step, begun, say)
+        if jax.process_index() == 0:  # behind what may still be refused: a run that did not begin has no config
+            resume.keep_config(config, workdir, first_step, say)
+            next(iter(plan.sources.values())).tokenizer().save(workdir / TOKENIZER_FOLDER)
         with open_report(config, workdir, recipe, plan, sets, first_step, mesh) as report:
             for fields in went_back:
                 report.event("went_back", **fields)
             outcome = run_loop(
                 config, recipe, mesh, state, batches, sets, checkpoints, report, programs, first_step, check, say
             )
-        if outcome.stopped and not outcome.saved:
+        if outcome.stopped:
+            saved = "saved" if outcome.saved else "not saved"
             newest = max(checkpoints.steps(), default=0)
-            say(f"stopped after step {outcome.step - 1}, not saved: the same command goes on from step {newest}")
+            say(f"stopped after step {outcome.step - 1}, {saved}: the same command goes on from step {newest}")
         if not outcome.stopped and jax.process_index() == 0:
             say(f"done: {outcome.step} steps")
             for line in summarise(workdir / "metrics.jsonl", guessing(recipe.model, sets)):

@@ -48,9 +48,12 @@ def check_identity(before: dict[str, Any], now: dict[str, Any], step: int) -> No
 
 
 def keep_config(config: Config, workdir: epath.Path, step: int, say) -> None:
-    """Writes config.json; what differs from the last start is said, and added to config_history.jsonl."""
+    """Writes config.json; what differs from the last start is said, and added to config_history.jsonl.
+
+    Of a start that nothing was kept of (step 0) there is nothing to compare with.
+    """
     path, now = workdir / "config.json", configs.to_dict(config)
-    if path.exists():
+    if step and path.exists():
         changed = changes(config, workdir)
         if changed is None:
             say(f"{path} cannot be read; written anew")

@@ -1,7 +1,9 @@
 """phijax.load on a folder as transformers saves it, and the command that is made of it."""
 
+import inspect
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +14,11 @@ import pytest
 import phijax
 from phijax import generate as command_generate
 from phijax.errors import UserError
+from phijax.inference import model as library
 from phijax.inference import programs
 from phijax.inference.model import Model
 from phijax.inference.sampling import Sampling
+from phijax.inference.stopping import Result
 from phijax.text.chat import PHI3
 from phijax.text.tokenizer import Tokenizer
 from phijax.text.train_tokenizer import train_tokenizer
@@ -147,6 +151,26 @@ def test_of_a_conversation_that_goes_on_what_is_new_is_computed(model, monkeypat
     assert model.chat(messages, max_tokens=6, temperature=0).text == second and sum(asked) == len(ids)
 
 
+def test_no_token_at_most_answers_with_nothing_to_any_prompt_that_there_may_be(model):
+    """Also where the prompt takes every position, which leaves no room for a token."""
+    nothing = Result("", (), (), "length")
+    assert model.generate("The file", max_tokens=0) == nothing
+    assert model.generate(["a", [7] * 128], Sampling(max_tokens=0, temperature=0)) == [nothing, nothing]
+    assert model.chat([{"role": "user", "content": "a line"}], max_tokens=0) == nothing
+    assert list(model.stream("The file", max_tokens=0)) == []
+    for wrong in ([[7] * 129], [[320]], [[]]):
+        with pytest.raises(UserError):
+            model.generate(wrong, max_tokens=0)
+
+
+def test_one_stop_text_needs_no_list(model):
+    whole = model.generate("The file", max_tokens=8, temperature=0).text
+    stop = whole[2:4]
+    cut = model.generate("The file", max_tokens=8, temperature=0, stop=stop)
+    assert cut == model.generate("The file", max_tokens=8, temperature=0, stop=[stop])
+    assert cut.text == whole[: whole.index(stop)] and cut.finish_reason == "stop"
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -154,6 +178,11 @@ def test_of_a_conversation_that_goes_on_what_is_new_is_computed(model, monkeypat
         (lambda m: m.generate([[]]), "empty"),
         (lambda m: m.generate([[320]]), "0 to 319"),
         (lambda m: m.generate("a", temprature=1), "temperature"),
+        (lambda m: m.generate("a", {"temperature": 1}), "must be a Sampling"),
+        (lambda m: m.stream("a", temperature="hot"), "temperature='hot': must be a number"),
+        (lambda m: m.chat([{"role": "user", "content": "a"}], stop_ids=0.5), "stop_ids=0.5"),
+        (lambda m: m.logits([1.5, 2]), "whole numbers"),
+        (lambda m: m.loss(["1", "2"]), "whole numbers"),
         (lambda m: m.loss("") if m.generator.begin else m.loss([1]), "two tokens"),
         (lambda m: Model(m.generator, None).chat([{"role": "user", "content": "a"}]), "no chat template"),
         (lambda m: Model(m.generator, "{{ 1 }}").chat([{"role": "user", "content": "a"}]), "none of ours"),
@@ -173,6 +202,26 @@ def test_a_load_that_cannot_be_is_refused(folder, tmp_path):
         phijax.load(folder, max_length=129)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"dtype": "int3"}, {"dtype": None}, {"dtype": ["float32"]}, {"dtype": np.float32}, {"long_rope": "always"}]
+    + [{"cache_dtype": "int4"}, {"tensor": 0}, {"tensor": True}, {"tensor": "2"}, {"max_length": 0}]
+    + [{"max_length": 2.5}, {"max_length": -1}, {"int8_activations": "no"}, {"int8_activations": 1}],
+)
+def test_options_that_mean_nothing_are_refused_before_anything_is_opened(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(UserError, match=re.escape(f"{name}={value!r}: must be")):
+        phijax.load("/nowhere", **wrong)
+
+
+def test_help_shows_the_options_that_there_are():
+    ours, theirs = inspect.signature(phijax.load), inspect.signature(library.load)
+    assert list(ours.parameters) == list(theirs.parameters)
+    for name, parameter in ours.parameters.items():
+        assert parameter.default == theirs.parameters[name].default
+        assert name == "path" or f"{name}:" in phijax.load.__doc__
+
+
 def run(capsys, *arguments: str) -> str:
     command_generate.FLAGS.unparse_flags()
     for name in command_generate.FLAGS:
@@ -186,6 +235,7 @@ def test_the_command_prints_what_the_library_gives(capsys, folder, model):
     common = (f"--checkpoint={folder}", "--max_tokens=5", "--temperature=0")
     expected = model.generate("The file", max_tokens=5, temperature=0)
     assert run(capsys, *common, "--prompt=The file") == "The file" + expected.text + "\n"
+    assert run(capsys, f"--checkpoint={folder}", "--max_tokens=0", "--prompt=The file") == "The file\n"
     lines = run(capsys, *common, "--prompt=The file", "--prompt=a", "--json").splitlines()
     assert json.loads(lines[0])["tokens"] == list(expected.tokens) and len(lines) == 2
     chat = run(capsys, *common, "--chat", "--message=a line", "--json")

@@ -1,6 +1,8 @@
 """Filters against transformers' processors; draws against the probabilities that they should have."""
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +91,6 @@ def compiled(plan: Plan):
 
 def choice(sampling: Sampling) -> list[int]:
     """A token for each of five rows; in the last two of 500 are close: 5e-7 apart, two steps of float32."""
-    sampling.check()
     rows = np.concatenate([logits(), np.zeros((1, VOCABULARY), np.float32)])
     rows[4, 3], rows[4, 9] = 2.0, np.nextafter(np.nextafter(np.float32(2), 3), 3)
     rows = np.concatenate([rows, np.full((5, 12), -np.inf, np.float32)], axis=1)  # as where the vocabulary is padded
@@ -135,20 +136,65 @@ def test_the_likeliest_stays_whatever_top_p_rounds_to():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"max_tokens": 0},
+        {"max_tokens": -1},
+        {"max_tokens": 2.5},
+        {"max_tokens": True},
+        {"max_tokens": "8"},
+        {"max_tokens": None},
         {"temperature": -1},
+        {"temperature": "hot"},
+        {"temperature": "0.5"},
+        {"temperature": np.array([0.5])},
+        {"temperature": False},
+        {"temperature": np.True_},
+        {"temperature": 10**400},
+        {"temperature": math.inf},
         {"temperature": float("nan")},
         {"top_k": -1},
-        {"top_p": 0},
+        {"top_k": 40.0},
+        {"top_k": np.float32(40)},
+        {"top_k": math.nan},
+        {"top_p": -0.1},
         {"top_p": 1.1},
+        {"top_p": math.nan},
+        {"min_p": None},
+        {"min_p": 1j},
+        {"repetition_penalty": math.nan},
+        {"seed": 2**32},
+        {"seed": 0.0},
         {"min_p": 2},
         {"repetition_penalty": 0},
         {"repetition_penalty": 1e39},
         {"repetition_penalty": 1e-46},
         {"seed": -1},
         {"stop": ("",)},
+        {"stop": ""},
+        {"stop": None},
+        {"stop": 5},
+        {"stop": b"no"},
+        {"stop": ["no", 5]},
+        {"stop": {"no": 1}},
+        {"stop_ids": [1.5]},
+        {"stop_ids": "12"},
+        {"stop_ids": b"12"},
+        {"stop_ids": [True]},
+        {"stop_ids": -1},
+        {"stop_ids": None},
     ],
 )
 def test_settings_that_mean_nothing_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
-        Sampling(**wrong).check()
+        Sampling(**wrong)
+
+
+def test_what_was_given_alone_or_as_numpy_has_it_is_what_it_says():
+    given = Sampling(np.int64(3), np.float32(0.5), np.uint8(7), 1, jnp.float32(0), 1, np.int32(2), "no", np.int64(4))
+    assert given == Sampling(3, 0.5, 7, 1.0, 0.0, 1.0, 2, ("no",), (4,))
+    assert all(type(value) in (int, float, tuple) for value in dataclasses.astuple(given))
+    several = Sampling(stop=["no", "never"], stop_ids=np.array([4, 5]))
+    assert several == Sampling(stop=("no", "never"), stop_ids=(4, 5)) and hash(several)
+
+
+def test_top_p_of_nothing_takes_the_likeliest():
+    assert Sampling(temperature=1, top_p=0).plan == Sampling(temperature=0).plan
+    assert choice(Sampling(temperature=1, top_p=0.0)) == choice(Sampling(temperature=0))

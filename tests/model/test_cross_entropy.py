@@ -16,7 +16,7 @@ from phijax.parallel.sharding import sharding
 
 BATCH, LENGTH, DIM, VOCAB, PADDED = 4, 26, 12, 53, 64
 # 104 tokens: 9 chunks of 12 and a surplus of 4 on one device, 3 of 9 and 1 where a chip holds 26 of them.
-CHUNK = 12
+CHUNK, DEFAULT_CHUNK = 12, module.CHUNK
 QUICK = {"xla_backend_optimization_level": 0}  # most of these tests is compilation of what runs once
 LOSSES = {
     "plain": LossConfig(),
@@ -234,14 +234,25 @@ def full_logprobs(x, head, targets, weights):
 @pytest.mark.parametrize("function", [full_sum, full_logprobs])
 def test_no_full_logits_in_the_program(monkeypatch, function):
     tokens, vocab, chunk = 256, 4096, 64
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    assert largest_array(function, tokens, vocab) == chunk * vocab
+    # One chunk for all: what the text looks like when it does happen.
+    monkeypatch.setattr(module, "CHUNK", tokens)
+    assert largest_array(function, tokens, vocab) == tokens * vocab
 
-    def largest(size: int) -> int:
-        monkeypatch.setattr(module, "CHUNK", size)
-        f32, i32 = jnp.float32, jnp.int32
-        shapes = [((2, tokens // 2, 8), f32), ((vocab, 8), f32), ((2, tokens // 2), i32), ((2, tokens // 2), f32)]
-        abstract = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
-        lowered = jax.jit(jax.grad(lambda *a: function(*a), argnums=(0, 1))).lower(*abstract)
-        return max(i.elements for i in hlo.instructions(lowered.compile(QUICK).as_text()))
 
-    assert largest(chunk) == chunk * vocab
-    assert largest(tokens) == tokens * vocab  # one chunk for all: what the text looks like when it does happen
+@pytest.mark.parametrize("function", [full_sum, full_logprobs])
+def test_a_chunks_logits_have_a_bound_in_bytes(monkeypatch, function):
+    """phi-3's vocabulary, whose programs on pods are compared by their text, and phi-4-mini's."""
+    monkeypatch.setattr(module, "CHUNK", DEFAULT_CHUNK)
+    assert largest_array(function, 4096, 32768) == 2048 * 32768
+    assert 2**28 < 4 * largest_array(function, 4096, 200704) <= 2**29
+
+
+def largest_array(function, tokens: int, vocab: int) -> int:
+    """Elements of the largest array in the compiled program of a function's gradients."""
+    f32, i32 = jnp.float32, jnp.int32
+    shapes = [((2, tokens // 2, 8), f32), ((vocab, 8), f32), ((2, tokens // 2), i32), ((2, tokens // 2), f32)]
+    abstract = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    lowered = jax.jit(jax.grad(lambda *a: function(*a), argnums=(0, 1))).lower(*abstract)
+    return max(i.elements for i in hlo.instructions(lowered.compile(QUICK).as_text()))

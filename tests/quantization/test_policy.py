@@ -45,6 +45,15 @@ def test_a_tied_model_has_no_head_to_quantize():
     assert "head" not in policy.assign(dataclasses.replace(MODEL, tied_head=True), policy.parse("int4"))
 
 
+def test_a_head_that_is_the_embedding_has_no_scheme_of_its_own():
+    for text in ("int4,head=int8", "int4_g32_head8,head=as_stored", "int4_g32,embedding=int8,head=int4"):
+        policy.parse(text)
+        with pytest.raises(UserError, match=r"head is its embedding \(tied\)(?s:.)*Say embedding="):
+            policy.parse(text, tied_head=True)
+    for text in ("int4_g32_head8", "int4,embedding=int8", "int4,head=int8,embedding=int8", "int4_down8,down=int4"):
+        assert policy.parse(text, tied_head=True) == policy.parse(text)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

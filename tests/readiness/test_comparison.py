@@ -55,6 +55,9 @@ def test_processes_of_one_host_share_its_memory(needed, verdict):
 def test_memory_without_a_config_is_only_told():
     found = comparison.memory([named(0), named(1, memory=7 * GB)], [None, None])
     assert found.verdict == OK and "7.0 GB" in found.text and "no --config" in found.text
+    bad = comparison.BAD_CONFIG
+    for one in (comparison.memory([named(0)], [None], bad), comparison.disk([named(0, disk=GB)], None, 0, bad)):
+        assert one.verdict == OK and "no --config" not in one.text and "see above" in one.text
 
 
 def test_disk_holds_every_kept_checkpoint():

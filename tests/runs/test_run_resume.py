@@ -10,18 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from quick_compilation import QUICK
 from run_case import EVERY, STEPS, Ended, flip_byte, learned, metrics, saved_steps
 
 from phijax import config as configs
-from phijax.checkpoint import manifest, reading
+from phijax.checkpoint import host_memory, manifest, reading
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
 from phijax.checkpoint.run_state import RunCheckpoints
 from phijax.data.batch import batch_sharding
 from phijax.data.loader import Loader
+from phijax.errors import UserError
 from phijax.model import params
 from phijax.parallel.mesh import make_mesh
+from phijax.run import assemble, resume
 from phijax.run import recipe as recipes
 from phijax.training.step import eval_step
 
@@ -61,6 +64,21 @@ def test_another_model_is_refused_by_key(runs, halfway):
         "--config.init_from",
     )
     assert unchanged(halfway)
+
+
+def test_a_run_that_was_refused_leaves_no_config_that_the_next_start_would_differ_from(runs, tmp_path, monkeypatch):
+    """Whatever refuses it before its first step; of a start that saved nothing there is nothing to compare with."""
+    config = configs.load(str(runs.experiment), [("seed", "5"), ("data.verify", "false")])
+    with monkeypatch.context() as without_memory:
+        without_memory.setattr(host_memory, "available_bytes", lambda: 1)
+        with pytest.raises(UserError, match="host memory"):
+            assemble.train(config, epath.Path(tmp_path / "run"))
+    assert not (tmp_path / "run/config.json").exists()
+    said: list[str] = []
+    for seed in (5, 6):
+        resume.keep_config(dataclasses.replace(config, seed=seed), epath.Path(tmp_path), 0, said.append)
+    assert said == [] and not (tmp_path / "config_history.jsonl").exists()
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 6
 
 
 PHASES = {

@@ -1,0 +1,23 @@
+"""The tokenizer that --tokenizer names: of a folder, of one of its files, of a GGUF file."""
+
+from etils import epath
+
+from phijax.interchange.open import open_checkpoint
+from phijax.text.open import open_tokenizer
+from phijax.text.tokenizer import TextTokenizer
+
+
+def open_given(path: epath.PathLike) -> TextTokenizer:
+    """Raises: UserError where there is none, or it cannot be read."""
+    path = epath.Path(path)
+    if path.is_file() and (path.suffix == ".gguf" or _begins_as_gguf(path)):
+        return open_checkpoint(path).tokenizer()
+    if path.is_dir() and (files := [file for file in path.iterdir() if file.suffix == ".gguf"]):
+        if not any((path / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+            return open_checkpoint(files[0] if len(files) == 1 else path).tokenizer()
+    return open_tokenizer(path)
+
+
+def _begins_as_gguf(path: epath.Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
