@@ -1,19 +1,25 @@
 """Runs pure stage functions, one unit in and one file and its counts out, over processes; what is done stays done."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import multiprocessing
 import os
 import pathlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from typing import Any
 
 from phijax.data.shards import write_atomically
 from phijax.errors import UserError
+
+SIGNAL_SECONDS = 0.5  # who ends a whole group of processes by signal ends the parent in this time: not a worker's fault
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +32,12 @@ class Task:
     marker: pathlib.Path  # written after the output; where it stands the task is not run again
 
 
-def run(tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def run(tasks: Sequence[Task], workers: int, held: pathlib.Path | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (number of the task, counts) as tasks end, those of an earlier run first.
 
     Processes are spawned, as a fork of a process with threads can hang, and end when this one does, however it does.
+    Args: held: a file that each of them has a shared lock on while it lives: the next start can wait for those that
+      have not noticed yet that this one was killed.
     Raises the first task's error, when those that are running have ended; UserError when a process was killed.
     """
     missing = []
@@ -44,13 +52,15 @@ def run(tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, dict[str, An
             yield i, _run(tasks[i])
         return
     pool = ProcessPoolExecutor(
-        min(workers, len(missing)), multiprocessing.get_context("spawn"), initializer=_end_with_parent
+        min(workers, len(missing)), multiprocessing.get_context("spawn"), initializer=_begin, initargs=(held,)
     )
     try:
-        futures = {pool.submit(_run, tasks[i]): i for i in missing}
+        with _no_interrupts_for_children():
+            futures = {pool.submit(_run, tasks[i]): i for i in missing}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
+        time.sleep(SIGNAL_SECONDS)
         raise UserError(
             "A worker process was killed, perhaps for want of memory. What is done is kept: start the same command "
             f"again, with fewer than --workers={workers} if memory was short."
@@ -80,10 +90,24 @@ def _counts_of_earlier_run(task: Task) -> dict[str, Any] | None:
         return None
 
 
-def _end_with_parent() -> None:
+@contextlib.contextmanager
+def _no_interrupts_for_children() -> Iterator[None]:
+    """The parent hears Ctrl-C too and decides; a process started inside never does, not while it is imported either."""
+    resource_tracker.ensure_running()  # when it is started it takes the block away
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin(held: pathlib.Path | None) -> None:
     """A worker whose parent was killed would otherwise wait for work for ever, with its memory."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too and decides
     parent = multiprocessing.parent_process()
+    if held is not None:
+        fcntl.flock(os.open(held, os.O_RDWR | os.O_CREAT, 0o666), fcntl.LOCK_SH)  # closed by the process's end alone
+        if not parent.is_alive():  # else whoever waits for the lock waits for this process
+            os._exit(1)
 
     def watch() -> None:
         parent.join()
