@@ -17,12 +17,18 @@ from typing import NoReturn
 
 from phijax import command
 from phijax.errors import UserError, nearest_name
+from phijax.parallel import leaving
 
 VERBS = ("main", "prepare", "generate", "export", "quantize", "plan", "preflight", "show")
 
 
 def main() -> NoReturn:
     """The console entry: `phijax prepare ...` is `python -m phijax.prepare ...`."""
+    with leaving.at_once():  # the command's imports take a moment too
+        _main()
+
+
+def _main() -> NoReturn:
     if len(sys.argv) > 1 and sys.argv[1] in VERBS:
         verb = sys.argv.pop(1)
         # As `python -m` would: the same exit codes, and worker processes that are spawned find the command's module.

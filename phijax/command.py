@@ -7,17 +7,16 @@ import logging
 import os
 import re
 import select
-import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import flags
 
 from phijax import distribution, errors
-from phijax.parallel import hardware
+from phijax.parallel import hardware, leaving
 from phijax.report import streams
 from phijax.storage.named import named
 
@@ -49,8 +48,13 @@ def run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues =
     Args:
       main: takes the arguments that are not flags; returns an exit code, None for done.
       flag_values: where the flags of this command are defined.
-    Exit codes: `phijax.errors.EXIT_*`.
+    Exit codes: `phijax.errors.EXIT_*`; SIGTERM and Ctrl-C: 75, at once, unless the command handles them itself.
     """
+    with leaving.at_once():
+        _run(main, flag_values)
+
+
+def _run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues) -> NoReturn:
     streams.mend()
     warnings.formatwarning = _our_warnings_alone(warnings.formatwarning)
     if stranger := distribution.foreign():
@@ -72,6 +76,13 @@ def run_with_overrides(
     main: Callable[[list[str], list[tuple[str, str]]], int | None], flag_values: flags.FlagValues
 ) -> NoReturn:
     """`run` for a command of an experiment: `main` also takes the (KEY, VALUE) pairs of `--config.KEY=VALUE`."""
+    with leaving.at_once():
+        _run_with_overrides(main, flag_values)
+
+
+def _run_with_overrides(
+    main: Callable[[list[str], list[tuple[str, str]]], int | None], flag_values: flags.FlagValues
+) -> NoReturn:
     streams.mend()
     hardware.prepare_cpu()
     overrides: list[tuple[str, str]] = []
@@ -86,28 +97,7 @@ def run_with_overrides(
         print(f"error: {error}", file=sys.stderr)
         sys.exit(errors.EXIT_USER_ERROR)
     sys.argv = [sys.argv[0], *rest]
-    run(with_overrides, flag_values)
-
-
-@contextlib.contextmanager
-def left_on_sigterm(tidy: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """SIGTERM inside ends the process at once, with exit code 75, after `tidy`. Main thread only.
-
-    For where there is nothing to save. No KeyboardInterrupt: raised while jax is imported it may be swallowed there, or
-    crash the process (jax 0.10.2).
-    """
-
-    def leave(number: int, frame) -> NoReturn:
-        with contextlib.suppress(Exception):
-            tidy()
-        os.write(2, b"SIGTERM: stopped; the same command can be started again\n")  # a print could run into another
-        os._exit(errors.EXIT_RESTART)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    _run(with_overrides, flag_values)
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -11,6 +11,7 @@ from phijax.config import Config
 from phijax.distribution import install_hint
 from phijax.errors import UserError
 from phijax.model import params
+from phijax.parallel import leaving
 from phijax.parallel.hardware import COMPILER_PROFILES, NO_PROFILE, CompilerConfig
 from phijax.parallel.mesh import make_mesh
 from phijax.planning import analytic, compiled, search, topology
@@ -134,11 +135,13 @@ def compile_some(slice_name: str, how: How, ranked: Sequence[Ranked], top: int) 
     # In a thread, since the compiler does not look at signals: an interruption would wait for it to end.
     beside = concurrent.futures.ThreadPoolExecutor(1)
     try:
-        for one in search.compile_in_turn(
-            ranked, top, list(profiles), lambda *given: beside.submit(compile_one, *given).result()
-        ):
-            done.append(one)
-            how.say(f"  {search.row(one)}")
+        # Whoever limits a search by `timeout` is to be shown what was found by then, as at the keyboard.
+        with leaving.as_keyboard_interrupt():
+            for one in search.compile_in_turn(
+                ranked, top, list(profiles), lambda *given: beside.submit(compile_one, *given).result()
+            ):
+                done.append(one)
+                how.say(f"  {search.row(one)}")
     except KeyboardInterrupt:
         return done, True
     finally:

@@ -18,6 +18,7 @@ from phijax.checkpoint.gguf_tokenizer import NAMED_STOPS, PHI3_NAMES, PREFIX, ST
 from phijax.checkpoint.gguf_vocabulary import vocabulary
 from phijax.checkpoint.opened import Opened
 from phijax.errors import UserError
+from phijax.parallel import leaving
 
 Kind = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0"]
 KINDS: tuple[str, ...] = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
@@ -93,9 +94,10 @@ def finished(path: epath.Path) -> Iterator[epath.Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
     try:
-        yield temporary
-        with open(os.fspath(temporary), "rb") as file:
-            os.fsync(file.fileno())
+        with leaving.tidied(temporary.unlink):
+            yield temporary
+            with open(os.fspath(temporary), "rb") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
         durable.sync_directory(path.parent)
     except OSError as error:

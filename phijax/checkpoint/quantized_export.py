@@ -21,6 +21,7 @@ from phijax.checkpoint.weight_source import Index, blocks, check_finite
 from phijax.errors import UserError
 from phijax.model import params
 from phijax.model.config import model_to_dict
+from phijax.parallel import leaving
 from phijax.quantization import packing, policy
 from phijax.quantization.policy import Scheme
 from phijax.quantization.rounding import Quantize, round_to_nearest
@@ -99,7 +100,7 @@ def write(
         there.mkdir(parents=True, exist_ok=True)
         # Before `staged`, which after an exception removes the folder: it may be another process's.
         lock = WriterLock(there, break_lock=False, log=say)
-        with staging.staged(output, resumable=True) as folder:
+        with leaving.tidied(lock.release), staging.staged(output, resumable=True) as folder:
             try:
                 done = _taken_up(folder, identity, say)
                 arrays = _Arrays(folder, opened, assigned)
