@@ -50,12 +50,12 @@ def run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues =
       flag_values: where the flags of this command are defined.
     Exit codes: `phijax.errors.EXIT_*`; SIGTERM and Ctrl-C: 75, at once, unless the command handles them itself.
     """
+    streams.mend()  # first: what is opened must not get the number of a closed stream
     with leaving.at_once():
         _run(main, flag_values)
 
 
 def _run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues) -> NoReturn:
-    streams.mend()
     warnings.formatwarning = _our_warnings_alone(warnings.formatwarning)
     if stranger := distribution.foreign():
         print(f"warning: {stranger}", file=sys.stderr)
@@ -76,6 +76,7 @@ def run_with_overrides(
     main: Callable[[list[str], list[tuple[str, str]]], int | None], flag_values: flags.FlagValues
 ) -> NoReturn:
     """`run` for a command of an experiment: `main` also takes the (KEY, VALUE) pairs of `--config.KEY=VALUE`."""
+    streams.mend()
     with leaving.at_once():
         _run_with_overrides(main, flag_values)
 
@@ -83,7 +84,6 @@ def run_with_overrides(
 def _run_with_overrides(
     main: Callable[[list[str], list[tuple[str, str]]], int | None], flag_values: flags.FlagValues
 ) -> NoReturn:
-    streams.mend()
     hardware.prepare_cpu()
     overrides: list[tuple[str, str]] = []
 

@@ -118,7 +118,7 @@ def dry_run(config) -> int:
         unused = plan.unused_records(path)
         tails = f"; {unused:,} at the ends of shards fill no row" if unused else ""
         print(f"data: {path}: {plan.sources[path].num_records:,} records, seen {epochs:.3g} times{tails}")
-    print(checked)
+    print("\n".join([*(f"warning: {text}" for text in plan.repeats()), checked]))
     if config.init_from and not (workdir and reading.newest_identity(workdir / CHECKPOINTS_FOLDER)):
         for line in start.open_start(config, recipe.model, next(iter(plan.sources.values())), verify=False).lines:
             print(line)

@@ -3,8 +3,8 @@
 Reads .txt and .md (a file is a document), .jsonl, .jsonl.gz, .jsonl.zst and .parquet (a row is one). Writes shards,
 their manifest and their tokenizer into --output, or into --output/train and --output/validation. Started again after
 it was stopped it goes on where it was, also after files were mended, added or left out; the result is the same to the
-byte, whatever the number of processes. Several
-machines over one disk: --part=I/N on each, with --tokenizer, and at the end once without.
+byte, whatever the number of processes. Several machines over one disk: --part=I/N on each, with --tokenizer, and at
+the end once without. --on_error=skip leaves out files that are broken, and counts them.
 """
 
 import os

@@ -51,6 +51,7 @@ def run(tasks: Sequence[Task], workers: int, held: pathlib.Path | None = None) -
         for i in missing:
             yield i, _run(tasks[i])
         return
+    _start_tracker()
     pool = ProcessPoolExecutor(
         min(workers, len(missing)), multiprocessing.get_context("spawn"), initializer=_begin, initargs=(held,)
     )
@@ -90,10 +91,23 @@ def _counts_of_earlier_run(task: Task) -> dict[str, Any] | None:
         return None
 
 
+def _start_tracker() -> None:
+    """Python's process that removes the semaphores of a pool, before anything needs it: starting it unblocks signals.
+
+    Where this process left at once it has some to remove, and would warn of that on our standard error.
+    """
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join([*filter(None, [before]), "ignore:resource_tracker"])
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        del os.environ["PYTHONWARNINGS"]
+        os.environ |= {"PYTHONWARNINGS": before} if before is not None else {}
+
+
 @contextlib.contextmanager
 def _no_interrupts_for_children() -> Iterator[None]:
     """The parent hears Ctrl-C too and decides; a process started inside never does, not while it is imported either."""
-    resource_tracker.ensure_running()  # when it is started it takes the block away
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

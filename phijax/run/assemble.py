@@ -52,7 +52,7 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
     """
     mesh, recipe, plan, sets = checked(config, workdir)
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda text: None
-    for text in params.check_mesh(recipe.model, dict(mesh.shape)):
+    for text in [*params.check_mesh(recipe.model, dict(mesh.shape)), *plan.repeats()]:
         say(f"warning: {text}")
     if recipe.options:
         say(f"options of the compiler: {recipe.options}")
