@@ -15,19 +15,28 @@ import runpy
 import sys
 from typing import NoReturn
 
-from phijax import command
 from phijax.errors import UserError, nearest_name
+from phijax.report import streams
+from phijax.storage import leaving
 
 VERBS = ("main", "prepare", "generate", "export", "quantize", "plan", "preflight", "show")
 
 
 def main() -> NoReturn:
     """The console entry: `phijax prepare ...` is `python -m phijax.prepare ...`."""
+    streams.mend()  # first: what is opened must not get the number of a closed stream
+    with leaving.at_once():  # imports take a moment too
+        _main()
+
+
+def _main() -> NoReturn:
     if len(sys.argv) > 1 and sys.argv[1] in VERBS:
         verb = sys.argv.pop(1)
         # As `python -m` would: the same exit codes, and worker processes that are spawned find the command's module.
         runpy.run_module(f"phijax.{verb}", run_name="__main__", alter_sys=True)
         sys.exit(0)
+    from phijax import command
+
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         del sys.argv[2:]  # flags of a verb that does not exist are not the mistake to report
     command.run(_without_verb)

@@ -7,11 +7,10 @@ import logging
 import os
 import re
 import select
-import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import flags
@@ -19,6 +18,7 @@ from absl import flags
 from phijax import distribution, errors
 from phijax.parallel import hardware
 from phijax.report import streams
+from phijax.storage import leaving
 from phijax.storage.named import named
 
 # Full, read-only and forbidden disks, and names that no disk takes, may show anywhere, and are no bugs of ours.
@@ -49,9 +49,14 @@ def run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues =
     Args:
       main: takes the arguments that are not flags; returns an exit code, None for done.
       flag_values: where the flags of this command are defined.
-    Exit codes: `phijax.errors.EXIT_*`.
+    Exit codes: `phijax.errors.EXIT_*`; SIGTERM and Ctrl-C: 75, at once, unless the command handles them itself.
     """
-    streams.mend()
+    streams.mend()  # first: what is opened must not get the number of a closed stream
+    with leaving.at_once():
+        _run(main, flag_values)
+
+
+def _run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues) -> NoReturn:
     warnings.formatwarning = _our_warnings_alone(warnings.formatwarning)
     if stranger := distribution.foreign():
         print(f"warning: {stranger}", file=sys.stderr)
@@ -73,6 +78,13 @@ def run_with_overrides(
 ) -> NoReturn:
     """`run` for a command of an experiment: `main` also takes the (KEY, VALUE) pairs of `--config.KEY=VALUE`."""
     streams.mend()
+    with leaving.at_once():
+        _run_with_overrides(main, flag_values)
+
+
+def _run_with_overrides(
+    main: Callable[[list[str], list[tuple[str, str]]], int | None], flag_values: flags.FlagValues
+) -> NoReturn:
     hardware.prepare_cpu()
     overrides: list[tuple[str, str]] = []
 
@@ -86,28 +98,7 @@ def run_with_overrides(
         print(f"error: {error}", file=sys.stderr)
         sys.exit(errors.EXIT_USER_ERROR)
     sys.argv = [sys.argv[0], *rest]
-    run(with_overrides, flag_values)
-
-
-@contextlib.contextmanager
-def left_on_sigterm(tidy: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """SIGTERM inside ends the process at once, with exit code 75, after `tidy`. Main thread only.
-
-    For where there is nothing to save. No KeyboardInterrupt: raised while jax is imported it may be swallowed there, or
-    crash the process (jax 0.10.2).
-    """
-
-    def leave(number: int, frame) -> NoReturn:
-        with contextlib.suppress(Exception):
-            tidy()
-        os.write(2, b"SIGTERM: stopped; the same command can be started again\n")  # a print could run into another
-        os._exit(errors.EXIT_RESTART)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    _run(with_overrides, flag_values)
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -192,7 +192,8 @@ def _print_pieces(pieces) -> str:
 def _print_result(prompt: str, result) -> None:
     if FLAGS.json:
         fields = ("text", "tokens", "logprobs", "finish_reason")
-        print(json.dumps({"prompt": prompt} | {name: getattr(result, name) for name in fields}))
+        # One write: a stop between two would cut the line off.
+        sys.stdout.write(json.dumps({"prompt": prompt} | {name: getattr(result, name) for name in fields}) + "\n")
     else:
         print((result.text if FLAGS.chat else prompt + result.text) + "\n", end="")
 

@@ -4,7 +4,6 @@ A run that was stopped or killed goes on when the same command is started again.
 user's error, 75 stopped on request (start it again).
 """
 
-import contextlib
 import json
 import math
 import sys
@@ -57,6 +56,7 @@ def checked_config(arguments: list[str], overrides: list[tuple[str, str]]):
 
 def train(config) -> int:
     from phijax.parallel import processes
+    from phijax.storage import leaving
 
     def run() -> int:
         from etils import epath
@@ -68,12 +68,12 @@ def train(config) -> int:
         workdir = epath.Path(FLAGS.workdir)
         world = processes.start(config.processes, FLAGS.coordinator_address, FLAGS.process_count, FLAGS.process_id)
 
-        # Several processes have JAX's own handler from here on: they stop together at the loop's first step.
         def abandon() -> None:
             compile_cache.abandon(workdir)
             lock.abandon(workdir)
 
-        with command.left_on_sigterm(abandon) if world.count == 1 else contextlib.nullcontext():
+        # Several processes have JAX's own handler from here on: they stop together at the loop's first step.
+        with leaving.tidied(abandon) if world.count == 1 else leaving.interrupt_as_sigterm():
             outcome = assemble.train(config, workdir)
         processes.finish(config.processes.shutdown_timeout)
         return EXIT_RESTART if outcome.stopped else EXIT_DONE
@@ -119,7 +119,7 @@ def dry_run(config) -> int:
         unused = plan.unused_records(path)
         tails = f"; {unused:,} at the ends of shards fill no row" if unused else ""
         print(f"data: {path}: {plan.sources[path].num_records:,} records, seen {epochs:.3g} times{tails}")
-    print(checked)
+    print("\n".join([*(f"warning: {text}" for text in plan.repeats()), checked]))
     if config.init_from and not (workdir and reading.newest_identity(workdir / CHECKPOINTS_FOLDER)):
         for line in start.open_start(config, recipe.model, next(iter(plan.sources.values())), verify=False).lines:
             print(line)
@@ -134,8 +134,7 @@ def dry_run(config) -> int:
 
 def entry() -> None:
     """Where the command starts, under either name."""
-    with command.left_on_sigterm():  # until the loop listens, which saves first
-        command.run_with_overrides(main, FLAGS)
+    command.run_with_overrides(main, FLAGS)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,11 @@ compiler, or with --analytic, the figures are from shapes alone and say so. Exit
 user's error, 75 a search was interrupted (its table so far is printed).
 """
 
-import contextlib
 import functools
 import json
 import math
 import os
-import signal
 import sys
-from collections.abc import Iterator
 
 from absl import flags
 
@@ -59,8 +56,7 @@ def main(arguments: list[str], overrides: list[tuple[str, str]]) -> int:
     say = functools.partial(print, file=sys.stderr, flush=True)
     how = planner.How(not FLAGS.analytic, compiler_options(FLAGS.compiler_option), say)
     if FLAGS.search:
-        with terminated_as_interrupted():
-            found = planner.find(config, FLAGS.topology, how, top=FLAGS.compile_top)
+        found = planner.find(config, FLAGS.topology, how, top=FLAGS.compile_top)
         tell(found)
         return EXIT_RESTART if found.interrupted else EXIT_DONE if found.winner else EXIT_DOES_NOT_FIT
     plan, recipe = planner.make_plan(config, FLAGS.topology, how, price=FLAGS.price_per_chip_hour)
@@ -70,16 +66,6 @@ def main(arguments: list[str], overrides: list[tuple[str, str]]) -> int:
 
         plot_plan(plan, recipe, FLAGS.plot)
     return EXIT_DONE if plan.fits else EXIT_DOES_NOT_FIT
-
-
-@contextlib.contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """Whoever limits a search by `timeout` is to be shown what was found by then, as at the keyboard."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def check_price(price: float | None) -> None:

@@ -22,6 +22,7 @@ from phijax.planning.search import Candidate, Ranked, Work
 from phijax.planning.step_plan import plan_step
 from phijax.run import recipe as recipes
 from phijax.run import start
+from phijax.storage import leaving
 from phijax.training.program import BatchShape, Recipe, abstract_state
 
 
@@ -134,11 +135,13 @@ def compile_some(slice_name: str, how: How, ranked: Sequence[Ranked], top: int) 
     # In a thread, since the compiler does not look at signals: an interruption would wait for it to end.
     beside = concurrent.futures.ThreadPoolExecutor(1)
     try:
-        for one in search.compile_in_turn(
-            ranked, top, list(profiles), lambda *given: beside.submit(compile_one, *given).result()
-        ):
-            done.append(one)
-            how.say(f"  {search.row(one)}")
+        # Whoever limits a search by `timeout` is to be shown what was found by then, as at the keyboard.
+        with leaving.as_keyboard_interrupt():
+            for one in search.compile_in_turn(
+                ranked, top, list(profiles), lambda *given: beside.submit(compile_one, *given).result()
+            ):
+                done.append(one)
+                how.say(f"  {search.row(one)}")
     except KeyboardInterrupt:
         return done, True
     finally:

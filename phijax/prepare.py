@@ -2,8 +2,9 @@
 
 Reads .txt and .md (a file is a document), .jsonl, .jsonl.gz, .jsonl.zst and .parquet (a row is one). Writes shards,
 their manifest and their tokenizer into --output, or into --output/train and --output/validation. Started again after
-it was stopped it goes on where it was; the result is the same to the byte, whatever the number of processes. Several
-machines over one disk: --part=I/N on each, with --tokenizer, and at the end once without.
+it was stopped it goes on where it was, also after files were mended, added or left out; the result is the same to the
+byte, whatever the number of processes. Several machines over one disk: --part=I/N on each, with --tokenizer, and at
+the end once without. --on_error=skip leaves out files that are broken, and counts them.
 """
 
 import os
@@ -18,7 +19,8 @@ from absl import flags
 
 from phijax import command
 from phijax.curation import preparation
-from phijax.data.shard_manifest import Manifest
+from phijax.curation.dropped import said
+from phijax.data.shard_manifest import MANIFEST_FILE, Manifest
 from phijax.errors import UserError
 
 FLAGS = flags.FlagValues()
@@ -41,6 +43,13 @@ flags.DEFINE_integer("workers", None, "processes; none: as many as there are cor
 flags.DEFINE_string(
     "part", None, "I/N: only every N-th piece of the input, from I on (0 to N-1); then once without", flag_values=FLAGS
 )
+flags.DEFINE_enum(
+    "on_error",
+    "stop",
+    ["stop", "skip"],
+    "at a file that cannot be read: stop, or leave it out, count it and go on",
+    flag_values=FLAGS,
+)
 flags.DEFINE_boolean("dry_run", False, "say what would be done, and write nothing", flag_values=FLAGS)
 
 _FILES_LISTED = 20
@@ -59,10 +68,10 @@ def main(arguments: list[str]) -> None:
     started = time.monotonic()
     if FLAGS.part is not None:
         part, parts = _part(FLAGS.part)
-        done = preparation.prepare_part(plan, workers, _watch, part, parts)
+        done = preparation.prepare_part(plan, workers, _watch, part, parts, _say)
         print(f"Part {part} of {parts}: {done} pieces. After all parts: the same command without --part.")
         return
-    manifests = preparation.prepare(plan, workers, _watch)
+    manifests = preparation.prepare(plan, workers, _watch, _say)
     print("\n".join(_summary(plan, manifests)))
     print("It was complete already." if already else f"Done in {time.monotonic() - started:.0f} s.")
 
@@ -97,6 +106,7 @@ def _request(arguments: list[str]) -> preparation.Request:
         validation_fraction=FLAGS.validation_fraction,
         seed=FLAGS.seed,
         text_field=FLAGS.text_field,
+        skip_broken=FLAGS.on_error == "skip",
     )
 
 
@@ -130,7 +140,12 @@ def _described(plan: preparation.Plan, workers: int) -> list[str]:
 def _summary(plan: preparation.Plan, manifests: list[Manifest]) -> list[str]:
     first = manifests[0]
     lines = [f"documents  {first.documents_read:>15,}  read from {len(plan.files)} files"]
-    lines += [f"           {count:>15,}  dropped: {reason}" for reason, count in first.documents_dropped.items()]
+    for reason, count in first.documents_dropped.items():
+        lines.append(f"           {count:>15,}  dropped: {reason}, as {said(first.documents_dropped_at, reason)}")
+    for name, why in list(first.files_skipped.items())[:_FILES_LISTED]:
+        lines.append(f"skipped    {name} {why}")
+    if len(first.files_skipped) > _FILES_LISTED:
+        lines.append(f"           {len(first.files_skipped):>15,}  files skipped in all, see {MANIFEST_FILE}")
     if plan.ignored:
         lines.append(f"files      {len(plan.ignored):>15,}  ignored, as {plan.ignored[0]}")
     if first.unknown_tokens:
@@ -144,6 +159,10 @@ def _summary(plan: preparation.Plan, manifests: list[Manifest]) -> list[str]:
         lines += [str(folder), *(f"{'':<10} {count:>15,}  {what}" for count, what in counted)]
     lines.append(f"tokenizer  {first.vocab_size:>15,}  ids, fingerprint {first.tokenizer_fingerprint[:12]}")
     return lines
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _watch(doing: str, total: int, results: Iterator[Any]) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from absl import flags
 from etils import epath
 
 from phijax import command
+from phijax.curation.dropped import said
 from phijax.data.shard_manifest import MANIFEST_FILE, Manifest
 from phijax.data.shards import Shards
 from phijax.errors import UserError
@@ -108,6 +109,7 @@ def _show_shards(folder: epath.Path) -> None:
 def _table(folder: str, manifest: Manifest) -> list[str]:
     """The manifest for people: a line a number, then the shards."""
     dropped = "".join(f", {count:,} {reason}" for reason, count in manifest.documents_dropped.items()) or ", 0"
+    places = manifest.documents_dropped_at
     ignored = f", {len(manifest.ignored_files)} ignored" if manifest.ignored_files else ""
     rows = [
         ("shards", f"{folder} ({manifest.split})"),
@@ -115,6 +117,8 @@ def _table(folder: str, manifest: Manifest) -> list[str]:
         ("tokens", f"{manifest.num_tokens:,}, {manifest.num_tail_tokens:,} of them lost in the tails of shards"),
         ("documents", f"{manifest.documents_kept:,} here, {manifest.documents_in_other_split:,} in the other split"),
         ("dropped", f"{dropped[2:]}, of {manifest.documents_read:,} read"),
+        *(("  as", f"{reason}: {said(places, reason)}") for reason in places),
+        *(("skipped", f"{name} {why}") for name, why in list(manifest.files_skipped.items())[:_SHARDS_LISTED]),
         ("input", f"{len(manifest.inputs)} files, {sum(entry.bytes for entry in manifest.inputs):,} bytes{ignored}"),
         ("tokenizer", f"{manifest.vocab_size:,} ids, fingerprint {manifest.tokenizer_fingerprint[:12]}"),
         ("digest", manifest.digest[:12]),

@@ -7,7 +7,7 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 from etils import epath
@@ -18,6 +18,14 @@ from phijax.errors import UserError, nearest_name
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _READ_BYTES = 1 << 20
+
+
+class BrokenFile(UserError):
+    """A file that cannot be read, or not to its end. `why`: without its path, which is another on another machine."""
+
+    def __init__(self, path: str, why: str, cure: str = "Mend it, or leave it out of --input"):
+        super().__init__(f"{path} {why}. {cure}; --on_error=skip leaves out every file that is broken.")
+        self.why = why
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +53,20 @@ class Document:
     index: int  # in its file; the first byte of its line in a .jsonl file
     text: str | None
     dropped: str | None = None
+    line: int = dataclasses.field(default=0, compare=False)  # or row, from 1 on in its part; 0: it is a whole file
 
 
-def find_inputs(pattern: str, outside: str) -> tuple[list[InputFile], list[str]]:
+def _raise(name: str, error: BrokenFile) -> None:
+    raise error
+
+
+def find_inputs(
+    pattern: str, outside: str, broken: Callable[[str, BrokenFile], None] = _raise
+) -> tuple[list[InputFile], list[str]]:
     """The files that a folder (with all below it), a file or a glob means, by name, and the names that are not read.
 
-    What lies in the folder `outside`, where the output goes, is no input.
+    What lies in the folder `outside`, where the output goes, is no input. `broken` is told of links that lead nowhere
+    and of what is no file, and what it does not raise for is left out.
 
     Raises UserError when nothing is found, a glob names a file of no kind that is read, or a link leads nowhere.
     """
@@ -60,7 +76,13 @@ def find_inputs(pattern: str, outside: str) -> tuple[list[InputFile], list[str]]
     else:
         folder = os.path.isdir(pattern)
         found, left = walk.below(pattern, outside) if folder else walk.matching(pattern, outside)
-    files = sorted((_input_file(name, path) for name, path in found if _suffix(name)), key=lambda file: file.name)
+    files = []
+    for name, path in sorted(found):
+        if _suffix(name):
+            try:
+                files.append(_input_file(name, path))
+            except BrokenFile as error:
+                broken(name, error)
     ignored = sorted(name for name, _ in found if not _suffix(name))
     if ignored and not folder:
         raise UserError(f"--input={pattern} means {ignored[0]} too, which is none of {' '.join(SUFFIXES)}.")
@@ -80,20 +102,23 @@ def parts_of(files: Iterable[InputFile], part_bytes: int) -> list[Part]:
     return parts
 
 
-def read_part(part: Part, text_field: str) -> Iterator[Document]:
-    """The documents of a part, dropped ones too. Raises UserError for a file that breaks off or is not what it says."""
+def read_part(part: Part, text_field: str, saw_line: Callable[[], None] = lambda: None) -> Iterator[Document]:
+    """The documents of a part, dropped ones too. `saw_line` is called for each line, of those without a document too.
+
+    Raises BrokenFile for a file that breaks off or is not what it says, UserError where a package is missing.
+    """
     suffix = _suffix(part.file.name)
     try:
         if suffix in (".txt", ".md"):
             yield _text_file(part.file)
         elif suffix == ".jsonl":
-            yield from _json_lines(_lines_of_range(part), text_field)
+            yield from _json_lines(_lines_of_range(part), text_field, saw_line)
         elif suffix == ".parquet":
             yield from _parquet(part.file, text_field)
         else:
-            yield from _json_lines(_lines(_decompressed(part.file, suffix)), text_field)
+            yield from _json_lines(_lines(_decompressed(part.file, suffix)), text_field, saw_line)
     except OSError as error:  # a broken .gz file is one too
-        raise UserError(f"{part.file.path} cannot be read: {error}") from error
+        raise BrokenFile(part.file.path, f"cannot be read: {error.strerror or error}") from error
 
 
 def _suffix(name: str) -> str | None:
@@ -103,55 +128,57 @@ def _suffix(name: str) -> str | None:
 def _input_file(name: str, path: str) -> InputFile:
     try:
         if "://" not in path and not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"{path} is a pipe, a device or the like, not a file. Take it out of --input.")
+            raise BrokenFile(path, "is a pipe, a device or the like, not a file", "Take it out of --input")
         return InputFile(name, path, epath.Path(path).stat().length)
     except FileNotFoundError as error:
         if os.path.islink(path):
-            raise UserError(
-                f"{path} is a link to {os.readlink(path)}, where nothing is. Mend the link, or take it out of --input."
-            ) from error
-        raise UserError(f"{path} cannot be read: {error}") from error
+            why = f"is a link to {os.readlink(path)}, where nothing is"
+            raise BrokenFile(path, why, "Mend the link, or take it out of --input") from error
+        raise BrokenFile(path, f"cannot be read: {error.strerror or error}") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise BrokenFile(path, f"cannot be read: {error.strerror or error}") from error
 
 
 def _text_file(file: InputFile) -> Document:
     return _document(0, epath.Path(file.path).read_bytes().removeprefix(codecs.BOM_UTF8))
 
 
-def _document(index: int, text: bytes | str) -> Document:
+def _document(index: int, text: bytes | str, line: int = 0) -> Document:
     try:
         # A string out of JSON may hold half of a surrogate pair, which is text in no file.
         text = text.decode() if isinstance(text, bytes) else text.encode().decode()
     except UnicodeError:
-        return Document(index, None, "not UTF-8")
-    return Document(index, text) if text.strip() else Document(index, None, "empty")
+        return Document(index, None, "not UTF-8", line)
+    return Document(index, text, None, line) if text.strip() else Document(index, None, "empty", line)
 
 
-def _json_lines(lines: Iterable[tuple[int, bytes]], text_field: str) -> Iterator[Document]:
-    for index, line in lines:
+def _json_lines(
+    lines: Iterable[tuple[int, bytes]], text_field: str, saw_line: Callable[[], None]
+) -> Iterator[Document]:
+    for number, (index, line) in enumerate(lines, start=1):
+        saw_line()
         if index == 0:
             line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():  # a line with nothing in it, as at the end of many files, is no document
-            yield _json_document(index, line, text_field)
+            yield _json_document(index, line, text_field, number)
 
 
-def _json_document(index: int, line: bytes, text_field: str) -> Document:
+def _json_document(index: int, line: bytes, text_field: str, number: int) -> Document:
     try:
         row = json.loads(line.decode())
     except UnicodeError:
-        return Document(index, None, "not UTF-8")
+        return Document(index, None, "not UTF-8", number)
     except (ValueError, RecursionError):
-        return Document(index, None, "malformed JSON")
+        return Document(index, None, "malformed JSON", number)
     if not isinstance(row, dict) or text_field not in row or row[text_field] is None:
-        return Document(index, None, "no text field")
-    return _document_of_field(index, row[text_field])
+        return Document(index, None, "no text field", number)
+    return _document_of_field(index, row[text_field], number)
 
 
-def _document_of_field(index: int, value: Any) -> Document:
+def _document_of_field(index: int, value: Any, line: int) -> Document:
     if not isinstance(value, str | bytes):
-        return Document(index, None, "text field is no string")
-    return _document(index, value)
+        return Document(index, None, "text field is no string", line)
+    return _document(index, value, line)
 
 
 def _lines_of_range(part: Part) -> Iterator[tuple[int, bytes]]:
@@ -185,7 +212,7 @@ def _decompressed(file: InputFile, suffix: str) -> Iterator[bytes]:
         try:
             yield from _gunzip(raw) if suffix == ".jsonl.gz" else _unzstd(raw, file)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{file.path} is broken ({error}). Fetch it again, or leave it out of --input.") from error
+            raise BrokenFile(file.path, f"is broken ({error})", "Fetch it again, or leave it out of --input") from error
 
 
 def _gunzip(raw: IO[bytes]) -> Iterator[bytes]:
@@ -230,20 +257,22 @@ def _parquet(file: InputFile, text_field: str) -> Iterator[Document]:
                         yield _parquet_document(index, value)
                         index += 1
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file.path} is broken after {index} rows ({error}). Fetch it again.") from error
+            why = f"is broken after {index} rows ({error})"
+            raise BrokenFile(file.path, why, "Fetch it again, or leave it out of --input") from error
 
 
 def _require_column(file: InputFile, text_field: str, names: list[str]) -> None:
     if text_field not in names:
         nearest = nearest_name(text_field, names) or (names[0] if names else "")
-        raise UserError(
-            f"{file.path} has no column {text_field!r}. It has: {', '.join(names)}. Try --text_field={nearest}"
-        )
+        why = f"has no column {text_field!r}. It has: {', '.join(names)}"
+        raise BrokenFile(file.path, why, f"Try --text_field={nearest}")
 
 
 def _parquet_document(index: int, value: Any) -> Document:
     try:
         text = value.as_py()
     except UnicodeError:
-        return Document(index, None, "not UTF-8")
-    return Document(index, None, "no text field") if text is None else _document_of_field(index, text)
+        return Document(index, None, "not UTF-8", index + 1)
+    if text is None:
+        return Document(index, None, "no text field", index + 1)
+    return _document_of_field(index, text, index + 1)

@@ -1,6 +1,5 @@
 """Plans that no shards can come of: why, and what to ask for instead; nothing of them is left in the way of another."""
 
-import collections
 import pathlib
 import shutil
 from collections.abc import Iterable
@@ -10,14 +9,6 @@ from phijax.errors import UserError
 
 class Fruitless(UserError):
     """Of all text nothing can be trained on by this plan."""
-
-
-def no_document(source: str, text_field: str, read: int, dropped: collections.Counter[str]) -> Fruitless:
-    reasons = "".join(f"\n  {count} dropped: {reason}" for reason, count in dropped.most_common())
-    return Fruitless(
-        f"No document of {read} in --input={source} can be trained on.{reasons}\n"
-        f"In .jsonl and .parquet the text is looked for in --text_field={text_field}."
-    )
 
 
 def no_record(split: str, tokens: int, shards: int, block: int, documents: int) -> Fruitless:

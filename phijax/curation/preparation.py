@@ -1,24 +1,24 @@
 """From raw text to a folder of token shards: plan, tokenizer, both stages, the manifest last. Can be started again."""
 
-import collections
 import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import json
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from phijax.curation import fruitless, jobs
-from phijax.curation.documents import InputFile, Part, find_inputs, parts_of, read_part
+from phijax.curation import fruitless, jobs, unfinished
+from phijax.curation.documents import BrokenFile, InputFile, Part, find_inputs, parts_of, read_part
+from phijax.curation.dropped import Found, OfPart, Total, merged, why_none
 from phijax.curation.fruitless import Fruitless
 from phijax.curation.given_tokenizer import open_given
 from phijax.curation.tokenize_shards import Stage, assemble_shard, is_validation, tokenize_unit
+from phijax.curation.unfinished import Units, Wanted, marker
 from phijax.data.shard_manifest import MANIFEST_FILE, InputEntry, Manifest, ShardEntry, read_manifest
 from phijax.data.shards import Shards, token_dtype
 from phijax.errors import UserError
@@ -31,7 +31,7 @@ SHARD_BYTES = 128 << 20  # of text in a shard when their number is not given; it
 SAMPLE_BYTES = 64 << 20  # of text that a tokenizer is trained on, at most: half a minute, 0.8 GB of memory
 COMPRESSION = 3.5  # text bytes for a byte of a compressed file, about
 BYTES_PER_TOKEN = 3.5  # about
-_WORK = "unfinished"
+_WORK = unfinished.FOLDER
 
 # Shows results as they come: (what is done, how many there will be, the results) -> the results.
 Watch = Callable[[str, int, Iterator[Any]], Iterator[Any]]
@@ -50,6 +50,7 @@ class Request:
     validation_fraction: float = 0.0
     seed: int = 0
     text_field: str = "text"
+    skip_broken: bool = False  # files that cannot be read are left out, and counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Plan:
     num_train_shards: int
     num_validation_shards: int
     given_tokenizer: TextTokenizer | None
+    skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)  # files that cannot be opened, and why
 
     @property
     def text_bytes(self) -> int:
@@ -96,7 +98,14 @@ class Plan:
 def make_plan(request: Request) -> Plan:
     """Finds the input and checks what was asked for. Writes nothing. Raises UserError."""
     _check(request)
-    files, ignored = find_inputs(request.input, outside=request.output)
+    skipped: dict[str, str] = {}
+
+    def broken(name: str, error: BrokenFile) -> None:
+        if not request.skip_broken:
+            raise error
+        skipped[name] = error.why
+
+    files, ignored = find_inputs(request.input, outside=request.output, broken=broken)
     shards = request.num_shards or math.ceil(max(_text_bytes(files), 1) / SHARD_BYTES)
     fraction = request.validation_fraction
     return Plan(
@@ -107,6 +116,7 @@ def make_plan(request: Request) -> Plan:
         num_train_shards=shards,
         num_validation_shards=math.ceil(shards * fraction),
         given_tokenizer=open_given(request.tokenizer) if request.tokenizer else None,
+        skipped=skipped,
     )
 
 
@@ -114,47 +124,53 @@ def finished(plan: Plan) -> list[Manifest] | None:
     """The manifests of an output that is complete and is what `plan` would make. Raises UserError if it is another."""
     output = pathlib.Path(plan.request.output)
     found = {split: path for split, path in _possible_folders(output).items() if (path / MANIFEST_FILE).exists()}
-    if not found or (output / _WORK / "plan.json").exists():
+    if not found or (output / _WORK / unfinished.PLAN_FILE).exists():
         return None
     manifests = {split: read_manifest(epath.Path(path)) for split, path in found.items()}
     first = next(iter(manifests.values()))
     inputs = {entry.file: entry.bytes for entry in first.inputs}
-    _refuse_difference(output, first.settings, inputs, plan, {file.name: file.bytes for file in plan.files})
+    changes = unfinished.inputs_that_differ(inputs, {file.name: file.bytes for file in plan.files})
+    unfinished.refuse(output, [*unfinished.settings_that_differ(first.settings, plan.settings), *changes.values()])
     return [Shards.open(folder).manifest for folder in plan.folders.values()]
 
 
-def prepare(plan: Plan, workers: int, watch: Watch) -> list[Manifest]:
+def prepare(plan: Plan, workers: int, watch: Watch, say: Callable[[str], None] = lambda line: None) -> list[Manifest]:
     """Does it, or what is left to do of it. Returns the manifest of each folder written: train, validation.
 
-    Killed at any instant and started again it gives the same bytes.
+    Killed at any instant and started again it gives the same bytes. Where the input has changed meanwhile, `say` is
+    told, and what did not change is not done again.
     Raises UserError for another plan's output, unreadable input, a full disk, text too short for one record.
     """
     if (manifests := finished(plan)) is not None:
         shutil.rmtree(pathlib.Path(plan.request.output) / _WORK, ignore_errors=True)  # killed while tidying up
         return manifests
-    work = _claim_output(plan)
+    work = unfinished.claim(pathlib.Path(plan.request.output))
     with _only_one(work):
-        _same_plan_as_before(plan, work)
+        unfinished.wait_for_workers(work)
+        units = _units_of(plan, work, say)
+        unfinished.try_skipped_again(work, units)
         _remove_temporary_files(plan, work)
         try:
             tokenizer = _tokenizer(plan, work, watch)
             stage = _stage(plan, work)
-            tasks = _units_to_tokenize(plan, stage, work)
-            units = [task.output for task in tasks]
-            counts = _tokenize(plan, tasks, workers, watch)
-            manifests = _manifests(plan, tokenizer, counts, _assemble(plan, stage, units, workers, watch, work))
+            tasks = list(_tasks(units, stage, work).values())
+            total = _tokenize(plan, tasks, workers, watch, work)
+            entries = _assemble(plan, stage, [task.output for task in tasks], workers, watch, work)
+            manifests = _manifests(plan, tokenizer, total, entries)
         except Fruitless:
             fruitless.discard(plan.folders.values(), work)
             raise
         for folder, manifest in zip(plan.folders.values(), manifests, strict=True):
             tokenizer.save(folder)
             atomic.write_bytes(folder / MANIFEST_FILE, manifest.to_json().encode())
-        (work / "plan.json").unlink()  # from here on the output is complete, the rest is tidying up
+        (work / unfinished.PLAN_FILE).unlink()  # from here on the output is complete, the rest is tidying up
     shutil.rmtree(work)
     return manifests
 
 
-def prepare_part(plan: Plan, workers: int, watch: Watch, part: int, parts: int) -> int:
+def prepare_part(
+    plan: Plan, workers: int, watch: Watch, part: int, parts: int, say: Callable[[str], None] = lambda line: None
+) -> int:
     """Tokenizes every `parts`-th unit, from `part` on; returns how many. For machines that share the output's disk.
 
     Parts may run at once and in any order; `prepare` of the same plan then finds their work done and does the rest.
@@ -164,14 +180,15 @@ def prepare_part(plan: Plan, workers: int, watch: Watch, part: int, parts: int) 
         raise UserError("A part needs --tokenizer=FOLDER, the same for all. Train one with a first, small output.")
     if finished(plan) is not None:
         return 0
-    work = _claim_output(plan)
+    work = unfinished.claim(pathlib.Path(plan.request.output))
     with open(work / "setup.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # all parts have the same plan and tokenizer: the first writes both
-        _same_plan_as_before(plan, work)
+        units = _units_of(plan, work, say)
         _tokenizer(plan, work, watch)
     with _only_one(work, but_parts=True):
-        tasks = _units_to_tokenize(plan, _stage(plan, work), work)[part::parts]
-        return sum(1 for _ in watch("tokenizing", len(tasks), jobs.run(tasks, workers)))
+        # By number, which a unit keeps: parts that saw the input before and after a change do not do the same.
+        tasks = [task for n, task in _tasks(units, _stage(plan, work), work).items() if n % parts == part]
+        return sum(1 for _ in watch("tokenizing", len(tasks), jobs.run(tasks, workers, _held(work))))
 
 
 def _check(request: Request) -> None:
@@ -206,37 +223,6 @@ def _possible_folders(output: pathlib.Path) -> dict[str, pathlib.Path]:
     return {"all": output, "train": output / "train", "validation": output / "validation"}
 
 
-def _refuse_difference(output: pathlib.Path, settings: dict, inputs: dict, plan: Plan, wanted_inputs: dict) -> None:
-    wanted = json.loads(json.dumps(plan.settings))
-    lines = [
-        f"{key}: {settings.get(key)} there, {value} now" for key, value in wanted.items() if settings[key] != value
-    ]
-    lines += [f"input {name}: not there" for name in wanted_inputs.keys() - inputs.keys()]
-    lines += [f"input {name}: there, gone now" for name in inputs.keys() - wanted_inputs.keys()]
-    lines += [
-        f"input {name}: changed" for name in inputs.keys() & wanted_inputs.keys() if inputs[name] != wanted_inputs[name]
-    ]
-    if lines:
-        shown = "\n".join(f"  {line}" for line in sorted(lines)[:8])
-        raise UserError(
-            f"{output} was made from something else:\n{shown}\nGive another --output, or delete that folder first."
-        )
-
-
-def _claim_output(plan: Plan) -> pathlib.Path:
-    output = pathlib.Path(plan.request.output)
-    work = output / _WORK
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output={output} is a file; it must be a folder, new or empty.")
-    if output.exists() and not work.exists() and (other := sorted({path.name for path in output.iterdir()} - {_WORK})):
-        raise UserError(f"--output={output} is in use: it holds {other[0]}. Give a new or empty folder.")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output={output} cannot be written: {error}") from error
-    return work
-
-
 @contextlib.contextmanager
 def _only_one(work: pathlib.Path, *, but_parts: bool = False) -> Iterator[None]:
     """Two runs would mix their files. The system gives the lock back when its holder dies, however it does.
@@ -251,14 +237,11 @@ def _only_one(work: pathlib.Path, *, but_parts: bool = False) -> Iterator[None]:
         yield
 
 
-def _same_plan_as_before(plan: Plan, work: pathlib.Path) -> None:
-    path = work / "plan.json"
-    inputs = {file.name: [file.bytes, epath.Path(file.path).stat().mtime] for file in plan.files}
-    if path.exists():
-        before = json.loads(path.read_bytes())
-        _refuse_difference(work.parent, before["settings"], before["inputs"], plan, inputs)
-        return
-    atomic.write_bytes(path, json.dumps({"settings": plan.settings, "inputs": inputs}).encode())
+def _units_of(plan: Plan, work: pathlib.Path, say: Callable[[str], None]) -> Units:
+    """What is to be tokenized, by number; of an earlier start's what has not changed since."""
+    parts = [part for unit in plan.units for part in unit]
+    by_size = ["num_shards", "num_validation_shards"] if plan.request.num_shards is None else []
+    return unfinished.go_on(work, Wanted(plan.settings, by_size, plan.files, parts, _units), say)
 
 
 def _remove_temporary_files(plan: Plan, work: pathlib.Path) -> None:
@@ -267,7 +250,7 @@ def _remove_temporary_files(plan: Plan, work: pathlib.Path) -> None:
 
 
 def _tokenizer(plan: Plan, work: pathlib.Path, watch: Watch) -> TextTokenizer:
-    folder, temporary = work / "tokenizer", work / "tokenizer_being_written"
+    folder, temporary = work / unfinished.TOKENIZER, work / "tokenizer_being_written"
     if not folder.exists():
         tokenizer = plan.given_tokenizer
         if tokenizer is None:
@@ -275,7 +258,7 @@ def _tokenizer(plan: Plan, work: pathlib.Path, watch: Watch) -> TextTokenizer:
             try:
                 tokenizer = train_tokenizer(texts, plan.request.vocab_size)
             except UserError:
-                (work / "plan.json").unlink()  # nothing is made yet: the next try may ask for something else
+                (work / unfinished.PLAN_FILE).unlink()  # nothing is made yet: the next try may ask for something else
                 raise
         shutil.rmtree(temporary, ignore_errors=True)
         tokenizer.save(temporary)
@@ -293,26 +276,33 @@ def _sample(plan: Plan) -> Iterator[str]:
             ).digest()
         )
         parts = parts[:256]
-    share = max(SAMPLE_BYTES // len(parts), 1)
+    share = max(SAMPLE_BYTES // max(len(parts), 1), 1)
     left = SAMPLE_BYTES if plan.text_bytes <= SAMPLE_BYTES else 0
-    dropped: collections.Counter[str] = collections.Counter()
-    read, found = 0, False
+    dropped, some = Found(), False
     for part in parts:
         left += share if plan.text_bytes > SAMPLE_BYTES else 0
-        for document in read_part(part, plan.request.text_field):
-            if left <= 0:
-                break
-            read += 1
-            if document.text is None:
-                dropped[document.dropped] += 1
-            # Validation text is held out of everything that is fitted to text.
-            if document.text is not None and not is_validation(document.text, plan.request.validation_fraction):
-                text = document.text[:left]
-                left -= len(text.encode())
-                found = True
-                yield text
-    if not found:
-        raise fruitless.no_document(plan.request.input, plan.request.text_field, read, dropped)
+        found = OfPart()
+        try:
+            for document in read_part(part, plan.request.text_field):
+                if left <= 0:
+                    break
+                if document.text is None:
+                    found.drop(document)
+                # Validation text is held out of everything that is fitted to text.
+                elif not is_validation(document.text, plan.request.validation_fraction):
+                    text = document.text[:left]
+                    left -= len(text.encode())
+                    some = True
+                    yield text
+                else:
+                    found.keep("validation", 0, 0)
+        except BrokenFile as error:
+            if not plan.request.skip_broken:
+                raise
+            dropped.skipped[part.file.name] = error.why
+        dropped.add(part, found)
+    if not some:
+        raise _no_document(plan, merged([dropped.to_json()]))
 
 
 def _stage(plan: Plan, work: pathlib.Path) -> Stage:
@@ -323,27 +313,36 @@ def _stage(plan: Plan, work: pathlib.Path) -> Stage:
         num_validation_shards=plan.num_validation_shards,
         validation_fraction=plan.request.validation_fraction,
         text_field=plan.request.text_field,
-        tokenizer=str(work / "tokenizer"),
+        tokenizer=str(work / unfinished.TOKENIZER),
+        skip_broken=plan.request.skip_broken,
     )
 
 
-def _units_to_tokenize(plan: Plan, stage: Stage, work: pathlib.Path) -> list[jobs.Task]:
-    units = [work / f"unit-{i:05d}" for i in range(len(plan.units))]
-    return [
-        jobs.Task(tokenize_unit, (parts, stage, unit), unit, unit.with_suffix(".done.json"))
-        for parts, unit in zip(plan.units, units, strict=True)
-    ]
+def _tasks(units: Units, stage: Stage, work: pathlib.Path) -> dict[int, jobs.Task]:
+    files = {number: unfinished.unit_file(work, number) for number in units}
+    return {
+        number: jobs.Task(tokenize_unit, (parts, stage, files[number]), files[number], marker(files[number]))
+        for number, parts in units.items()
+    }
 
 
-def _tokenize(plan: Plan, tasks: list[jobs.Task], workers: int, watch: Watch) -> dict[str, Any]:
-    total: collections.Counter[str] = collections.Counter()
-    dropped: collections.Counter[str] = collections.Counter()
-    for _, counts in watch("tokenizing", len(tasks), jobs.run(tasks, workers)):
-        dropped.update(counts.pop("dropped"))
-        total.update(counts)
-    if not total["train"]:
-        raise fruitless.no_document(plan.request.input, plan.request.text_field, total["read"], dropped)
-    return {**total, "dropped": dict(sorted(dropped.items()))}
+def _tokenize(plan: Plan, tasks: list[jobs.Task], workers: int, watch: Watch, work: pathlib.Path) -> Total:
+    total = merged(counts for _, counts in watch("tokenizing", len(tasks), jobs.run(tasks, workers, _held(work))))
+    if not total.counts["train"]:
+        raise _no_document(plan, total)
+    return total
+
+
+def _held(work: pathlib.Path) -> pathlib.Path:
+    return work / unfinished.WORKERS_LOCK
+
+
+def _no_document(plan: Plan, total: Total) -> Fruitless:
+    lines = "".join(f"\n  {line}" for line in why_none(total, plan.files))
+    return Fruitless(
+        f"No document of {total.counts['read']} in --input={plan.request.input} can be trained on.{lines}\n"
+        f"In .jsonl and .parquet the text is looked for in --text_field={plan.request.text_field}."
+    )
 
 
 def _assemble(
@@ -357,12 +356,12 @@ def _assemble(
             output = folder / f"shard-{i:05d}-of-{count:05d}.arrayrecord"
             arguments = (len(tasks), units, stage, output)
             tasks.append(jobs.Task(assemble_shard, arguments, output, work / f"shard-{len(tasks):05d}.done.json"))
-    entries = dict(watch("writing shards", len(tasks), jobs.run(tasks, workers)))
+    entries = dict(watch("writing shards", len(tasks), jobs.run(tasks, workers, _held(work))))
     return [ShardEntry(**entries[i]) for i in range(len(tasks))]
 
 
-def _manifests(plan: Plan, tokenizer: TextTokenizer, counts: dict, entries: list[ShardEntry]) -> list[Manifest]:
-    manifests = []
+def _manifests(plan: Plan, tokenizer: TextTokenizer, total: Total, entries: list[ShardEntry]) -> list[Manifest]:
+    manifests, counts = [], total.counts
     for split in plan.folders:
         cut = plan.num_train_shards
         shards = entries[cut:] if split == "validation" else entries[:cut]
@@ -386,9 +385,11 @@ def _manifests(plan: Plan, tokenizer: TextTokenizer, counts: dict, entries: list
                 documents_read=counts["read"],
                 documents_kept=kept,
                 documents_in_other_split=counts["train"] + counts["validation"] - kept,
-                documents_dropped=counts["dropped"],
+                documents_dropped=total.dropped,
                 unknown_tokens=counts["unknown_tokens"],
                 settings=plan.settings,
+                documents_dropped_at=total.places,
+                files_skipped=dict(sorted({**plan.skipped, **total.skipped}.items())),
             )
         )
     return manifests

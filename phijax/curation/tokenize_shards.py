@@ -4,7 +4,6 @@ Every document has its shard and its place there by a hash of (seed, file, index
 depends on nothing else, and holds no more in memory than the tokens of one shard.
 """
 
-import collections
 import dataclasses
 import hashlib
 import os
@@ -15,17 +14,22 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from phijax.curation.documents import Document, Part, read_part
+from phijax.curation.documents import BrokenFile, Document, Part, read_part
+from phijax.curation.dropped import Found, OfPart
 from phijax.data.shards import ShardWriter, token_dtype
 from phijax.text.open import open_tokenizer
+from phijax.text.tokenizer import TextTokenizer
 
 # Where a document's tokens lie in the file of its unit, and where they go.
-_PLACE = np.dtype([("order", "<u8"), ("shard", "<u4"), ("length", "<u8"), ("start", "<u8")])
+_PLACE = np.dtype([("order", "<u8"), ("draw", "<u8"), ("validation", "?"), ("length", "<u8"), ("start", "<u8")])
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What both stages must agree on. Shards are numbered through: training first, then validation."""
+    """What both stages must agree on. Shards are numbered through: training first, then validation.
+
+    Units do not depend on the number of shards, which may go with the size of the input: a file more is a unit more.
+    """
 
     seed: int
     block: int
@@ -34,39 +38,54 @@ class Stage:
     validation_fraction: float
     text_field: str
     tokenizer: str  # folder
+    skip_broken: bool = False  # leave out files that cannot be read, and go on
 
 
 def tokenize_unit(parts: Sequence[Part], stage: Stage, output: pathlib.Path) -> dict[str, Any]:
-    """Writes the tokens of all documents of `parts`, then their places. Returns how many were kept, dropped and why.
+    """Writes the tokens of all documents of `parts`, then their places. Returns what `dropped.merged` adds up.
 
-    Raises UserError for a file that cannot be read, OSError for a disk that cannot be written.
+    Raises BrokenFile for a file that cannot be read, OSError for a disk that cannot be written.
     """
     tokenizer = open_tokenizer(stage.tokenizer)
-    dtype = token_dtype(tokenizer.vocab_size)
-    counts = collections.Counter(read=0, train=0, validation=0, tokens=0, unknown_tokens=0)
-    dropped: collections.Counter[str] = collections.Counter()
-    places = []
+    found = Found()
+    places: list[tuple[int, int, bool, int, int]] = []
     temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            for part, document in _documents(parts, stage.text_field):
-                counts["read"] += 1
-                if document.text is None:
-                    dropped[document.dropped] += 1
-                    continue
-                ids = np.array([*tokenizer.encode(document.text), tokenizer.end_of_text], dtype)
-                split = "validation" if is_validation(document.text, stage.validation_fraction) else "train"
-                counts[split] += 1
-                counts["unknown_tokens"] += int(np.count_nonzero(ids == tokenizer.unknown))
-                order, shard = _place(part, document, split, stage)
-                places.append((order, shard, len(ids), counts["tokens"]))
-                counts["tokens"] += len(ids)
-                file.write(ids.tobytes())
+            for part in parts:
+                before, begin = len(places), file.tell()
+                try:
+                    found.add(part, _write_part(part, stage, tokenizer, file, places))
+                except BrokenFile as error:
+                    if not stage.skip_broken:
+                        raise
+                    found.skipped[part.file.name] = error.why
+                    del places[before:]  # a file is in it as a whole or not at all
+                    file.seek(begin)
+                    file.truncate()
             _write_places(file, places)
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
-    return {**counts, "dropped": dict(dropped)}
+    return found.to_json()
+
+
+def _write_part(part: Part, stage: Stage, tokenizer: TextTokenizer, file: BinaryIO, places: list) -> OfPart:
+    """Writes tokens, and adds to `places` where they lie and go."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    start = file.tell() // dtype.itemsize
+    found = OfPart()
+    for document in read_part(part, stage.text_field, found.saw_line):
+        if document.text is None:
+            found.drop(document)
+            continue
+        ids = np.array([*tokenizer.encode(document.text), tokenizer.end_of_text], dtype)
+        held_out = is_validation(document.text, stage.validation_fraction)
+        found.keep("validation" if held_out else "train", len(ids), int(np.count_nonzero(ids == tokenizer.unknown)))
+        places.append((*_draws(part, document, stage.seed), held_out, len(ids), start))
+        start += len(ids)
+        file.write(ids.tobytes())
+    return found
 
 
 def assemble_shard(shard: int, units: Sequence[pathlib.Path], stage: Stage, output: pathlib.Path) -> dict[str, Any]:
@@ -74,7 +93,7 @@ def assemble_shard(shard: int, units: Sequence[pathlib.Path], stage: Stage, outp
     dtype = token_dtype(open_tokenizer(stage.tokenizer).vocab_size)
     orders, documents = [], []
     for unit in units:
-        for place, ids in _documents_of_shard(unit, shard, dtype):
+        for place, ids in _documents_of_shard(unit, shard, stage, dtype):
             orders.append(place["order"])
             documents.append(ids)
     with ShardWriter(output, stage.block, dtype) as writer:
@@ -89,21 +108,19 @@ def is_validation(text: str, fraction: float) -> bool:
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
-def _documents(parts: Sequence[Part], text_field: str) -> Iterator[tuple[Part, Document]]:
-    for part in parts:
-        for document in read_part(part, text_field):
-            yield part, document
+def _draws(part: Part, document: Document, seed: int) -> tuple[int, int]:
+    """Two numbers: the document's place among others, and what decides its shard, whatever the number of shards."""
+    identity = f"{seed}\0{part.file.name}\0{document.index}".encode("utf-8", "surrogateescape")
+    return struct.unpack("<QQ", hashlib.blake2b(identity, digest_size=16).digest())
 
 
-def _place(part: Part, document: Document, split: str, stage: Stage) -> tuple[int, int]:
-    identity = f"{stage.seed}\0{part.file.name}\0{document.index}".encode("utf-8", "surrogateescape")
-    order, draw = struct.unpack("<QQ", hashlib.blake2b(identity, digest_size=16).digest())
-    if split == "validation":
-        return order, stage.num_train_shards + draw % stage.num_validation_shards
-    return order, draw % stage.num_train_shards
+def _shards(places: np.ndarray, stage: Stage) -> np.ndarray:
+    """The shard of each place."""
+    validation = stage.num_train_shards + places["draw"] % np.uint64(max(stage.num_validation_shards, 1))
+    return np.where(places["validation"], validation, places["draw"] % np.uint64(stage.num_train_shards))
 
 
-def _write_places(file: BinaryIO, places: list[tuple[int, int, int, int]]) -> None:
+def _write_places(file: BinaryIO, places: list[tuple[int, int, bool, int, int]]) -> None:
     """Behind the tokens: the places, then how many they are."""
     file.write(np.array(places, _PLACE).tobytes())
     file.write(struct.pack("<Q", len(places)))
@@ -111,12 +128,14 @@ def _write_places(file: BinaryIO, places: list[tuple[int, int, int, int]]) -> No
     os.fsync(file.fileno())
 
 
-def _documents_of_shard(unit: pathlib.Path, shard: int, dtype: np.dtype) -> Iterator[tuple[np.void, np.ndarray]]:
+def _documents_of_shard(
+    unit: pathlib.Path, shard: int, stage: Stage, dtype: np.dtype
+) -> Iterator[tuple[np.void, np.ndarray]]:
     with open(unit, "rb") as file:
         file.seek(-8, os.SEEK_END)
         (count,) = struct.unpack("<Q", file.read(8))
         file.seek(-8 - count * _PLACE.itemsize, os.SEEK_END)
         places = np.frombuffer(file.read(count * _PLACE.itemsize), _PLACE)
-        for place in places[places["shard"] == shard]:
+        for place in places[_shards(places, stage) == shard]:
             file.seek(int(place["start"]) * dtype.itemsize)
             yield place, np.frombuffer(file.read(int(place["length"]) * dtype.itemsize), dtype)

@@ -77,6 +77,21 @@ class Plan:
         """Records of a source that no row takes: at the ends of its shards, where they fill none of the longest."""
         return max(rows.unused_records for (source, _), rows in self._rows.items() if source == path)
 
+    def repeats(self) -> list[str]:
+        """A line for each source of which one batch takes more rows than there are, from a phase's first step on."""
+        lines = []
+        for number, phase in enumerate(self.phases):
+            weights = tuple(source.weight for source in phase.mixture)
+            for which, source in enumerate(phase.mixture):
+                taken = mixture.rows_taken(weights, which, phase.global_batch_size)
+                rows = len(self._rows[source.path, phase.sequence_length])
+                if taken > rows:
+                    lines.append(
+                        f"data.phases[{number}]: a step takes {taken:,} rows of {phase.sequence_length} tokens from "
+                        f"{source.path}, which has {rows:,}: they are repeated to fill the batch"
+                    )
+        return lines
+
     def _cursors(self, number: int) -> dict[str, int]:
         """Path -> rows of it, in this phase's length, that the phases before have used.
 

@@ -57,6 +57,10 @@ class Manifest:
     documents_dropped: dict[str, int]  # reason -> how many
     unknown_tokens: int  # <unk> of a tokenizer without byte fallback
     settings: dict[str, Any]  # how it was made
+    # Later than others: manifests that lack them are read.
+    # Reason -> "first": where the first hundred are ({"file", "line"}), "files": how many in each file.
+    documents_dropped_at: dict[str, Any] = dataclasses.field(default_factory=dict)
+    files_skipped: dict[str, str] = dataclasses.field(default_factory=dict)  # that could not be read -> why
 
     @property
     def num_records(self) -> int:
@@ -96,7 +100,8 @@ def read_manifest(folder: epath.Path) -> Manifest:
     if found.get("version") != VERSION:
         raise UserError(f"{path} has version {found.get('version')}; this phijax reads version {VERSION}.")
     try:
-        values = {field.name: found[field.name] for field in dataclasses.fields(Manifest)}
+        later = {"documents_dropped_at": {}, "files_skipped": {}}
+        values = {field.name: (later | found)[field.name] for field in dataclasses.fields(Manifest)}
         values["shards"] = tuple(ShardEntry(**entry) for entry in values["shards"])
         values["inputs"] = tuple(InputEntry(**entry) for entry in values["inputs"])
         values["ignored_files"] = tuple(values["ignored_files"])
@@ -127,6 +132,8 @@ def _check(manifest: Manifest, path: epath.Path) -> None:
             problems.append(f"{field.name} is not a whole number")
     if not problems and manifest.block < 1:
         problems.append(f"block is {manifest.block}")
+    if not _are_places(manifest.documents_dropped_at):
+        problems.append("documents_dropped_at is no list of places")
     if manifest.dtype not in DTYPES:
         problems.append(f"dtype is {manifest.dtype!r}")
     elif not problems and not 0 < manifest.vocab_size <= DTYPES[manifest.dtype]:
@@ -143,3 +150,16 @@ def _check(manifest: Manifest, path: epath.Path) -> None:
             problems.append(f"the counts of {shard.file!r} are not whole numbers")
     if problems:
         raise UserError(f"{path} is damaged: {'; '.join(problems[:3])}. Prepare the shards again, or copy them again.")
+
+
+def _are_places(found: Any) -> bool:
+    """As `Manifest.documents_dropped_at` has them, a place at least for each reason."""
+    if not isinstance(found, dict) or not all(isinstance(of_reason, dict) for of_reason in found.values()):
+        return False
+    for of_reason in found.values():
+        first, files = of_reason.get("first"), of_reason.get("files")
+        if not isinstance(files, dict) or not isinstance(first, list) or not first:
+            return False
+        if not all(isinstance(place, dict) and isinstance(place.get("file"), str) for place in first):
+            return False
+    return True

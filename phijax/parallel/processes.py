@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -344,7 +344,8 @@ class Watchdog:
     """Notices a loop that has stopped moving: heartbeats do not, since they come from another thread.
 
     No `beat` for `seconds`: a line with step and process, and the stacks of all threads. Still none after as long
-    again: exit code 1, at once. Counts from the first beat, so that a first step may compile for long. 0 is off.
+    again: exit code 1, at once. Counts from the first beat, and not while it pauses: a program may compile for long. 0
+    is off.
     """
 
     def __init__(self, seconds: float, write: Callable[[str], None] | None = None):
@@ -359,6 +360,16 @@ class Watchdog:
     def beat(self, step: int) -> None:
         """The loop has come to `step`; call it also around long work between steps."""
         self._beat = (step, time.monotonic())
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Nothing is counted inside; behind it silence counts anew, where it counted before."""
+        before, self._beat = self._beat, None
+        try:
+            yield
+        finally:
+            if before is not None:
+                self.beat(before[0])
 
     def close(self) -> None:
         self._closed.set()

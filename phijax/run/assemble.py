@@ -54,7 +54,7 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
     """
     mesh, recipe, plan, sets = checked(config, workdir)
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda text: None
-    for text in params.check_mesh(recipe.model, dict(mesh.shape)):
+    for text in [*params.check_mesh(recipe.model, dict(mesh.shape)), *plan.repeats()]:
         say(f"warning: {text}")
     if recipe.options:
         say(f"options of the compiler: {recipe.options}")
@@ -160,7 +160,7 @@ def run_loop(
         return loop.train(
             state,
             batches.starting_at(first_step),
-            Programs(recipe, mesh, batches, report, programs),
+            Programs(recipe, mesh, batches, report, watchdog, programs),
             pace,
             evaluators=[
                 make_evaluator(recipe, mesh, one, config.evaluation.max_rows, batches.plan.begin, programs)
@@ -195,15 +195,16 @@ def way_back(config: Config, saved: int | None, known: bool) -> str:
 class Programs:
     """step -> the compiled train step of its phase, compiled when the phase begins, outside of any step's time."""
 
-    def __init__(self, recipe: Recipe, mesh, batches: Loader, report: Report, cache: CompileCache):
-        self._recipe, self._mesh, self._batches, self._report, self._cache = recipe, mesh, batches, report, cache
+    def __init__(self, recipe: Recipe, mesh, batches: Loader, report: Report, watchdog: Watchdog, cache: CompileCache):
+        self._recipe, self._mesh, self._batches = recipe, mesh, batches
+        self._report, self._watchdog, self._cache = report, watchdog, cache
         self._compiled: dict[BatchShape, Any] = {}
 
     def __call__(self, step: int):
         phases = self._batches.plan.phases
         shape = self._batches.shape(phases[mixture.phase_of_step(phases, step)[0]])
         if shape not in self._compiled:
-            with self._report.pause():
+            with self._report.pause(), self._watchdog.pause():
                 lowered = program.lower_train_step(self._recipe, self._mesh, shape)
                 self._compiled[shape] = self._cache.tried(program.compile_with_options(lowered, self._recipe))
         return self._compiled[shape]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from phijax.errors import UserError
-from phijax.storage import durable
+from phijax.storage import durable, leaving
 
 UNFINISHED = ".unfinished"
 
@@ -44,8 +44,9 @@ def unfinished(output: epath.Path) -> epath.Path:
 def staged(output: epath.Path, *, resumable: bool = False) -> Iterator[epath.Path]:
     """Gives a folder to write to, OUTPUT.unfinished, which becomes `output` at the end, after all of it is durable.
 
-    After an exception nothing is left; after a kill the unfinished folder is, and the next export removes it.
-    Args: resumable: what a killed process left is given as it is, and Ctrl-C leaves it too.
+    After an exception nothing is left, nor after Ctrl-C and SIGTERM; after a kill the unfinished folder is, and the
+    next export removes it.
+    Args: resumable: what a killed process left is given as it is, and Ctrl-C and SIGTERM leave it too.
     """
     output = durable.absolute(output)
     folder = unfinished(output)
@@ -53,14 +54,15 @@ def staged(output: epath.Path, *, resumable: bool = False) -> Iterator[epath.Pat
         folder.rmtree()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        yield folder
-        for file in durable.files_below(folder):
-            descriptor = os.open(os.fspath(file), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        durable.sync_tree(folder)
+        with leaving.tidied(lambda: None if resumable else shutil.rmtree(folder)):
+            yield folder
+            for file in durable.files_below(folder):
+                descriptor = os.open(os.fspath(file), os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            durable.sync_tree(folder)
         if output.exists():
             os.rmdir(os.fspath(output))  # empty: check_output
         folder.rename(output)

@@ -110,8 +110,8 @@ def train(
     try:
         for step, batch in batches:
             gate.before_step(step)
+            program = program_of(step)  # may compile for long, and is no part of the step
             watchdog.beat(step)
-            program = program_of(step)
             state, metrics = program(outcome.state, batch)  # dispatched, not awaited
             outcome = Outcome(step + 1, False, state)
             _see(skipped, report.add(step, _named(metrics)))  # the step before: the device never waits for the host

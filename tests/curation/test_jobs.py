@@ -1,5 +1,6 @@
 """Work over processes: what is done is not done again, killed workers are named, no worker outlives its parent."""
 
+import ctypes
 import json
 import os
 import pathlib
@@ -10,7 +11,7 @@ import time
 
 import pytest
 
-from phijax.curation import jobs
+from phijax.curation import jobs, unfinished
 from phijax.errors import UserError
 
 HERE = pathlib.Path(__file__).parent
@@ -89,6 +90,32 @@ if __name__ == "__main__":
     pids = [int(path.name[4:]) for path in tmp_path.glob("pid-*")]
     wait_until(lambda: not any(map(is_running, pids)))
     assert not [json.loads(path.read_text()) for path in tmp_path.glob("*.done")]
+
+
+def hold_the_interpreter(number, output):
+    (output.parent / f"pid-{os.getpid()}").touch()
+    ctypes.PyDLL(None).sleep(3)  # with Python's lock: the thread that would see the parent's end cannot run
+
+
+def test_who_was_killed_is_waited_for_to_the_last_worker(tmp_path):
+    """What a worker writes after the next start has tidied up would stay in a finished folder."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import pathlib, sys
+sys.path.insert(0, {str(HERE)!r})
+import test_jobs
+if __name__ == "__main__":
+    folder = pathlib.Path({str(tmp_path)!r})
+    list(test_jobs.jobs.run(test_jobs.tasks_of(test_jobs.hold_the_interpreter, folder), 2, folder / "workers.lock"))
+""")
+    parent = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": str(HERE.parent.parent)})
+    wait_until(lambda: len(list(tmp_path.glob("pid-*"))) == 2)
+    parent.kill()
+    parent.wait()
+    pids = [int(path.name[4:]) for path in tmp_path.glob("pid-*")]
+    assert any(map(is_running, pids))
+    unfinished.wait_for_workers(tmp_path)
+    assert not any(map(is_running, pids))
 
 
 def wait_until(condition):

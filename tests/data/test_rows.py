@@ -71,6 +71,18 @@ def test_three_phases_equal_the_count(shards):
     assert {place.epoch for place in places.values()} >= {0, 1}  # some source began anew
 
 
+def test_rows_that_are_repeated_to_fill_a_batch_are_said(shards):
+    rows = sum(n // 2 for n in shards["c"].records_per_shard)
+
+    def repeats(batch):
+        phases = [Phase(2, 32, 4, (Source("a"),)), Phase(2, 32, batch, (Source("c", 1), Source("a", 1)))]
+        return Plan(phases, shards, seed=0, begin=None).repeats()
+
+    assert repeats(2 * rows) == []
+    (line,) = repeats(2 * rows + 1)
+    assert line.startswith(f"data.phases[1]: a step takes {rows + 1} rows of 32 tokens from c, which has {rows}:")
+
+
 def test_a_later_phase_moves_no_earlier_row(shards):
     before = all_places(Plan(PHASES, shards, seed=3, begin=None))
     first_two = {key: place for key, place in before.items() if key[0] < 12}

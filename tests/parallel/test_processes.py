@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,23 @@ def test_watchdog_shows_the_stuck_call_then_ends_the_process(launch):
     assert code == 1
     assert "no progress after step 2" in output and "in the_call_that_hangs" in output
     assert output.rstrip().endswith("leaving")
+
+
+def test_a_watchdog_that_pauses_counts_nothing(monkeypatch):
+    lines = []
+    monkeypatch.setattr(processes, "_leave_now", lambda code: lines.append(f"left with {code}"))
+    watchdog = processes.Watchdog(0.2, lines.append)
+    with watchdog.pause():  # before the first beat: it does not begin to count
+        pass
+    time.sleep(0.5)
+    watchdog.beat(1)
+    with watchdog.pause():
+        time.sleep(0.5)
+    assert lines == []
+    while not lines:  # behind it silence counts again
+        time.sleep(0.01)
+    watchdog.close()
+    assert "no progress after step 1" in lines[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -147,6 +147,17 @@ def test_order_of_events():
     assert (outcome.step, outcome.stopped, int(outcome.state.step)) == (6, False, 6)
 
 
+def test_a_program_is_compiled_before_the_watchdog_counts_its_step():
+    recorded = Recorded()
+    of_step, recorded.program_of = recorded.program_of, lambda step: recorded.events.append("compile") or of_step(step)
+    run(recorded)
+    assert all(
+        event == "compile"
+        for event, after in zip(recorded.events, recorded.events[1:], strict=False)
+        if after.startswith("beat") and not event.startswith(("save", "evaluate"))
+    )
+
+
 def test_the_last_step_is_evaluated_and_saved_whatever_the_pace():
     recorded = Recorded()
     run(recorded, Pace(total_steps=5, evaluate_every=100, save_every=100, max_skipped=3))

@@ -13,6 +13,7 @@ from phijax.distribution import install_hint
 from phijax.errors import UserError
 from phijax.interchange.gguf.write import finished, output_path, write_gguf
 from phijax.interchange.opened import Opened
+from phijax.storage import leaving
 
 KINDS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
 _ERROR = 3  # ggml.h: GGML_LOG_LEVEL_ERROR
@@ -36,9 +37,10 @@ def write_k_quants(
     path = output_path(epath.Path(output), opened, kind, overwrite=False)
     exact = path.parent / f".{path.name}.exact-{os.getpid()}.gguf"
     try:
-        write_gguf(opened, exact, kind=_without_loss(opened), keep_integers=False, say=say)
-        with finished(path) as temporary:
-            _quantize(library, exact, temporary, kind)
+        with leaving.tidied(lambda: exact.unlink(missing_ok=True)):
+            write_gguf(opened, exact, kind=_without_loss(opened), keep_integers=False, say=say)
+            with finished(path) as temporary:
+                _quantize(library, exact, temporary, kind)
     finally:
         exact.unlink(missing_ok=True)
     return path

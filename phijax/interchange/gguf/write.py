@@ -21,7 +21,7 @@ from phijax.interchange.gguf.file import gguf_library
 from phijax.interchange.gguf.tokenizer import NAMED_STOPS, PHI3_NAMES, PREFIX, STOPS_KEY
 from phijax.interchange.gguf.vocabulary import vocabulary
 from phijax.interchange.opened import Opened
-from phijax.storage import atomic, durable
+from phijax.storage import atomic, durable, leaving
 
 Kind = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0"]
 KINDS: tuple[str, ...] = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
@@ -103,7 +103,7 @@ def finished(path: epath.Path) -> Iterator[epath.Path]:
     """Gives a temporary name beside `path`; what lies there at the end is made durable and becomes `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with atomic.replaced(path) as temporary:
+        with atomic.replaced(path) as temporary, leaving.tidied(lambda: temporary.unlink(missing_ok=True)):
             yield temporary
     except OSError as error:
         raise UserError(f"{path} could not be written: {error.strerror or error}. Nothing was written.") from error

@@ -27,7 +27,7 @@ from phijax.model.config import fields_version, model_to_dict
 from phijax.quantization import packing, policy
 from phijax.quantization.policy import Scheme
 from phijax.quantization.rounding import Quantize, round_to_nearest
-from phijax.storage import durable, staging
+from phijax.storage import durable, leaving, staging
 
 PROGRESS_FILE = "progress.jsonl"  # a line a piece that lies on disk; gone when all do
 VOCABULARY_BYTES = 64 << 20  # bytes of float32 of an embedding or a head that are quantised at once
@@ -103,7 +103,7 @@ def write(
         there.mkdir(parents=True, exist_ok=True)
         # Before `staged`, which after an exception removes the folder: it may be another process's.
         lock = WriterLock(there, break_lock=False, log=say)
-        with staging.staged(output, resumable=True) as folder:
+        with leaving.tidied(lock.release), staging.staged(output, resumable=True) as folder:
             try:
                 done = _taken_up(folder, identity, say)
                 arrays = _Arrays(folder, opened, assigned)

@@ -19,6 +19,7 @@ import warnings
 import jax
 
 from phijax.errors import UserError, nearest_name
+from phijax.storage import leaving
 
 VARIABLE = "PHIJAX_CPU_KERNEL"
 PATHS = ("generic", "avx2", "avxvnni", "avx512vnni")  # their numbers in the source, the best last
@@ -160,7 +161,10 @@ def _built(compiler: str, folder: pathlib.Path | None) -> ctypes.CDLL:
     library = aside / LIBRARY_FILE
     command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCES[0]), "-o", str(library)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False)
+        with leaving.tidied(lambda: shutil.rmtree(aside)):
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False
+            )
         if done.returncode:
             raise _CannotBuild(f"{compiler} failed:\n" + "\n".join(done.stderr.splitlines()[:8]))
         (aside / DIGEST_FILE).write_text(hashlib.sha256(library.read_bytes()).hexdigest())
