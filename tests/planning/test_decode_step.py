@@ -69,7 +69,7 @@ def test_a_step_reads_weights_as_they_lie(scheme, integers, rows, cache):
 
 def test_by_xla_alone_the_integers_stay_too(monkeypatch):
     """A scale for each channel, as where the kernel does not take a matrix: the product reads the integers."""
-    monkeypatch.setattr(decode_step.resident, "for_kernel", lambda c, path, name, w, cut, mesh: w)
+    monkeypatch.setattr(decode_step.placement, "for_kernel", lambda c, path, name, w, cut, mesh: w)
     of = served("int4")
     assert isinstance(decode_step.abstract_weights(of)["blocks"]["mlp"]["up"], Quantized)
     compiled = decode_step.lower_step(of, 8, PLACES).compile()

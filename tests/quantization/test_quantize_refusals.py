@@ -19,7 +19,7 @@ from phijax.interchange.native import quantize as native_quantize
 from phijax.interchange.native.source import PLOT_FILE
 from phijax.interchange.open import open_checkpoint
 from phijax.model import params
-from phijax.storage import durable
+from phijax.storage import atomic
 
 METHODS = ("rtn", "awq", "gptq")
 
@@ -128,7 +128,7 @@ def test_a_disk_that_is_full_when_the_checkpoint_is_whole(workdir, text, tmp_pat
     def full(*arguments, **more):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(durable, "write_json", full)
+    monkeypatch.setattr(atomic, "write_json", full)
     with pytest.raises(UserError, match=r"quality.json could not be written .*No space left.*\n.*is whole"):
         run(quantize, *flags(workdir, tmp_path / "out", "rtn", text))
     assert not (tmp_path / "out" / PLOT_FILE).exists()
