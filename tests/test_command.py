@@ -193,4 +193,4 @@ def test_an_unknown_verb(tmp_path):
 def test_a_verb_is_the_module():
     result = phijax("show", "/nowhere")
     assert result.returncode == 2
-    assert "error: /nowhere is not a folder." in result.stderr
+    assert "error: /nowhere does not exist." in result.stderr

@@ -72,7 +72,7 @@ def test_load_and_show_know_the_home_folder(home):
     with pytest.raises(UserError, match=f"No checkpoint at {home}/model:"):
         phijax.load("~/model")
     show.FLAGS(["show"])
-    with pytest.raises(UserError, match=f"{home}/shards is not a folder"):
+    with pytest.raises(UserError, match=f"{home}/shards does not exist"):
         show.main(["~/shards"])
 
 

@@ -60,9 +60,9 @@ def folder(tmp_path_factory):
 
 CASES = {
     "prepare": ("phijax.curation.preparation:train_tokenizer", 1, "--input=TEXT --output=OUT"),
-    "generate": ("phijax.library:load", 1, "--checkpoint=RUN --prompt_file=TEXT"),
-    "export": ("phijax.checkpoint.safetensors_files:write_file", 1, "--checkpoint=RUN --format=hf --output=OUT"),
-    "quantize": ("phijax.checkpoint.quantized_export:_Arrays.write", 3, "--checkpoint=RUN --scheme=int8 --output=OUT"),
+    "generate": ("phijax.inference.model:load", 1, "--checkpoint=RUN --prompt_file=TEXT"),
+    "export": ("phijax.interchange.huggingface.safetensors:write_file", 1, "--checkpoint=RUN --format=hf --output=OUT"),
+    "quantize": ("phijax.interchange.native.quantize:_Arrays.write", 3, "--checkpoint=RUN --scheme=int8 --output=OUT"),
     "plan": ("phijax.planner:make_plan", 1, "--config=experiments/tiny.py --topology=v5e:2x2"),
     "main": ("phijax.config:load", 1, "--config=experiments/tiny.py --workdir=OUT"),
 }

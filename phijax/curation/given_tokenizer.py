@@ -2,13 +2,14 @@
 
 from etils import epath
 
-from phijax.interchange.open import open_checkpoint
 from phijax.text.open import open_tokenizer
 from phijax.text.tokenizer import TextTokenizer
 
 
 def open_given(path: epath.PathLike) -> TextTokenizer:
     """Raises: UserError where there is none, or it cannot be read."""
+    from phijax.interchange.open import open_checkpoint  # it imports jax, which `prepare --help` does without
+
     path = epath.Path(path)
     if path.is_file() and (path.suffix == ".gguf" or _begins_as_gguf(path)):
         return open_checkpoint(path).tokenizer()

@@ -32,11 +32,12 @@ def read_beginning(folder: epath.Path, bos: int | None) -> tuple[int, ...]:
     return (bos,) if config.get("add_bos_token") is True and bos is not None else ()
 
 
-def write_beginning(folder: epath.Path, begin: Sequence[int]) -> None:
+def write_beginning(folder: epath.PathLike, begin: Sequence[int]) -> None:
     """Makes the files of `folder` say that these ids, and no others, stand before every text.
 
     Nothing where there is no tokenizer.json. Raises: UserError for an id that it has no token for.
     """
+    folder = epath.Path(folder)
     whole = read_object(folder / JSON_FILE)
     if whole is None:
         return

@@ -42,7 +42,8 @@ def test_every_program_of_a_run_is_tried_before_it_is_believed(monkeypatch):
     cache = types.SimpleNamespace(tried=lambda program: tried.append(program) or program)
     phases = [types.SimpleNamespace(steps=4)]
     batches = types.SimpleNamespace(plan=types.SimpleNamespace(phases=phases), shape=lambda phase: (1, 8, 64))
-    programs = assemble.Programs(None, None, batches, types.SimpleNamespace(pause=contextlib.nullcontext), cache)
+    pausing = types.SimpleNamespace(pause=contextlib.nullcontext)
+    programs = assemble.Programs(None, None, batches, pausing, pausing, cache)
     assert [programs(step) for step in range(2)] == ["a step", "a step"]
     assemble.make_evaluator(None, None, EvaluationSet("b", "there", None, (1, 8, 64)), None, None, cache)
     assert tried == ["a step", "an evaluation"]

@@ -233,7 +233,7 @@ def spoiled(workdir, path: str, value: float):
     opened = open_checkpoint(workdir)
 
     class Source:
-        shapes, dtype = opened.weights.shapes, opened.weights.dtype
+        shapes, dtype, schemes = opened.weights.shapes, opened.weights.dtype, opened.weights.schemes
 
         def read(self, name, index):
             values = opened.weights.read(name, index).copy()
