@@ -108,10 +108,10 @@ def main() -> None:
     """Answers until the parent is gone or wants no more."""
     import resource
 
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # sent to a whole group of processes: the parent hears them and decides
+    # Libraries of the parent's may block or ignore it, which a child takes over, and then no time would be a limit.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group: the parent hears them and decides
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")

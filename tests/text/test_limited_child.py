@@ -72,6 +72,22 @@ def test_beyond_its_limits_it_is_killed_and_replaced(template, did):
     assert child() != before and not is_running(before)
 
 
+@pytest.mark.parametrize("how", ["blocked", "ignored"])
+def test_the_limit_of_time_holds_where_a_library_of_the_parents_took_its_signal(how, monkeypatch):
+    monkeypatch.setattr(limited_child, "_WALL", 1)
+    render("before")
+    os.kill(child(), signal.SIGKILL)
+    assert ends(child())
+    handled = signal.signal(signal.SIGPROF, signal.SIG_IGN if how == "ignored" else signal.SIG_DFL)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF} if how == "blocked" else set())
+    try:
+        with pytest.raises(Stopped, match=r"more than 0\.2 s of processor time"):
+            render(ENDLESS, seconds=0.2)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGPROF, handled)
+
+
 def test_the_clock_ends_what_no_limit_does(monkeypatch):
     """A child that waits takes no time of the processor."""
     assert render("before") == "before"
