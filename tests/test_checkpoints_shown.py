@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from absl.testing import flagsaver
 from saved_run import save_run
 
 from phijax import export, prepare, show
@@ -20,10 +21,11 @@ MODEL = ModelConfig(
 
 
 def run(module, *arguments: str):
-    module.FLAGS.unparse_flags()
-    for name in module.FLAGS:
-        module.FLAGS[name].unparse()
-    return module.main(module.FLAGS(["command", *arguments])[1:])
+    saved = flagsaver.save_flag_values(module.FLAGS)
+    try:
+        return module.main(module.FLAGS(["command", *arguments])[1:])
+    finally:
+        flagsaver.restore_flag_values(saved, module.FLAGS)
 
 
 @pytest.fixture(scope="module")
