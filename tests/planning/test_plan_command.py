@@ -13,7 +13,7 @@ import pytest
 from plan_case import CONFIG, MINI, ask
 
 from phijax import config as configs
-from phijax import plan, planner, run
+from phijax import plan, planner
 from phijax.errors import UserError
 from phijax.model import flops, params
 from phijax.model.config import ModelSection, resolve_model
@@ -23,6 +23,7 @@ from phijax.planning import analytic, compiled, topology
 from phijax.planning.compiled import Compiled, DoesNotFit
 from phijax.planning.estimator import Estimate
 from phijax.planning.run_plan import HostMemory
+from phijax.run import recipe as recipes
 
 GIB = 2**30
 MINI_128K = str(pathlib.Path(MINI).with_name("mini_128k.py"))
@@ -151,7 +152,7 @@ def test_host_memory_from_shapes_is_that_of_shardings():
     overrides = [("optimizer.moments", "host"), ("mesh.data", "2"), ("mesh.fsdp", "2")]
     config = configs.load(CONFIG, overrides)
     where = analytic.make_slice("v5e:2x2", config.mesh)
-    recipe = run.make_recipe(config, dict(where.sizes), "tpu", "v5e")
+    recipe = recipes.make_recipe(config, dict(where.sizes), "tpu", "v5e")
     mesh = make_mesh(config.mesh, jax.devices()[:4])
     expected = 12 * params.count(recipe.model)
     for found in (planner.host_memory(recipe, where, None), planner.host_memory(recipe, where, mesh)):
