@@ -94,7 +94,7 @@ if __name__ == "__main__":
 
 def hold_the_interpreter(number, output):
     (output.parent / f"pid-{os.getpid()}").touch()
-    ctypes.PyDLL(None).sleep(3)  # with Python's lock: the thread that would see the parent's end cannot run
+    ctypes.PyDLL(None).sleep(6)  # with Python's lock: the thread that would see the parent's end cannot run
 
 
 def test_who_was_killed_is_waited_for_to_the_last_worker(tmp_path):
@@ -115,13 +115,14 @@ if __name__ == "__main__":
     pids = [int(path.name[4:]) for path in tmp_path.glob("pid-*")]
     assert any(map(is_running, pids))
     unfinished.wait_for_workers(tmp_path)
-    assert not any(map(is_running, pids))
+    # The lock goes with a process's files, a moment before the process itself; asleep they would be for seconds more.
+    wait_until(lambda: not any(map(is_running, pids)), seconds=2)
 
 
-def wait_until(condition):
-    deadline = time.monotonic() + 60
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen within a minute"
+        assert time.monotonic() < deadline, f"it did not happen within {seconds} s"
         time.sleep(0.05)
 
 
