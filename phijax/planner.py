@@ -1,4 +1,4 @@
-"""One plan, assembled out of the rooms, as `run.py` assembles a training run; and the search for a better one."""
+"""One plan, assembled out of the rooms, as `run/assemble.py` does a training run; and the search for a better one."""
 
 import concurrent.futures
 import dataclasses

@@ -150,5 +150,5 @@ def _chosen(plan: Plan, settings, logits: jax.Array, rows: Rows, count: jax.Arra
 
 @functools.lru_cache(maxsize=64)
 def cache_maker(c: ModelConfig, path: cached.Path, rows: int, lengths: tuple[int, ...], layout):
-    """Compiled: () -> an empty cache, made where it lies; `layout` as `resident.cache_sharding` gives it."""
+    """Compiled: () -> an empty cache, made where it lies; `layout` as `placement.cache_sharding` gives it."""
     return jax.jit(lambda: cached.empty_cache(c, path, rows, lengths), out_shardings=layout)

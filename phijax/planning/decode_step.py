@@ -84,7 +84,7 @@ def lower_prefill(served: Served, tokens: int, places: int):
 
 
 def abstract_weights(served: Served) -> Params:
-    """As `resident.place` lays them, without values."""
+    """As `placement.place` lays them, without values."""
     c, mesh = served.model, served.mesh
     schemes, axes = policy.assign(c, served.schemes), model_params.axes(c)
     out = {}
