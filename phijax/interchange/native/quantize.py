@@ -16,14 +16,13 @@ from phijax.checkpoint import manifest
 from phijax.checkpoint.array_spec import array_spec
 from phijax.checkpoint.lock import WriterLock
 from phijax.errors import UserError
-from phijax.interchange import model_card, tokenizer_files
+from phijax.interchange import tokenizer_files
 from phijax.interchange.native import source as native_source
 from phijax.interchange.native.source import PARAMS, QUANTIZATION, SCALES, TOKENIZER_FOLDER, VALUES
-from phijax.interchange.native.write import LARGEST_CHUNK
+from phijax.interchange.native.write import LARGEST_CHUNK, write_manifest
 from phijax.interchange.opened import Opened
 from phijax.interchange.weight_source import Index, blocks, check_finite
 from phijax.model import params
-from phijax.model.config import fields_version, model_to_dict
 from phijax.quantization import packing, policy
 from phijax.quantization.policy import Scheme
 from phijax.quantization.rounding import Quantize, round_to_nearest
@@ -268,16 +267,7 @@ def _identity(opened: Opened, assigned: Mapping[str, Scheme], method: str) -> st
 
 
 def _write_manifest(folder, opened, assigned, method, errors, leaves) -> None:
-    facts = model_card.kept(opened)
-    step, before, model = facts.pop("step", 0), facts.pop("identity", {}), model_to_dict(opened.model)
     schemes = {path: policy.name_of(scheme) for path, scheme in assigned.items()}
     source = made_from(opened, assigned, method)
     quantization = {"method": method, "schemes": schemes, "errors": errors, "made_from": source}
-    manifest.write(
-        folder,
-        step=step,
-        leaves=leaves,
-        identity={**before, "model": model},
-        version=fields_version(model),
-        extra={"weights_only": facts, QUANTIZATION: quantization},
-    )
+    write_manifest(folder, opened, leaves, {QUANTIZATION: quantization})

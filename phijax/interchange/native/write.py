@@ -70,16 +70,21 @@ def write(
             _write_array(folder, array)
             leaves.append(array.entry())
         tokenizer_files.write_native(opened, folder / TOKENIZER_FOLDER, say)
-        facts = model_card.kept(opened)
-        step, before, model = facts.pop("step", 0), facts.pop("identity", {}), model_to_dict(opened.model)
-        manifest.write(
-            folder,
-            step=step,
-            leaves=leaves,
-            identity={**before, "model": model},
-            version=fields_version(model),
-            extra={"weights_only": facts} | (_quantization(opened, folder) if dtype is None else {}),
-        )
+        write_manifest(folder, opened, leaves, _quantization(opened, folder) if dtype is None else {})
+
+
+def write_manifest(folder: epath.Path, opened: Opened, leaves: list[dict], extra: dict) -> None:
+    """What the folder is, with what `opened` says of itself. extra: more of the manifest's."""
+    facts = model_card.kept(opened)
+    step, before, model = facts.pop("step", 0), facts.pop("identity", {}), model_to_dict(opened.model)
+    manifest.write(
+        folder,
+        step=step,
+        leaves=leaves,
+        identity={**before, "model": model},
+        version=fields_version(model),
+        extra={"weights_only": facts, **extra},
+    )
 
 
 def _array(path, shape, dtype, held, read) -> Array:
