@@ -66,6 +66,19 @@ def read(path: epath.PathLike, longest: int = LONGEST) -> "Fields":
     return parse(read_bounded(path, longest), str(path))
 
 
+def read_if_there(path: epath.Path, longest: int = LONGEST) -> "Fields":
+    """As `read`; no fields at all where there is no such file."""
+    return read(path, longest) if path.exists() else Fields({}, str(path))
+
+
+def read_text(path: epath.Path, longest: int = LONGEST) -> str:
+    """Text in UTF-8. Raises: UserError as `read_bounded`, and for what is none."""
+    try:
+        return read_bounded(path, longest).decode()
+    except UnicodeError as error:
+        raise UserError(f"{path} is not text in UTF-8: {error.reason}.") from error
+
+
 def parse(data: bytes, file: str) -> "Fields":
     """One object of JSON in UTF-8, a byte order mark before it or not.
 

@@ -3,7 +3,6 @@
 Keys and defaults: transformers 5.24, models/{phi3,llama,mistral}/configuration_*.py, modeling_rope_utils.py.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +12,8 @@ from etils import epath
 from phijax.errors import UserError
 from phijax.interchange.huggingface.names import Layout
 from phijax.model.config import LongRope, ModelConfig
+from phijax.storage import strict_json
+from phijax.storage.strict_json import Fields, shown
 
 CONFIG_FILE = "config.json"
 LONGEST_CONFIG = 10_000_000  # bytes; real ones have some thousand
@@ -81,15 +82,7 @@ ROPE_KEYS = {
 
 def read_json(path: epath.Path) -> dict[str, Any]:
     """A small JSON object. Raises: UserError."""
-    if path.stat().length > LONGEST_CONFIG:
-        raise UserError(f"{path} has {path.stat().length:,} bytes, which is no configuration.")
-    try:
-        data = json.loads(path.read_bytes().decode("utf-8-sig"))  # editors put a byte order mark first
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not an object of keys and values.")
-    return data
+    return dict(strict_json.read(path, LONGEST_CONFIG).values)
 
 
 def parse(data: Mapping[str, Any], where: str) -> tuple[ModelConfig, str]:
@@ -108,10 +101,10 @@ def parse(data: Mapping[str, Any], where: str) -> tuple[ModelConfig, str]:
     head_dim = _integer(values, "head_dim", where, dim // heads)
     max_position = _integer(values, "max_position_embeddings", where)
     if values.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UserError(f"{where}: hidden_act={values['hidden_act']!r}; phijax computes silu.")
+        raise UserError(f"{where}: hidden_act={shown(values['hidden_act'])}; phijax computes silu.")
     window = values.get("sliding_window")
     if layout == "llama" and window is not None:
-        raise UserError(f"{where}: sliding_window={window!r} in a Llama, which has no window in transformers.")
+        raise UserError(f"{where}: sliding_window={shown(window)} in a Llama, which has no window in transformers.")
     rope = _rope(values, layout, where)
     partial = rope.pop("partial_rotary_factor")
     theta = rope.pop("rope_theta")
@@ -142,12 +135,12 @@ def _architecture(data: Mapping[str, Any], where: str) -> str:
     named = data.get("architectures") or []
     named = named if isinstance(named, list) else [named]
     by_type = {layout: name for name, layout in ARCHITECTURES.items()}
-    name = named[0] if named else by_type.get(data.get("model_type"))
-    if name not in ARCHITECTURES:
-        said = f"architectures={named!r}" if named else f"model_type={data.get('model_type')!r}"
+    name = named[0] if named else by_type.get(Fields(data, where).text("model_type", ""))
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        said = f"architectures={shown(named)}" if named else f"model_type={data.get('model_type')!r}"
         raise UserError(f"{where}: {said} is not known. phijax reads {', '.join(ARCHITECTURES)}.")
     if "model_type" in data and data["model_type"] != ARCHITECTURES[name]:
-        raise UserError(f"{where}: architectures says {name}, model_type says {data['model_type']!r}.")
+        raise UserError(f"{where}: architectures says {name}, model_type says {shown(data['model_type'])}.")
     return name
 
 
@@ -158,11 +151,11 @@ def _inert(key: str, value: Any) -> bool:
 
 
 def _refusal(where: str, architecture: str, unknown: Mapping[str, Any]) -> str:
-    shown = ", ".join(f"{key}={str(value)[:60]!r}" for key, value in list(unknown.items())[:8])
+    listed = ", ".join(f"{key}={shown(value)}" for key, value in list(unknown.items())[:8])
     if "quantization_config" in unknown:
         return f"{where}: the weights are quantised (quantization_config). Take the checkpoint that is not, or a GGUF."
     return (
-        f"{where}: {shown}: phijax does not know {'this key' if len(unknown) == 1 else 'these keys'} of a "
+        f"{where}: {listed}: phijax does not know {'this key' if len(unknown) == 1 else 'these keys'} of a "
         f"{architecture} and would compute something else if it mattered.\nIf it does not, remove it from the file."
     )
 
@@ -171,7 +164,7 @@ def _rope(values: Mapping[str, Any], layout: Layout, where: str) -> dict[str, An
     """Both spellings as one dict, with rope_theta, partial_rotary_factor and rope_type in it."""
     given = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
-        raise UserError(f"{where}: rope_scaling={str(given)[:60]!r} is not an object.")
+        raise UserError(f"{where}: rope_scaling={shown(given)} is not an object.")
     if unknown := sorted(set(given) - ROPE_KEYS):
         raise UserError(f"{where}: rope_scaling has {', '.join(unknown)}, which phijax does not do.")
     rope = {
@@ -184,7 +177,7 @@ def _rope(values: Mapping[str, Any], layout: Layout, where: str) -> dict[str, An
     rope["rope_type"] = "longrope" if kind == "su" else kind
     if rope["rope_type"] not in ("default", "longrope"):
         raise UserError(
-            f"{where}: rope_type={kind!r} is not done by phijax, which rotates by the default rule or by LongRoPE "
+            f"{where}: rope_type={shown(kind)} is not done by phijax, which rotates by the default rule or by LongRoPE "
             "('longrope', 'su')."
         )
     if layout != "phi3" and rope["partial_rotary_factor"] != 1.0:
@@ -204,47 +197,37 @@ def _long_rope(rope: dict, values: Mapping[str, Any], layout: Layout, max_positi
             f"transformers does not see it and takes {PHI3_ORIGINAL}. Put the right number beside rope_scaling."
         )
     original = beside or (PHI3_ORIGINAL if layout == "phi3" else inside or max_position)
-    lists = [rope.get(name) for name in ("short_factor", "long_factor")]
-    if not all(isinstance(x, list) and all(type(n) in (int, float) and n > 0 for n in x) for x in lists):
-        raise UserError(f"{where}: LongRoPE needs short_factor and long_factor, two lists of positive numbers.")
-    if type(original) is not int or original < 2:
-        raise UserError(f"{where}: original_max_position_embeddings={original!r} must be a whole number above 1.")
+    given = Fields({**rope, "original_max_position_embeddings": original}, where, "rope_scaling")
+    lists = [given.numbers(name, above=0) for name in ("short_factor", "long_factor")]
+    original = given.integer("original_max_position_embeddings", least=2)  # its logarithm is a divisor
     scale = max_position / original
     ours = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-    theirs = rope.get("attention_factor")
-    if theirs is None and (factor := rope.get("factor")) is not None:
+    theirs = given.number("attention_factor", None)
+    if theirs is None and (factor := given.number("factor", None)) is not None:
         theirs = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     for name, value in (
         ("attention_factor", theirs),
-        *((key, rope.get(key)) for key in ("short_mscale", "long_mscale")),
+        *((key, given.number(key, None)) for key in ("short_mscale", "long_mscale")),
     ):
         if value is not None and not math.isclose(value, ours, rel_tol=1e-6):
             raise UserError(
                 f"{where}: {name} {value} of LongRoPE is not sqrt(1 + ln({scale:g}) / ln({original})) = {ours:.9g}, "
                 "the only one that phijax does."
             )
-    return LongRope(*(tuple(map(float, x)) for x in lists), original_max_position=original)
+    return LongRope(*map(tuple, lists), original_max_position=original)
 
 
 def _integer(values: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
-    value = values.get(key)
-    value = default if value is None else value
-    if type(value) is not int or not 0 < value < 1 << 31:
-        raise UserError(f"{where}: {key}={str(value)[:60]} must be a positive whole number.")
-    return value
+    fields = Fields(values, where)
+    return fields.integer(key, least=1) if default is None else fields.integer(key, default, least=1)
 
 
 def _number(key: str, value: Any, where: str) -> float:
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise UserError(f"{where}: {key}={str(value)[:60]} must be a positive number.")
-    return float(value)
+    return Fields({key: value}, where).number(key, above=0)
 
 
 def _boolean(values: Mapping[str, Any], key: str, where: str) -> bool:
-    value = values.get(key)
-    if value not in (True, False, None):
-        raise UserError(f"{where}: {key}={str(value)[:60]} must be true or false.")
-    return bool(value)
+    return Fields(values, where).boolean(key, False)
 
 
 def unwritable(model: ModelConfig, layout: Layout) -> str | None:

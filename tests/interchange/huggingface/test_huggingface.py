@@ -187,8 +187,8 @@ def test_the_name_table_covers_every_leaf_once(layout):
 CHANGES = [
     ("phi3", {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel.*is not known"),
     ("phi3", {"model_type": "llama"}, "architectures says Phi3ForCausalLM, model_type says 'llama'"),
-    ("llama", {"attention_bias": True}, "attention_bias='True'"),
-    ("llama", {"mlp_bias": True}, "mlp_bias='True'"),
+    ("llama", {"attention_bias": True}, "attention_bias=True"),
+    ("llama", {"mlp_bias": True}, "mlp_bias=True"),
     ("phi3", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ("phi3", {"quantization_config": {"quant_method": "gptq"}}, "weights are quantised"),
     ("llama", {"rope_interleaved": True}, "rope_interleaved"),
@@ -199,9 +199,9 @@ CHANGES = [
     ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' is not done"),
     ("llama", {"rope_scaling": {"type": "default", "high_freq_factor": 4.0}}, "high_freq_factor"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is no key of this class"),
-    ("phi3", {"hidden_size": "64"}, "hidden_size=64 must be a positive whole number"),
+    ("phi3", {"hidden_size": "64"}, "hidden_size='64' must be a whole number from 1 to 2,147,483,647"),
     ("phi3", {"num_hidden_layers": 1 << 40}, "num_hidden_layers"),
-    ("phi3", {"vocab_size": None}, "vocab_size=None"),
+    ("phi3", {"vocab_size": None}, "vocab_size is missing"),
     ("phi3", {"num_key_value_heads": 3}, "does not divide"),
 ]
 
@@ -221,7 +221,7 @@ def test_what_is_not_done_here_is_refused_by_name(saved, name, change, message):
         ({"factor": 32.0}, "attention_factor"),
         ({"long_mscale": 1.0}, "long_mscale 1.0"),
         ({"short_factor": [1.0]}, "short_factor has 1 entries"),
-        ({"long_factor": None}, "two lists"),
+        ({"long_factor": None}, "long_factor is missing; it must be a list"),
     ],
 )
 def test_longrope_that_scales_otherwise_is_refused(saved, change, message):
