@@ -205,6 +205,10 @@ class Fields:
         found = self._one(name, default, *_OBJECT)
         return Fields(found, self.file, self._at(name)) if isinstance(found, Mapping) else found
 
+    def items(self, name: str, default: D = _REQUIRED) -> list[Any] | D:
+        """Of anything: for a reader that looks at each item itself."""
+        return self._one(name, default, "a list", lambda value: isinstance(value, list))
+
     def objects(self, name: str, default: D = _REQUIRED) -> "list[Fields] | D":
         """A list of objects."""
         found = self._list(name, default, *_OBJECT)
