@@ -153,6 +153,11 @@ def shown(value: Any) -> str:
     return _cut(repr(value[: _SHOWN + 1]) if isinstance(value, str) else reprlib.repr(value))
 
 
+def named(field: str) -> str:
+    """The name of a field, for a message."""
+    return _cut(field if field.isprintable() else ascii(field))
+
+
 def _cut(text: str) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
@@ -251,8 +256,7 @@ class Fields:
         return UserError(f"{self.file}: {at}={shown(value)} must be {expected}.")
 
     def _at(self, name: str) -> str:
-        name = _cut(name if name.isprintable() else ascii(name))
-        return f"{self.place}.{name}" if self.place else name
+        return f"{self.place}.{named(name)}" if self.place else named(name)
 
 
 def _integer(least: int, most: int) -> tuple[str, Callable[[Any], bool]]:
