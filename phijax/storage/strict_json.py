@@ -200,7 +200,7 @@ class Fields:
         self, name: str, default: D = _REQUIRED, *, above: float = -math.inf, least: float = -math.inf
     ) -> list[float] | D:
         found = self._list(name, default, *_number(above, least))
-        return list(map(float, found)) if isinstance(found, list) else found
+        return list(map(float, found)) if self.has(name) else found
 
     def texts(self, name: str, default: D = _REQUIRED) -> list[str] | D:
         return self._list(name, default, *_TEXT)
@@ -212,12 +212,12 @@ class Fields:
 
     def items(self, name: str, default: D = _REQUIRED) -> list[Any] | D:
         """Of anything: for a reader that looks at each item itself."""
-        return self._one(name, default, "a list", lambda value: isinstance(value, list))
+        return self._one(name, default, "a list", _is_list)
 
     def objects(self, name: str, default: D = _REQUIRED) -> "list[Fields] | D":
         """A list of objects."""
         found = self._list(name, default, *_OBJECT)
-        if not isinstance(found, list):
+        if not self.has(name):
             return found
         return [Fields(each, self.file, f"{self._at(name)}[{i}]") for i, each in enumerate(found)]
 
@@ -245,7 +245,7 @@ class Fields:
         return value
 
     def _list(self, name: str, default: Any, expected: str, holds: Callable[[Any], bool]) -> Any:
-        whole = self._one(name, default, f"a list, each {expected}", lambda value: isinstance(value, list))
+        whole = self._one(name, default, f"a list, each {expected}", _is_list)
         if self.has(name):
             for i, value in enumerate(whole):
                 if not holds(value):
@@ -272,6 +272,10 @@ def _number(above: float, least: float) -> tuple[str, Callable[[Any], bool]]:
         return finite and value > above and value >= least
 
     return " ".join(["a finite number", *bounds]), holds
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)  # a tuple of what has not been through a file yet
 
 
 _TEXT = "text", lambda value: isinstance(value, str)
