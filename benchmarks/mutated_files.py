@@ -8,13 +8,14 @@ import json
 import pathlib
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
-from mutations import Reader
+from mutations import Counts, Reader, attack, failures, table
 
 from phijax import config as configs
 from phijax.checkpoint import lock, manifest, reading
@@ -73,6 +74,21 @@ class Weights:
 
     def read(self, path: str, index: Index) -> np.ndarray:
         return self.arrays[path][index]
+
+
+def attack_all(folder: pathlib.Path, *, seed: int, first: int, changes: int, only: str) -> int:
+    """`changes` of each file whose name has `only` in it, and a table for docs/reliability.md. -> how many failed."""
+    wanted = {name: reader for name, reader in readers(folder).items() if only in name}
+    print(f"{len(wanted)} files, changes {first} to {first + changes} of each, seed {seed}", flush=True)
+    found: dict[str, Counts] = {}
+    began = time.monotonic()
+    for number, (name, reader) in enumerate(wanted.items(), start=1):
+        found[name] = attack(reader, seed, first, changes)
+        left = (time.monotonic() - began) / number * (len(wanted) - number)
+        counts = f"{found[name].opened} opened, {found[name].refused} refused, {len(found[name].failed)} failed"
+        print(f"{name}: {counts}; about {left:.0f} s left", flush=True)
+    print(table(found), failures(found), sep="\n")
+    return sum(len(counts.failed) for counts in found.values())
 
 
 def readers(folder: pathlib.Path) -> dict[str, Reader]:

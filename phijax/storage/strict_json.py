@@ -116,9 +116,8 @@ def _refuse_depth(data: bytes, file: str) -> None:
     """Before the parser, which calls itself for each level."""
     outside = data.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2]  # of texts
     brackets = b"".join(outside).translate(None, _OTHERS)
-    depth = max(itertools.accumulate(map(_BRACKETS.__getitem__, brackets)), default=0)
-    if depth > _DEEPEST:
-        raise UserError(f"{file} is not read: {depth:,} objects and lists inside each other; {_DEEPEST} are allowed.")
+    if any(depth > _DEEPEST for depth in itertools.accumulate(map(_BRACKETS.__getitem__, brackets))):
+        raise UserError(f"{file} is not read: it has more than {_DEEPEST} objects and lists inside each other.")
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
