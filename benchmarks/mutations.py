@@ -240,7 +240,7 @@ def _safetensors_changed(data: bytes, chance: random.Random) -> bytes:
 def _gguf_changed(data: bytes, chance: random.Random) -> bytes:
     """A number in the header, mostly one behind the name of a key, is another; types, counts, lengths are such."""
     names = [match.end() for match in re.finditer(rb"[a-z0-9_]+(\.[a-z0-9_]+)+", data[: 1 << 16])]
-    at = chance.choice(names) + chance.choice((0, 4, 8, 12)) if chance.random() < 0.7 else chance.randrange(4096)
+    at = chance.choice(names or [0]) + chance.choice((0, 4, 8, 12)) if chance.random() < 0.7 else chance.randrange(4096)
     form = chance.choice("<B <H <I <Q <f <d".split())
     if form in ("<f", "<d"):
         value = chance.choice((float("nan"), float("inf"), -1.0, 0.0, 1e-38, 3e38))
