@@ -17,10 +17,12 @@ from etils import epath
 
 from phijax.errors import UserError
 from phijax.storage import atomic, durable
+from phijax.storage.regular_files import below, is_regular, read_bounded
 
 MANIFEST_FILE = "manifest.json"
 STATE_FOLDER = "state"  # what Orbax writes, inside a step's folder
 FORMAT = 2  # the newest that is read; written is 1 wherever its readers would not be misled
+LONGEST = 1 << 26  # bytes of a manifest: a line for each array and each file
 READ_BYTES = 8 * 2**20
 DIFFERENCES_SHOWN = 8
 
@@ -75,9 +77,11 @@ def write(folder: epath.Path, *, step: int, leaves: list[dict], identity: dict, 
 def read(folder: epath.Path) -> dict:
     """The manifest of a step's folder. Raises DamagedManifest."""
     try:
-        content = json.loads((folder / MANIFEST_FILE).read_text())
+        content = json.loads(read_bounded(folder / MANIFEST_FILE, LONGEST))
         digest = content.pop("crc32")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except UserError as error:
+        raise DamagedManifest(str(error)) from error
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
         raise DamagedManifest(f"{MANIFEST_FILE} cannot be read: {type(error).__name__}: {error}") from error
     if digest != _own_digest(content):
         raise DamagedManifest(f"{MANIFEST_FILE} does not match its own digest")
@@ -105,9 +109,13 @@ def verify(folder: epath.Path, *, by_step: bool = True) -> list[str]:
     )
     readable = []
     for entry in content["files"]:
-        path = folder / entry["path"]
-        if not path.exists():
+        path = below(folder, entry["path"])
+        if path is None:
+            problems.append(f"{MANIFEST_FILE} names {str(entry['path'])[:60]!r}, which is not below the step's folder")
+        elif not path.exists():
             problems.append(f"{entry['path']} is missing")
+        elif not is_regular(path):
+            problems.append(f"{entry['path']} is no regular file")
         elif (size := path.stat().length) != entry["bytes"]:
             problems.append(f"{entry['path']} has {size:,} bytes instead of {entry['bytes']:,}")
         else:

@@ -9,10 +9,12 @@ from typing import Any
 from etils import epath
 
 from phijax.errors import UserError
+from phijax.storage.regular_files import read_bounded
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "phijax token shards"
 VERSION = 1
+LONGEST = 1 << 28  # bytes: every input file has a line
 DTYPES = {"uint16": 1 << 16, "uint32": 1 << 31}  # and how many ids each can hold (tokens become int32)
 
 
@@ -92,7 +94,7 @@ def read_manifest(folder: epath.Path) -> Manifest:
     if not path.exists():
         raise UserError(_no_shards(folder))
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_bounded(path, LONGEST))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}). Prepare the shards again, or copy them again.") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:

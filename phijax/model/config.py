@@ -12,6 +12,7 @@ from phijax.errors import UserError, nearest_name
 from phijax.model.mask import Mask
 
 VOCAB_MULTIPLE = 1024  # 8 rows on each of 128 chips; fixed, so that shapes never depend on the mesh
+_MOST_HEADS = 1000  # that a message looks for divisors among
 CHECKPOINT = "checkpoint"  # the preset that is the model of the run's start weights
 
 
@@ -77,7 +78,7 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)} must be at least 1.")
         if self.num_heads % self.num_kv_heads:
-            fits = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            fits = [n for n in range(1, min(self.num_heads, _MOST_HEADS) + 1) if self.num_heads % n == 0]
             raise UserError(
                 f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}. "
                 f"Sizes that do: {', '.join(map(str, fits))}."

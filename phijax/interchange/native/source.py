@@ -1,6 +1,7 @@
 """Opens a checkpoint of ours, a run's or an exported one, to read its weights alone. Takes no lock, changes nothing."""
 
 import functools
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -36,6 +37,7 @@ VALUES, SCALES = "values", "scales"  # of four bits: two to a byte, see quantiza
 # A chunk that several reads share is decoded once while it lies here. Chunks of one layer fit; those of checkpoints
 # written before the chunk size was bounded (run_state.CHUNK_BYTES) may not, and are then decoded for each layer.
 CACHE_BYTES = 256 << 20
+_MOST_SHRUNK = 64  # times: weights of a model shrink by a tenth, zeros wholly
 
 
 class NativeSource:
@@ -153,6 +155,7 @@ def open_native(path: epath.Path, *, verify: bool = True) -> Opened:
         folder = _newest_step(path)
     content = reading.read_manifest(folder)
     model = model_of(folder, content["identity"])
+    _refuse_empty_promises(folder, content)
     extra = dict(content["extra"])
     # What an export of another kind of checkpoint wrote down; of a run, what its start weights brought with them.
     before = extra.get("weights_only") or content["identity"].get(START) or {}
@@ -174,6 +177,17 @@ def open_native(path: epath.Path, *, verify: bool = True) -> Opened:
             **carried(before),
         ),
     )
+
+
+def _refuse_empty_promises(folder: epath.Path, content: dict) -> None:
+    """Raises: UserError for weights that the step's files cannot hold: chunks that are missing read as zeros."""
+    weights = [leaf for leaf in content["leaves"] if leaf["path"].startswith(PARAMS)]
+    said = sum(math.prod(leaf["shape"]) * jnp.dtype(leaf["dtype"]).itemsize for leaf in weights)
+    held = sum(entry["bytes"] for entry in content["files"])
+    if said > _MOST_SHRUNK * held + CACHE_BYTES:
+        raise UserError(
+            f"{folder / manifest.MANIFEST_FILE} describes {said:,} bytes of weights; the step's files have {held:,}."
+        )
 
 
 def _begin(identity: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[int, ...]:

@@ -1,0 +1,62 @@
+"""Files that anybody may have put there: a regular file of a bounded size is read, a pipe or a device never is.
+
+A pipe that nobody writes to holds its reader for ever, /dev/zero has no end, and a link may lead to either.
+"""
+
+import stat
+from typing import BinaryIO
+
+from etils import epath
+
+from phijax.errors import UserError
+
+LONGEST = 16_000_000  # bytes of a file; real ones of ours have some thousand, an index of a large model a million
+
+
+def size_of(path: epath.Path) -> int:
+    """Bytes of a file. Raises: UserError for what is missing, or no regular file, as a folder, a pipe or a device."""
+    try:
+        found, regular = path.stat(), is_regular(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if not regular:
+        raise UserError(f"{path} is no regular file.")
+    return found.length
+
+
+def is_regular(path: epath.Path) -> bool:
+    """Whether a file that is there is one of bytes that end. Objects of a bucket are. Raises: OSError."""
+    found = path.stat()
+    return not found.is_directory and (found.mode is None or stat.S_ISREG(found.mode))
+
+
+def read_bounded(path: epath.Path, longest: int = LONGEST) -> bytes:
+    """A file of at most `longest` bytes. Raises: UserError as `size_of`, and for one that is larger or not readable."""
+    if (size := size_of(path)) > longest:
+        raise UserError(f"{path} has {size:,} bytes; a file of its kind is read up to {longest:,}.")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def begins_with(path: epath.Path, start: bytes) -> bool:
+    """Whether the first bytes are `start`. Raises: UserError as `size_of`."""
+    size_of(path)
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
+def read_stream(file: BinaryIO, name: str, longest: int = LONGEST) -> bytes:
+    """What a file, or a pipe that was meant, gives up to its end. Raises: UserError for more than `longest` bytes."""
+    data = file.read(longest + 1)
+    if len(data) > longest:
+        raise UserError(f"{name} has more than {longest:,} bytes.")
+    return data
+
+
+def below(folder: epath.Path, name: object) -> epath.Path | None:
+    """The file that a manifest of `folder` means by `name`; None for a name that leads out of it, or is none."""
+    if not isinstance(name, str) or not name or "\0" in name or name.startswith("/") or ".." in name.split("/"):
+        return None
+    return folder / name
