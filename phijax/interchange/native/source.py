@@ -165,7 +165,7 @@ def open_native(path: epath.Path, *, verify: bool = True) -> Opened:
         kind="phijax",
         model=model,
         weights=NativeSource(folder, model, content["leaves"], _schemes_of(folder, extra)),
-        tokenizer=functools.partial(_open_tokenizer, folder, tokenizer),
+        tokenizer=functools.partial(_open_tokenizer, folder, tokenizer, _fingerprint(content["identity"], before)),
         chat_template=before.get("chat_template"),
         begin=_begin(content["identity"], before),
         stop_ids=tuple(before.get("stop_ids", ())),
@@ -257,7 +257,18 @@ def _tokenizer_folder(folder: epath.Path) -> epath.Path | None:
     return next((candidate for candidate in candidates if candidate.is_dir()), None)
 
 
-def _open_tokenizer(folder: epath.Path, tokenizer: epath.Path | None) -> TextTokenizer:
+def _fingerprint(identity: Mapping[str, Any], before: Mapping[str, Any]) -> str | None:
+    """Of the tokenizer that the step was saved with; None where an older phijax wrote down none."""
+    return before.get(TOKENIZER_FOLDER) or (identity.get("data") or {}).get("tokenizer")
+
+
+def _open_tokenizer(folder: epath.Path, tokenizer: epath.Path | None, fingerprint: str | None) -> TextTokenizer:
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer: neither in it nor in its run's workdir is a {TOKENIZER_FOLDER}/.")
-    return open_tokenizer(tokenizer)
+    opened = open_tokenizer(tokenizer)
+    if fingerprint not in (None, opened.fingerprint):
+        raise UserError(
+            f"{tokenizer} is damaged, or not the tokenizer of {folder}: its fingerprint is {opened.fingerprint[:12]}, "
+            f"the manifest says {str(fingerprint)[:12]}. Copy the tokenizer's folder again from where it came."
+        )
+    return opened
