@@ -15,6 +15,7 @@ from absl import flags
 from phijax import command
 from phijax.errors import EXIT_DONE, UserError
 from phijax.parallel import hardware
+from phijax.storage import strict_json
 from phijax.storage.regular_files import read_stream
 
 _LONGEST_PROMPTS = 1 << 28  # bytes of a file of prompts
@@ -133,10 +134,7 @@ def _read_prompts(path: str) -> list[str]:
     for number, line in enumerate(text.split("\n"), start=1):  # strings of JSON may hold Unicode's other line ends
         if not line.strip():
             continue
-        try:
-            prompt = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not JSON: {error}") from error
+        prompt = strict_json.parse_value(line.encode(), f"{path}:{number}")
         prompt = prompt.get("prompt") if isinstance(prompt, dict) else prompt
         if not isinstance(prompt, str):
             raise UserError(f'{path}:{number}: a string, or an object with "prompt", is expected.')

@@ -52,10 +52,3 @@ def read_stream(file: BinaryIO, name: str, longest: int = LONGEST) -> bytes:
     if len(data) > longest:
         raise UserError(f"{name} has more than {longest:,} bytes.")
     return data
-
-
-def below(folder: epath.Path, name: object) -> epath.Path | None:
-    """The file that a manifest of `folder` means by `name`; None for a name that leads out of it, or is none."""
-    if not isinstance(name, str) or not name or "\0" in name or name.startswith("/") or ".." in name.split("/"):
-        return None
-    return folder / name

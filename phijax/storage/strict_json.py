@@ -38,10 +38,10 @@ class _Required:
 _REQUIRED: Any = _Required()
 
 
-def read(path: epath.PathLike, longest: int = LONGEST) -> "Fields":
+def read(path: epath.PathLike, longest: int = LONGEST, *, not_finite: bool = False) -> "Fields":
     """A file that holds one object of JSON. Raises: UserError as `read_bounded` and `parse`."""
     path = epath.Path(path)
-    return parse(read_bounded(path, longest), str(path))
+    return parse(read_bounded(path, longest), str(path), not_finite=not_finite)
 
 
 def read_if_there(path: epath.Path, longest: int = LONGEST) -> "Fields":
@@ -57,26 +57,27 @@ def read_text(path: epath.Path, longest: int = LONGEST) -> str:
         raise UserError(f"{path} is not text in UTF-8: {error.reason}.") from error
 
 
-def parse(data: bytes, file: str) -> "Fields":
+def parse(data: bytes, file: str, *, not_finite: bool = False) -> "Fields":
     """One object of JSON in UTF-8, a byte order mark before it or not.
 
+    Args: not_finite: Python's NaN and Infinity are read, as losses in files of ours have them; `number` refuses them.
     Raises: UserError, naming `file`, for what is not JSON, holds a key twice, NaN or infinity, a number that float64
       does not hold or a half of a character, or nests deeper than any file does.
     """
-    value = parse_value(data, file)
+    value = parse_value(data, file, not_finite=not_finite)
     if not isinstance(value, dict):
         raise UserError(f"{file} must hold one object of names and values, but holds {shown(value)}.")
     return Fields(value, file)
 
 
-def parse_value(data: bytes, file: str) -> Any:
+def parse_value(data: bytes, file: str, *, not_finite: bool = False) -> Any:
     """As `parse`, of a value of any type."""
     _refuse_depth(data, file)
     try:
         value = json.loads(
             data.decode("utf-8-sig"),  # editors put a byte order mark first
             object_pairs_hook=_without_repeats,
-            parse_constant=_no_number,
+            parse_constant=float if not_finite else _no_number,
             parse_float=_decimal,
             parse_int=_whole,
         )
@@ -93,9 +94,8 @@ def _refuse_depth(data: bytes, file: str) -> None:
     """Before the parser, which calls itself for each level."""
     outside = data.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2]  # of texts
     brackets = b"".join(outside).translate(None, _OTHERS)
-    depth = max(itertools.accumulate(map(_BRACKETS.__getitem__, brackets)), default=0)
-    if depth > _DEEPEST:
-        raise UserError(f"{file} is not read: {depth:,} objects and lists inside each other; {_DEEPEST} are allowed.")
+    if any(depth > _DEEPEST for depth in itertools.accumulate(map(_BRACKETS.__getitem__, brackets))):
+        raise UserError(f"{file} is not read: it has more than {_DEEPEST} objects and lists inside each other.")
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -128,6 +128,11 @@ def shown(value: Any) -> str:
     """What stands in a file, for a message: at most 60 characters, none that moves a terminal's cursor."""
     # Of a large value only the beginning is put into words: a refusal must not take longer than reading did.
     return _cut(repr(value[: _SHOWN + 1]) if isinstance(value, str) else reprlib.repr(value))
+
+
+def named(field: str) -> str:
+    """The name of a field, for a message."""
+    return _cut(field if field.isprintable() else ascii(field))
 
 
 def _cut(text: str) -> str:
@@ -172,7 +177,7 @@ class Fields:
         self, name: str, default: D = _REQUIRED, *, above: float = -math.inf, least: float = -math.inf
     ) -> list[float] | D:
         found = self._list(name, default, *_number(above, least))
-        return list(map(float, found)) if isinstance(found, list) else found
+        return list(map(float, found)) if self.has(name) else found
 
     def texts(self, name: str, default: D = _REQUIRED) -> list[str] | D:
         return self._list(name, default, *_TEXT)
@@ -182,10 +187,14 @@ class Fields:
         found = self._one(name, default, *_OBJECT)
         return Fields(found, self.file, self._at(name)) if isinstance(found, Mapping) else found
 
+    def items(self, name: str, default: D = _REQUIRED) -> list[Any] | D:
+        """Of anything: for a reader that looks at each item itself."""
+        return self._one(name, default, "a list", _is_list)
+
     def objects(self, name: str, default: D = _REQUIRED) -> "list[Fields] | D":
         """A list of objects."""
         found = self._list(name, default, *_OBJECT)
-        if not isinstance(found, list):
+        if not self.has(name):
             return found
         return [Fields(each, self.file, f"{self._at(name)}[{i}]") for i, each in enumerate(found)]
 
@@ -213,7 +222,7 @@ class Fields:
         return value
 
     def _list(self, name: str, default: Any, expected: str, holds: Callable[[Any], bool]) -> Any:
-        whole = self._one(name, default, f"a list, each {expected}", lambda value: isinstance(value, list))
+        whole = self._one(name, default, f"a list, each {expected}", _is_list)
         if self.has(name):
             for i, value in enumerate(whole):
                 if not holds(value):
@@ -224,8 +233,7 @@ class Fields:
         return UserError(f"{self.file}: {at}={shown(value)} must be {expected}.")
 
     def _at(self, name: str) -> str:
-        name = _cut(name if name.isprintable() else ascii(name))
-        return f"{self.place}.{name}" if self.place else name
+        return f"{self.place}.{named(name)}" if self.place else named(name)
 
 
 def _integer(least: int, most: int) -> tuple[str, Callable[[Any], bool]]:
@@ -241,6 +249,10 @@ def _number(above: float, least: float) -> tuple[str, Callable[[Any], bool]]:
         return finite and value > above and value >= least
 
     return " ".join(["a finite number", *bounds]), holds
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)  # a tuple of what has not been through a file yet
 
 
 _TEXT = "text", lambda value: isinstance(value, str)

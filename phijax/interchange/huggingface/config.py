@@ -151,7 +151,7 @@ def _inert(key: str, value: Any) -> bool:
 
 
 def _refusal(where: str, architecture: str, unknown: Mapping[str, Any]) -> str:
-    listed = ", ".join(f"{key}={shown(value)}" for key, value in list(unknown.items())[:8])
+    listed = ", ".join(f"{strict_json.named(key)}={shown(value)}" for key, value in list(unknown.items())[:8])
     if "quantization_config" in unknown:
         return f"{where}: the weights are quantised (quantization_config). Take the checkpoint that is not, or a GGUF."
     return (
@@ -166,7 +166,9 @@ def _rope(values: Mapping[str, Any], layout: Layout, where: str) -> dict[str, An
     if not isinstance(given, Mapping):
         raise UserError(f"{where}: rope_scaling={shown(given)} is not an object.")
     if unknown := sorted(set(given) - ROPE_KEYS):
-        raise UserError(f"{where}: rope_scaling has {', '.join(unknown)}, which phijax does not do.")
+        raise UserError(
+            f"{where}: rope_scaling has {', '.join(map(strict_json.named, unknown))}, which phijax does not do."
+        )
     rope = {
         "rope_theta": values.get("rope_theta", 10000.0),
         "partial_rotary_factor": values.get("partial_rotary_factor") or 1.0,

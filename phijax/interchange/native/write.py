@@ -63,6 +63,7 @@ def write(
     Args: dtype: None: as stored, small weights in their integers and scales; else these are what they stand for.
     Raises: UserError for an output that is there, a full disk, weights that are NaN or do not fit into `dtype`.
     """
+    tokenizer_files.check(opened)
     staging.check_output(output, nbytes(opened, dtype))
     with staging.staged(output) as folder:
         leaves = []
