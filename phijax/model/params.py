@@ -49,6 +49,11 @@ class Leaf(NamedTuple):
     def summed_axis(self) -> int:
         return -2 if self.summed == "rows" else -1
 
+    @property
+    def result_axis(self) -> int:
+        """Along which the results of its products lie; of a leaf that is no matrix its last."""
+        return -2 if self.kind is not None and self.summed == "d" else -1
+
 
 @functools.lru_cache(maxsize=16)
 def _declared(c: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Leaf]]:

@@ -15,6 +15,7 @@ from small_models import SMALL, Rows, assert_leaves_close, pack, random_document
 from phijax.model import params as parameters
 from phijax.model.backend import CHOICES, Backend
 from phijax.model.config import LongRope, ModelConfig
+from phijax.model.presets import PRESETS
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -230,6 +231,14 @@ def test_packed_rows_take_the_list_of_the_declared_length():
     compare(LONG, reference, rows)
     with pytest.raises(AssertionError):  # declared for L0 tokens it is another function
         compare(LONG, reference, rows, length=L0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl"])
+def test_gpt2_presets_have_as_many_parameters(name):
+    c = PRESETS[name]
+    with torch.device("meta"):
+        config = transformers.GPT2Config(n_embd=c.model_dim, n_layer=c.num_layers, n_head=c.num_heads)
+        assert transformers.GPT2LMHeadModel(config).num_parameters() == parameters.count(c)
 
 
 GPT2_BACKENDS = {
