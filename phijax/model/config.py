@@ -100,7 +100,10 @@ class ModelConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"model.{name}={getattr(self, name)} must be a number above 0.")
         if self.positions == "learned" and self.long_rope:
-            raise UserError("model.positions=learned has no rotation, which LongRoPE changes: leave long_rope_from out.")
+            raise UserError(
+                "model.positions=learned: nothing rotates, so there is nothing that LongRoPE's lists would change.\n"
+                "Leave long_rope_from out, or take rotary positions."
+            )
         if self.positions == "rotary" and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
             raise UserError(
                 f"model: {self.rotary_dim} rotated dimensions of {self.head_dim}: must be even, > 0, no more."
