@@ -70,7 +70,14 @@ def logits_of(g: Generator, batch: list[list[int]], count: int) -> list[np.ndarr
     return [np.stack(row) for row in rows]
 
 
-@pytest.mark.parametrize("c", [GROUPED, ONE_HEAD, GPT2], ids=["grouped", "one kv head, window, tied", "gpt2"])
+@pytest.mark.parametrize(
+    "c",
+    [
+        pytest.param(GROUPED, id="grouped"),
+        pytest.param(ONE_HEAD, id="one kv head, window, tied"),
+        pytest.param(GPT2, id="gpt2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(c):
     """Nine rows, so that some stand where a vector of eight ends; caches of other lengths alone than together."""
     g = generator(c)

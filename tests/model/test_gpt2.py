@@ -8,7 +8,7 @@ import pytest
 from formula_case import calibrated, called, close, evaluated, generated, needs_compiler, tiled_block, trained, weights
 from formula_case import stored as in_four_bits
 from gpt2_case import GPT2_SMALL, leaves_of_gpt2, transformers_gpt2
-from small_models import pack, random_documents, run
+from small_models import assert_leaves_close, pack, random_documents, random_params, run
 
 from phijax.errors import UserError
 from phijax.inference.generator import Generator
@@ -19,6 +19,7 @@ from phijax.model.config import LongRope
 from phijax.model.kernels import cpu_int4, cpu_int4_library
 from phijax.model.ops import Ops
 from phijax.model.terms import Normed
+from phijax.parallel.mesh import MeshConfig, make_mesh
 
 # Groups of 32 divide all that is summed over.
 GROUPS = dataclasses.replace(
@@ -64,6 +65,55 @@ def test_generation_up_to_the_last_position_equals_transformers(theirs, ours, sc
         assert len(tokens) == 7 and text.shape[1] <= GPT2_SMALL.max_position
         expected = theirs(text).logits[0, len(prompt) - 1 : -1].detach().numpy()
         np.testing.assert_allclose(np.stack(logits), expected, rtol=0, atol=1e-4)
+
+
+# Heads, width and vocabulary that meshes cut evenly.
+WIDE = dataclasses.replace(
+    GPT2_SMALL, model_dim=48, num_layers=2, num_heads=6, num_kv_heads=6, head_dim=8, ffn_dim=80, max_position=64
+)
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    weights = random_params(WIDE)
+    rows = pack([random_documents(WIDE, 20, 9, seed=b) for b in range(4)], 32)
+    return weights, rows, run(WIDE, Backend(), weights, rows)
+
+
+@pytest.mark.parametrize(
+    ("shape", "backend"),
+    [
+        ((1, 2, 2, 2), Backend(remat="save_attention")),
+        pytest.param((1, 4, 1, 2), CHOICES["cpu"], marks=pytest.mark.slow),
+        pytest.param((2, 2, 1, 2), Backend(remat="save_all", rope_by_matmul=True), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_meshes_equal_one_device(on_one_device, shape, backend):
+    """Biases follow the cut of their rows, the table of positions is whole; every gradient comes back to its place."""
+    weights, rows, ((loss, logits), gradients) = on_one_device
+    mesh = make_mesh(MeshConfig(*shape), jax.devices())
+    placed = jax.device_put(weights, params.shardings(WIDE, mesh))
+    with jax.set_mesh(mesh):
+        (loss_2, logits_2), gradients_2 = run(WIDE, backend, placed, rows)
+    np.testing.assert_allclose(loss_2, loss, rtol=1e-5)
+    np.testing.assert_allclose(logits_2, logits, rtol=0, atol=2e-5)  # float32, sums in another order
+    for leaves in (gradients, gradients_2):  # of k's bias it is rounding alone
+        assert np.abs(leaves.pop("blocks/attention/k_bias", 0)).max() < 1e-5
+    assert_leaves_close(gradients_2, gradients, relative=1e-5)
+
+
+@pytest.mark.slow
+def test_generation_on_a_mesh_is_that_of_one_device(on_one_device):
+    weights, *_ = on_one_device
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, context=1, tensor=2), jax.devices()[:2])
+    prompts = [list(map(int, ids)) for ids in random_documents(WIDE, 3, 20)]
+    sampling = Sampling(temperature=0, max_tokens=3)
+    found = [
+        [piece.logits for piece in g.stream(prompts, sampling, with_logits=True)]
+        for g in (Generator(WIDE, weights), Generator(WIDE, weights, None, CHOICES["cpu"], mesh))
+    ]
+    np.testing.assert_allclose(*found, rtol=0, atol=1e-5)
 
 
 def test_a_text_without_room_in_the_table_is_refused(ours):
