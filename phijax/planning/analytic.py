@@ -244,7 +244,8 @@ class _Local:
         # Integers and a float32 scale a row are gathered where the feed-forward layers' products are of int8.
         self.int8 = recipe.backend.mlp_products == "int8"
         rounded = (self.compute - 1) * c.model_dim - 4 if self.int8 else 0  # bytes less in each row
-        self.gathered_bytes = self.layer_bytes - 3 * self.ffn * rounded
+        matrices = sum(leaf.kind in ("gate_up", "down") for leaf in params.leaves(c).values())
+        self.gathered_bytes = self.layer_bytes - matrices * self.ffn * rounded
         self.head_elements = self.vocab * c.model_dim
         self.head_bytes = self.head_elements * self.compute
         self.chunk_logits = cross_entropy.chunk_tokens(self.tokens, self.vocab) * self.vocab * 4
@@ -252,7 +253,7 @@ class _Local:
         heads, kv = self.heads * self.head_width, self.kv_heads * self.head_width
         sizes_of = {
             **{"query": heads, "key": kv, "value": kv, "attention": heads, "mid": c.model_dim},
-            **{"gate": self.ffn, "up": self.ffn, "activation": self.ffn},
+            **{"gate": self.ffn if c.gated else 0, "up": self.ffn, "activation": self.ffn},
         }
         names = remat_names(recipe.backend.remat)
         kept = set(SAVEABLE) if names is None else set(names)
@@ -268,19 +269,19 @@ class _Local:
         self.blocks_of_keys = -(-length // backward_block(length, part_length(length, sizes["context"])))
         gathered = 2 * kv * sizes["context"] if sizes["context"] > 1 else 0
         self.backward_bytes = self.compute * (
-            gathered + self.blocks_of_keys * heads + 2 * self.ffn + 3 * heads + 2 * kv + 3 * c.model_dim
+            gathered + self.blocks_of_keys * heads + (matrices - 1) * self.ffn + 3 * heads + 2 * kv + 3 * c.model_dim
         )
         # Products, FLOP a token and layer forward. The unit's output rows are lanes: a head of 96 takes 128.
         d = c.model_dim
         self.attention_flops = 2 * d * (2 * heads + 2 * kv)
-        self.mlp_flops = 2 * 3 * self.ffn * d
+        self.mlp_flops = 2 * matrices * self.ffn * d
         again = 0
         again += 2 * d * (heads * self.attention_again)  # o is needed for what follows it
         for name, width in (("query", heads), ("key", kv), ("value", kv)):
             again += 2 * d * width if name not in kept else 0
         if "mid" not in kept:
             again += 2 * d * heads * (not self.attention_again)
-        mlp_again = sum(2 * d * self.ffn for name in ("gate", "up") if name not in kept)
+        mlp_again = sum(2 * d * sizes_of[name] for name in ("gate", "up") if name not in kept)
         self.recomputed_flops = again + mlp_again
         # Forward products alone are rounded, those made again too.
         self.int8_flops = self.mlp_flops + mlp_again if self.int8 else 0
