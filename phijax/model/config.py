@@ -133,31 +133,32 @@ FIRST_LONG_ROPE_FIELDS = frozenset(("short_factor", "long_factor", "original_max
 class ModelSection:
     """Section `model`: a preset, what differs from it ("preset" keeps its number), and how it is computed."""
 
-    preset: str = "tiny"  # of model/presets.py, or "checkpoint": the model of init_from
-    vocab_size: int | Preset = "preset"
-    model_dim: int | Preset = "preset"
-    num_layers: int | Preset = "preset"
-    num_heads: int | Preset = "preset"
-    num_kv_heads: int | Preset = "preset"
-    head_dim: int | Preset = "preset"
-    ffn_dim: int | Preset = "preset"
-    max_position: int | Preset = "preset"
-    rope_theta: float | Preset = "preset"
-    partial_rotary_factor: float | Preset = "preset"
-    sliding_window: int | Preset | None = "preset"
-    tied_head: bool | Preset = "preset"
-    norm_eps: float | Preset = "preset"
-    positions: Positions | Preset = "preset"
-    norm: Norm | Preset = "preset"
-    bias: bool | Preset = "preset"
-    activation: Activation | Preset = "preset"
-    gated: bool | Preset = "preset"
+    preset: str = "tiny"  # a name of model/presets.py, or "checkpoint": the model of init_from
+    vocab_size: int | Preset = "preset"  # V; weights are padded to a multiple of 1024
+    model_dim: int | Preset = "preset"  # D
+    num_layers: int | Preset = "preset"  # L
+    num_heads: int | Preset = "preset"  # N, query heads
+    num_kv_heads: int | Preset = "preset"  # K, heads of keys and values; divides N
+    head_dim: int | Preset = "preset"  # H
+    ffn_dim: int | Preset = "preset"  # F, width of the feed-forward layer
+    max_position: int | Preset = "preset"  # longest text that the model is made for, in tokens
+    rope_theta: float | Preset = "preset"  # base of the rotary frequencies
+    partial_rotary_factor: float | Preset = "preset"  # share of each head's dimensions that rotate
+    sliding_window: int | Preset | None = "preset"  # W: a query sees W keys, itself included; None: all before it
+    tied_head: bool | Preset = "preset"  # whether the head is the embedding
+    norm_eps: float | Preset = "preset"  # added to the mean square in each norm
+    positions: Positions | Preset = "preset"  # rotary, or learned: a table of max_position rows
+    norm: Norm | Preset = "preset"  # rms, or layer: LayerNorm with factors and biases
+    bias: bool | Preset = "preset"  # whether each projection of a block has one
+    activation: Activation | Preset = "preset"  # of the feed-forward layer
+    gated: bool | Preset = "preset"  # f(x gate) * (x up), else f(x up)
     long_rope_from: str | None = None  # a preset, or a Hugging Face config.json, whose LongRoPE lists are taken
+    # The path that computes attention; auto: splash on TPU, cudnn on GPU where it can, blocked on CPU.
     attention: Literal["auto", "dense", "blocked", "splash", "cudnn"] = "auto"
-    remat: str = "auto"  # what the backward pass finds saved: model/decoder.py REMAT_POLICIES
-    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    mlp_products: Literal["float", "int8"] = "float"  # model/int8_products.py
-    layers: Literal["auto", "scan", "unroll"] = "auto"
+    remat: str = "auto"  # what the backward pass finds saved: a name of decoder.REMAT_POLICIES, or names joined by "+"
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: float32 on CPU, else bfloat16
+    mlp_products: Literal["float", "int8"] = "float"  # of the feed-forward layers in training
+    layers: Literal["auto", "scan", "unroll"] = "auto"  # auto: unrolled on CPU, else one loop
 
 
 def resolve_model(section: ModelSection, presets: Mapping[str, ModelConfig]) -> ModelConfig:
