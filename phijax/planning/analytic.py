@@ -40,7 +40,7 @@ class Fitted:
     """Rates read off compiled programs of a chip.
 
     matrix: share of the peak that padded products reach. stacks: share of HBM's rate in writing and reading saved
-    activations. sums: vector cycles for each number of a layer's norms and heads, forward and backward.
+    activations. sums: vector cycles for each number of a layer's vectors and heads, forward and backward.
     partial_sums: for each number of attention's partial dq, of which every block of keys leaves one to be added up.
     elementwise: bytes moved for each byte of the residual stream and the heads. hides_gathers: whether gathers run
     beside the core's work, as they do by default on this chip.
@@ -148,7 +148,8 @@ def _vector(recipe: Recipe, where: Slice, local: "_Local", shape: BatchShape) ->
     numbers = local.heads * local.head_width + 2 * c.model_dim
     moved = fitted.elementwise * (numbers * local.compute + AGAIN * sum(local.again.values()))
     moved += ROUNDING * local.rounded_bytes
-    cycles = numbers * fitted.sums + local.blocks_of_keys * local.heads * local.head_width * fitted.partial_sums
+    sums = local.heads * local.head_width + local.vectors  # a vector's gradient is a sum over tokens
+    cycles = sums * fitted.sums + local.blocks_of_keys * local.heads * local.head_width * fitted.partial_sums
     layer = (2 * local.saved / fitted.stacks + moved) / chip.hbm_bandwidth + cycles / chip.clock
     logits = LOGITS_PASSES * 4 * local.vocab / chip.hbm_bandwidth
     # Float32: parameters and moments read and written, gradients read and clipped; each further micro-batch adds up.
@@ -246,6 +247,12 @@ class _Local:
         rounded = (self.compute - 1) * c.model_dim - 4 if self.int8 else 0  # bytes less in each row
         matrices = sum(leaf.kind in ("gate_up", "down") for leaf in params.leaves(c).values())
         self.gathered_bytes = self.layer_bytes - matrices * self.ffn * rounded
+        # Numbers of a layer's factors and biases.
+        self.vectors = sum(
+            leaf.shape[-1] // sharding.parts(leaf.axes[-1], sizes, gathered=True)
+            for leaf in params.leaves(c).values()
+            if leaf.axes[0] == "layers" and leaf.kind is None
+        )
         self.head_elements = self.vocab * c.model_dim
         self.head_bytes = self.head_elements * self.compute
         self.chunk_logits = cross_entropy.chunk_tokens(self.tokens, self.vocab) * self.vocab * 4
