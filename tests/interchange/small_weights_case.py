@@ -10,10 +10,12 @@ from etils import epath
 from gguf_case import LLAMA, PHI3, everything, opened, random_arrays, tokenizer
 
 from phijax.interchange.facts import Facts
-from phijax.interchange.huggingface import names
+from phijax.interchange.huggingface.families import FAMILIES
+from phijax.interchange.huggingface.families.family import Family
 from phijax.interchange.native import quantize as native_quantize
 from phijax.interchange.open import open_checkpoint
 from phijax.interchange.opened import Opened
+from phijax.interchange.tensors import tensors
 from phijax.quantization import policy
 from phijax.quantization.rounding import round_to_nearest
 
@@ -56,10 +58,10 @@ class Small:
         return open_checkpoint(output)
 
 
-def expected(opened: Opened, layout: names.Layout) -> dict[str, np.ndarray]:
+def expected(opened: Opened, family: Family) -> dict[str, np.ndarray]:
     """Name in a Hugging Face folder -> float32, (out, in): every integer times its scale."""
     leaves, found = everything(opened.weights), {}
-    for tensor in names.tensors(opened.model, layout):
+    for tensor in tensors(opened.model, family.rows):
         parts = []
         for part in tensor.parts:
             leaf = leaves[part.leaf] if part.layer is None else leaves[part.leaf][part.layer]
@@ -68,8 +70,8 @@ def expected(opened: Opened, layout: names.Layout) -> dict[str, np.ndarray]:
     return found
 
 
-def layout_of(opened: Opened) -> names.Layout:
-    return "llama" if opened.model == SPLIT else "phi3"
+def family_of(opened: Opened) -> Family:
+    return FAMILIES["llama" if opened.model == SPLIT else "phi3"]
 
 
 def unpacked(words: np.ndarray, bits: int) -> np.ndarray:

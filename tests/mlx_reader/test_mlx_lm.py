@@ -11,7 +11,7 @@ from etils import epath
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "interchange"))
 from gguf_case import logits, tokenizer
-from small_weights_case import CASES, STOPS, Small, expected, layout_of
+from small_weights_case import CASES, STOPS, Small, expected, family_of
 
 import phijax
 from phijax import export
@@ -34,7 +34,7 @@ def small(tmp_path_factory):
 
 
 def write(opened, output, dtype=None):
-    folder = mlx_export.folder(opened, layout_of(opened), dtype and DTYPES[dtype])
+    folder = mlx_export.folder(opened, family_of(opened), dtype and DTYPES[dtype])
     huggingface_folder.write(opened, epath.Path(output), folder)
     return output
 
@@ -52,7 +52,7 @@ def test_dequantised_by_mlx_the_weights_are_ours(case, small, tmp_path):
     opened = small(case)
     model, config = mlx_utils.load_model(write(opened, tmp_path / "out"), strict=True)
     modules = dict(model.named_modules())
-    for name, wide in expected(opened, layout_of(opened)).items():
+    for name, wide in expected(opened, family_of(opened)).items():
         module = modules[name.removesuffix(".weight")]
         got, wanted = module.weight, wide.astype(np.float16)  # what is dense is float16 there
         if hasattr(module, "scales"):

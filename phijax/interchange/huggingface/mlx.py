@@ -15,10 +15,11 @@ import numpy as np
 
 from phijax.errors import UserError
 from phijax.interchange import small_matrices
+from phijax.interchange.huggingface.families.family import Family
 from phijax.interchange.huggingface.folder import Folder, dense_pieces
-from phijax.interchange.huggingface.names import Layout, Tensor, tensors
 from phijax.interchange.huggingface.safetensors import Shape
 from phijax.interchange.opened import Opened
+from phijax.interchange.tensors import Tensor, tensors
 from phijax.interchange.weight_source import check_finite
 from phijax.quantization import packing
 from phijax.quantization.policy import Scheme
@@ -27,13 +28,13 @@ FORMAT = "mlx"
 GROUPS = (128, 64, 32)  # the format's
 
 
-def folder(opened: Opened, layout: Layout, dtype: np.dtype | None) -> Folder:
+def folder(opened: Opened, family: Family, dtype: np.dtype | None) -> Folder:
     """Integers are those of the checkpoint; its scales too, in float16 and float32.
 
     Args: dtype: of scales, biases and what is dense: MLX computes in the widest that it meets. None: float16.
     Raises: UserError for a checkpoint that is not quantised, and for what the format cannot hold.
     """
-    dtype, planned = dtype or np.dtype(np.float16), _planned(opened, layout)
+    dtype, planned = dtype or np.dtype(np.float16), _planned(opened, family)
     shapes = [shape for tensor, scheme in planned for shape in _shapes(tensor, scheme, dtype)]
     by_module = {_module(tensor): (tensor, scheme) for tensor, scheme in planned}
 
@@ -48,7 +49,7 @@ def folder(opened: Opened, layout: Layout, dtype: np.dtype | None) -> Folder:
 
     # The second key is for the hub.
     keys = dict.fromkeys(("quantization", "quantization_config"), quantization_of(planned))
-    return Folder(FORMAT, layout, shapes, pieces, dtype, keys, _notes(opened, dtype))
+    return Folder(FORMAT, family, shapes, pieces, dtype, keys, _notes(opened, dtype))
 
 
 def _shapes(tensor: Tensor, scheme: Scheme | None, dtype: np.dtype) -> list[Shape]:
@@ -110,11 +111,11 @@ def _entry(scheme: Scheme) -> dict[str, Any]:
     return {"group_size": scheme.group, "bits": scheme.bits}
 
 
-def _planned(opened: Opened, layout: Layout) -> list[tuple[Tensor, Scheme | None]]:
+def _planned(opened: Opened, family: Family) -> list[tuple[Tensor, Scheme | None]]:
     """Each tensor and its scheme, in groups that MLX has; None: dense. Raises: UserError."""
     schemes = small_matrices.require_quantized(opened, FORMAT)
     found = []
-    for tensor in tensors(opened.model, layout):
+    for tensor in tensors(opened.model, family.mlx_rows or family.rows):
         scheme = small_matrices.scheme_of(schemes, tensor)
         found.append((tensor, _regrouped(scheme, tensor) if scheme else None))
     return found

@@ -9,7 +9,7 @@ from gguf_case import gguf as by_hand
 from gguf_case import key as key_of
 
 from phijax.errors import UserError
-from phijax.interchange.gguf import names as gguf_names
+from phijax.interchange.gguf.families import FAMILIES
 from phijax.interchange.gguf.open import open_gguf
 from phijax.interchange.gguf.source import QUANTISED
 from phijax.interchange.gguf.write import write_gguf
@@ -293,9 +293,9 @@ def test_the_table_names_tensors_as_gguf_does(architecture, c, tmp_path):
     """Every name is one that gguf knows for this architecture, and every leaf has its place once."""
     arch = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[arch]}
-    for row in gguf_names.TABLE[architecture]:
-        assert row.name.removesuffix(".weight").replace("{layer}", "{bid}") in known
-    leaves = [leaf for row in gguf_names.TABLE[architecture] for leaf in row.leaves]
+    for row in FAMILIES[architecture].rows:
+        assert row.name.removesuffix(".weight").format("{bid}") in known
+    leaves = [leaf for row in FAMILIES[architecture].rows for leaf in row.leaves]
     assert sorted(leaves) == sorted(set(leaves)) and set(leaves) >= set(model_shapes(c))
 
 

@@ -14,10 +14,11 @@ from phijax.errors import UserError
 from phijax.interchange.huggingface import config as huggingface_config
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
-from phijax.interchange.huggingface import names
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.interchange.load import load_params
 from phijax.interchange.native import write as native_write
 from phijax.interchange.open import open_checkpoint
+from phijax.interchange.tensors import tensors as tensors_of
 from phijax.interchange.weight_source import model_shapes
 from phijax.model import params
 from phijax.model.backend import Backend
@@ -48,8 +49,8 @@ def logits(opened, tokens: np.ndarray) -> np.ndarray:
 
 
 def write_hf(opened, output, *, layout=None, dtype=None, shard=10**9):
-    layout = layout or huggingface_export.choose_layout(opened, "hf")
-    huggingface_folder.write(opened, output, huggingface_export.folder(opened, layout, dtype), max_shard_bytes=shard)
+    family = huggingface_export.choose_family(opened, layout or "hf")
+    huggingface_folder.write(opened, output, huggingface_export.folder(opened, family, dtype), max_shard_bytes=shard)
     return output
 
 
@@ -150,12 +151,12 @@ def test_phi3_in_the_layouts_of_others(saved, tmp_path, name, layout):
 )
 def test_layouts_that_cannot_hold_a_model_are_refused_with_the_reason(saved, name, layout, reason):
     with pytest.raises(UserError, match=reason):
-        huggingface_export.choose_layout(open_checkpoint(saved(name)), layout)
+        huggingface_export.choose_family(open_checkpoint(saved(name)), layout)
 
 
 def test_a_window_that_no_sequence_reaches_needs_no_mistral():
     c = dataclasses.replace(PHI3, sliding_window=64)
-    assert huggingface_config.unwritable(c, "llama") is None
+    assert FAMILIES["llama"].unwritable(c) is None
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -167,8 +168,8 @@ def test_narrowing_rounds_as_torch_does(saved, tmp_path, dtype):
 @pytest.mark.parametrize("layout", ["phi3", "llama", "mistral"])
 @pytest.mark.parametrize("c", [PHI3, WINDOW, LONG, PARTIAL, TIED], ids=["plain", "window", "long", "partial", "tied"])
 def test_config_comes_back_from_what_was_written(c, layout):
-    if huggingface_config.unwritable(c, layout) is None:
-        written = json.loads(json.dumps(huggingface_config.render(c, layout, dtype="bfloat16", ids={})))
+    if FAMILIES[layout].unwritable(c) is None:
+        written = json.loads(json.dumps(huggingface_config.render(c, FAMILIES[layout], dtype="bfloat16", ids={})))
         assert huggingface_config.parse(written, "x")[0] == c
 
 
@@ -177,7 +178,7 @@ def test_the_name_table_covers_every_leaf_once(layout):
     """Each element of each leaf lies in one tensor."""
     c = dataclasses.replace(PHI3, num_layers=3)
     counts = {path: 0 for path in model_shapes(c)}
-    for tensor in names.tensors(c, layout):
+    for tensor in tensors_of(c, FAMILIES[layout].rows):
         assert sum(part.rows for part in tensor.parts) == tensor.shape[0]
         for part in tensor.parts:
             counts[part.leaf] += part.rows * (tensor.shape[1] if len(tensor.shape) > 1 else 1)
@@ -185,7 +186,7 @@ def test_the_name_table_covers_every_leaf_once(layout):
 
 
 CHANGES = [
-    ("phi3", {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel.*is not known"),
+    ("phi3", {"architectures": ["PhiForCausalLM"], "model_type": "phi"}, "PhiForCausalLM.*is not known"),
     ("phi3", {"model_type": "llama"}, "architectures says Phi3ForCausalLM, model_type says 'llama'"),
     ("llama", {"attention_bias": True}, "attention_bias='True'"),
     ("llama", {"mlp_bias": True}, "mlp_bias='True'"),
@@ -199,9 +200,9 @@ CHANGES = [
     ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' is not done"),
     ("llama", {"rope_scaling": {"type": "default", "high_freq_factor": 4.0}}, "high_freq_factor"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is no key of this class"),
-    ("phi3", {"hidden_size": "64"}, "hidden_size=64 must be a positive whole number"),
+    ("phi3", {"hidden_size": "64"}, "hidden_size='64' must be a whole number"),
     ("phi3", {"num_hidden_layers": 1 << 40}, "num_hidden_layers"),
-    ("phi3", {"vocab_size": None}, "vocab_size=None"),
+    ("phi3", {"vocab_size": None}, "vocab_size is missing"),
     ("phi3", {"num_key_value_heads": 3}, "does not divide"),
 ]
 
@@ -221,7 +222,7 @@ def test_what_is_not_done_here_is_refused_by_name(saved, name, change, message):
         ({"factor": 32.0}, "attention_factor"),
         ({"long_mscale": 1.0}, "long_mscale 1.0"),
         ({"short_factor": [1.0]}, "short_factor has 1 entries"),
-        ({"long_factor": None}, "two lists"),
+        ({"long_factor": None}, "long_factor is missing; it must be a list"),
     ],
 )
 def test_longrope_that_scales_otherwise_is_refused(saved, change, message):

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from etils import epath
 from gguf_case import tokenizer
-from small_weights_case import CASES, STOPS, Small, expected, layout_of, source, unpacked
+from small_weights_case import CASES, STOPS, Small, expected, family_of, source, unpacked
 
 from phijax.errors import UserError
 from phijax.interchange import small_matrices
 from phijax.interchange.huggingface import folder as huggingface_folder
 from phijax.interchange.huggingface import mlx as mlx_export
 from phijax.interchange.huggingface.export import DTYPES
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.model.config import LongRope
 from phijax.quantization.policy import Scheme
 
@@ -27,7 +28,7 @@ def small(tmp_path_factory):
 
 
 def write(opened, output, dtype=None, shard=1 << 30):
-    folder = mlx_export.folder(opened, layout_of(opened), dtype and DTYPES[dtype])
+    folder = mlx_export.folder(opened, family_of(opened), dtype and DTYPES[dtype])
     huggingface_folder.write(opened, epath.Path(output), folder, max_shard_bytes=shard)
     return output
 
@@ -71,7 +72,7 @@ def test_integers_and_scales_are_ours(case, dtype, small, tmp_path):
     folder = write(opened, tmp_path / "out", dtype=dtype, shard=100_000)
     tensors, seen = stored(folder), set()
     settings = json.loads((folder / "config.json").read_text())["quantization"]
-    for name, wide in expected(opened, layout_of(opened)).items():
+    for name, wide in expected(opened, family_of(opened)).items():
         module = name.removesuffix(".weight")
         if f"{module}.scales" in tensors:
             entry = settings.get(module, settings)
@@ -102,11 +103,11 @@ def test_stops_and_card_come_along(small, tmp_path):
 
 
 def test_what_mlx_computes_otherwise_is_said(small):
-    opened = small("groups of 32")
-    assert mlx_export.folder(opened, "phi3", None).notes == ["scales and what is dense: float16, in which MLX computes"]
+    opened, family = small("groups of 32"), FAMILIES["phi3"]
+    assert mlx_export.folder(opened, family, None).notes == ["scales and what is dense: float16, in which MLX computes"]
     rope = LongRope((1.0,) * 32, (2.0,) * 32, original_max_position=16)
     model = dataclasses.replace(opened.model, long_rope=rope, sliding_window=7)
-    other = mlx_export.folder(dataclasses.replace(opened, model=model), "phi3", DTYPES["bfloat16"])
+    other = mlx_export.folder(dataclasses.replace(opened, model=model), family, DTYPES["bfloat16"])
     said = "\n".join(other.notes)
     assert "bfloat16 rounds the scales" in said and "long list always" in said and "longer than 7 tokens" in said
 

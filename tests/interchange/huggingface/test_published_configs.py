@@ -4,6 +4,7 @@ import pytest
 
 from phijax.errors import UserError
 from phijax.interchange.huggingface import config as huggingface_config
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.model.config import ModelConfig
 from phijax.model.presets import PRESETS
 
@@ -154,5 +155,5 @@ def test_keys_that_do_nothing_by_their_usual_value_are_refused_with_another(chan
 
 @pytest.mark.parametrize("preset", [name for name, c in PRESETS.items() if not c.requires_long_rope])
 def test_every_preset_can_be_exported_as_phi3_and_read_back(preset):
-    written = huggingface_config.render(PRESETS[preset], "phi3", dtype="bfloat16", ids={})
+    written = huggingface_config.render(PRESETS[preset], FAMILIES["phi3"], dtype="bfloat16", ids={})
     assert huggingface_config.parse(written, "config.json")[0] == PRESETS[preset]
