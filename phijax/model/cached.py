@@ -23,7 +23,7 @@ from phijax.model.kernels.rows import row_sum
 from phijax.model.params import STACKED, Params
 from phijax.model.quantized import Quantized
 from phijax.model.rope import rope_table
-from phijax.model.vocabulary import padded_logits
+from phijax.model.vocabulary import padded_logits, with_positions
 from phijax.model.weights import WeightFormat, lookup
 
 Weights = dict[str, Any]  # as Params, but "blocks" is a tuple of trees where layers are unrolled
@@ -107,6 +107,8 @@ def hidden(
     rope = rope_table(c, positions, frequencies, attention_factor, path.dtype, by_matmul=path.rope_by_matmul)
     top = _module(c, path, weights, _layer(weights, 0))
     x = lookup(top.embedding, tokens, path.dtype)
+    if top.position_embedding is not None:
+        x = with_positions(x, top.position_embedding, positions)
 
     def body(x, layer, cache, number=None):
         ops = CachedOps(c, path, rope, positions, count, number)

@@ -1,7 +1,7 @@
 """A block over a cache of keys and values, for inference; several terms in one call where the weights' format has one.
 
 A call of the int4 kernel is taken for *terms*, never for a configuration: the activation is the function that the
-kernel computes, and so is the norm; the weights are in its form. All other terms are evaluated one by one: products are
+kernel computes, and so is the norm; the weights are in its form and there is no bias. All other terms are evaluated one by one: products are
 still the format's own, attention is XLA's.
 """
 
@@ -20,7 +20,7 @@ from phijax.model.kernels.rows import kept_apart, row_sum
 from phijax.model.kernels.stacked import stacked_attention
 from phijax.model.mask import Mask
 from phijax.model.ops import Ops
-from phijax.model.terms import Gated, Normed, Product, Term
+from phijax.model.terms import Activated, Normed, Product, Term
 from phijax.model.weights import contract
 
 
@@ -57,11 +57,13 @@ class CachedOps(Ops):
 
     def add(self, x: jax.Array, term: Term) -> jax.Array:
         match term:
-            case Product(Gated(f, h, gate, up), down) if f is cpu_int4.GATED_WITH and _in_one_call(gate, up, down):
+            case Product(Activated(f, Product(h, up, None), Product(_, gate, None)), down, None) if (
+                f is cpu_int4.GATED_WITH and _in_one_call(gate, up, down)
+            ):
                 h, norm = self._norm_apart(h)
                 forms = (w.get_value() for w in (gate, up, down))
                 return cpu_int4.gated(h, *forms, norm=norm, residual=x, count=self.tokens)
-            case Product(h, w) if isinstance(form := w.get_value(), cpu_int4.Tiled):
+            case Product(h, w, None) if isinstance(form := w.get_value(), cpu_int4.Tiled):
                 return cpu_int4.products(self.value(h), [form], residual=x, count=self.tokens)[0]
         return super().add(x, term)
 
@@ -76,7 +78,7 @@ class CachedOps(Ops):
         form, scale = a.q.get_value(), self.c.attention_scale
         if self.path.cut_by_time is not None or not cpu_int4.attends(form, self.path.dtype, state, scale, mask):
             return super().attention(h, a, mask, state)
-        q, k, v = self.products(h, (a.q, a.k, a.v))
+        q, k, v = self.flat_heads(h, a)
         table = tuple(part[:, 0] for part in self.rope)
         places = self.positions[:, 0]
         return cpu_int4.attend(q, k, v, table, state, places, self.count, mask=mask, path=form.path)

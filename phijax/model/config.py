@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -13,6 +14,10 @@ from phijax.model.mask import Mask
 
 VOCAB_MULTIPLE = 1024  # 8 rows on each of 128 chips; fixed, so that shapes never depend on the mesh
 CHECKPOINT = "checkpoint"  # the preset that is the model of the run's start weights
+
+Positions = Literal["rotary", "learned"]
+Norm = Literal["rms", "layer"]
+Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,11 @@ class ModelConfig:
     norm_eps: float = 1e-5
     long_rope: LongRope | None = None
     requires_long_rope: bool = False  # a 128K preset whose lists come with its checkpoint
+    positions: Positions = "rotary"  # learned: a table of max_position rows, added to the embedding
+    norm: Norm = "rms"
+    bias: bool = False  # of every projection of a block; the head has none
+    activation: Activation = "silu"
+    gated: bool = True  # f(x gate) * (x up); without: f(x up)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -55,7 +65,8 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        return int(self.head_dim * self.partial_rotary_factor)
+        """R: dimensions of a head that rotate."""
+        return 0 if self.positions == "learned" else int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def attention_scale(self) -> float:
@@ -76,6 +87,9 @@ class ModelConfig:
         for name in ("vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)} must be at least 1.")
+        for name, known in (("positions", Positions), ("norm", Norm), ("activation", Activation)):
+            if getattr(self, name) not in typing.get_args(known):
+                raise UserError(f"model.{name}={getattr(self, name)!r} must be {' or '.join(typing.get_args(known))}.")
         if self.num_heads % self.num_kv_heads:
             fits = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             raise UserError(
@@ -85,7 +99,9 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps", "partial_rotary_factor"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"model.{name}={getattr(self, name)} must be a number above 0.")
-        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+        if self.positions == "learned" and self.long_rope:
+            raise UserError("model.positions=learned has no rotation, which LongRoPE changes: leave long_rope_from out.")
+        if self.positions == "rotary" and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
             raise UserError(
                 f"model: {self.rotary_dim} rotated dimensions of {self.head_dim}: must be even, > 0, no more."
             )
@@ -128,6 +144,11 @@ class ModelSection:
     sliding_window: int | Preset | None = "preset"
     tied_head: bool | Preset = "preset"
     norm_eps: float | Preset = "preset"
+    positions: Positions | Preset = "preset"
+    norm: Norm | Preset = "preset"
+    bias: bool | Preset = "preset"
+    activation: Activation | Preset = "preset"
+    gated: bool | Preset = "preset"
     long_rope_from: str | None = None  # a preset, or a Hugging Face config.json, whose LongRoPE lists are taken
     attention: Literal["auto", "dense", "blocked", "splash", "cudnn"] = "auto"
     remat: str = "auto"  # what the backward pass finds saved: model/decoder.py REMAT_POLICIES

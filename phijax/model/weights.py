@@ -65,6 +65,7 @@ def weight(
     kind: str | None = None,
     summed: Literal["d", "rows"] = "d",
     decayed: bool | None = None,
+    feeds: str | None = None,
 ) -> nnx.Param:
     """Declares a float32 leaf and every fact about it that other rooms need: they read it from `params.leaves`.
 
@@ -74,10 +75,29 @@ def weight(
       kind: of a matrix; those of one kind in a layer share their input, and are quantised alike. None: no matrix.
       summed: the axis of a matrix that a product sums over.
       decayed: whether weight decay applies; None: to matrices.
+      feeds: the kind of matrices whose inputs are proportional, channel by channel, to this leaf and the others that
+        declare the same: a factor can move from these matrices into them, and the model stays the same function.
     """
     value = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
     decayed = kind is not None if decayed is None else decayed
-    return nnx.Param(value, axes=tuple(axes), start=start, kind=kind, summed=summed, decayed=decayed)
+    return nnx.Param(value, axes=tuple(axes), start=start, kind=kind, summed=summed, decayed=decayed, feeds=feeds)
+
+
+def bias_of(rows: int, axis: str, *, feeds: str | None = None) -> nnx.Param:
+    """Declares what is added to a product with (rows,) results of logical axis `axis`."""
+    return weight((rows,), (axis,), ZEROS, feeds=feeds)
+
+
+def plus(x: jax.Array, bias: nnx.Param | None, *, heads: int | None = None) -> jax.Array:
+    """A product's result and its bias: (..., rows); with `heads`: (B, N, T, H). No bias: x.
+
+    In float32, so that the bias's gradient, a sum over all tokens of a batch, is.
+    """
+    if bias is None:
+        return x
+    values = gathered(bias[...], bias.axes, jnp.float32)
+    values = values if heads is None else values.reshape(heads, 1, -1)
+    return (x.astype(jnp.float32) + values).astype(x.dtype)
 
 
 def contract(x: jax.Array, w: nnx.Param) -> jax.Array:

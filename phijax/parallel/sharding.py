@@ -18,6 +18,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": ("tensor", "fsdp"),
     "embed": None,
     "layers": None,
+    "position": None,  # a table of 2 to 7 MB: cut, its few rows a chip would not fill tiles
     # Activations.
     "act_batch": ("data", "fsdp"),
     "act_time": "context",

@@ -12,7 +12,7 @@ import pytest
 import phijax
 from phijax.inference.generator import Generator
 from phijax.inference.sampling import Sampling
-from phijax.model import block, cached, decoder, mlp, params
+from phijax.model import cached, mlp, norm, params
 from phijax.model.backend import CHOICES
 from phijax.model.cached_ops import CachedOps
 from phijax.model.config import ModelConfig
@@ -97,14 +97,14 @@ def calibrated(c: ModelConfig) -> np.ndarray:
         "gate_up": c.model_dim,
         "down": c.ffn_dim,
     }
-    scale = flat["final_norm/scale"]
-    return np.asarray(params.module(c, params.nested(flat)).logits(calibrate.final_norm(c, scale, x)))[0]
+    into_head = calibrate.final_norm(c, lambda path, part: flat[path][part], x)
+    return np.asarray(params.module(c, params.nested(flat)).logits(into_head))[0]
 
 
-def centred(norm: RMSNorm, x: jax.Array, row_sum=None) -> jax.Array:
+def centred(self: RMSNorm, x: jax.Array, row_sum=None) -> jax.Array:
     """LayerNorm without bias: another formula of the same leaf."""
     x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return norm.scale[...] * x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + norm.eps)
+    return self.scale[...] * x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
 
 
 class Centred(RMSNorm):
@@ -120,8 +120,7 @@ def norms_function(patch):
 
 
 def norms_class(patch):
-    for module in (block, decoder):
-        patch.setattr(module, "RMSNorm", Centred)
+    patch.setitem(norm.NORMS, "rms", Centred)
 
 
 # Compiled programs are kept by their ModelConfig: each change has one of its own.
@@ -261,7 +260,7 @@ def test_another_factor_of_the_softmax_is_not_the_kernels(tiled_block, monkeypat
 
 HOMES = {  # what is looked for -> the files where it may stand
     r"nn\.silu\b": {"model/mlp.py", "model/kernels/cpu_int4.py"},  # the second: what the C++ computes
-    r"nn\.gelu\b": set(),
+    r"nn\.gelu\b": {"model/mlp.py"},
     r"\b(head_dim|width|h|shape\[-1\])\s*\*\*\s*-0\.5": {"model/config.py", "model/kernels/cpu_int4.py"},
     r"jnp\.sin\(": {"model/rope.py"},
     r"rope_theta\s*\*\*": {"model/rope.py"},
