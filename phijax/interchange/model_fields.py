@@ -6,22 +6,33 @@ from typing import Any
 
 from phijax.model.config import ModelConfig
 
-# Fields that every family says. requires_long_rope is of a preset, not of a model.
-SIZES = frozenset(
+# requires_long_rope is of a preset, not of a model.
+_SIZES = frozenset(
     "vocab_size model_dim num_layers num_heads num_kv_heads head_dim ffn_dim max_position norm_eps tied_head "
     "requires_long_rope".split()
 )
-ROTARY = SIZES | {"rope_theta", "partial_rotary_factor", "sliding_window", "long_rope"}
 
 
-def unsaid(c: ModelConfig, said: frozenset[str], fixed: Mapping[str, Any]) -> str | None:
-    """Why a family cannot say what this model is; None if it can.
+@dataclasses.dataclass(frozen=True)
+class ModelFields:
+    """said: fields that a file says. fixed: what the others are in the family, where that is not their default."""
 
-    Args: said: fields that it says. fixed: what the others are in it, where that is not their default.
-    """
-    differ = []
-    for field in dataclasses.fields(c):
-        value, always = getattr(c, field.name), fixed.get(field.name, field.default)
-        if field.name not in said and value != always:
-            differ.append(f"model.{field.name}={value!r} (there always {always!r})")
-    return f"it has {', '.join(differ)}" if differ else None
+    said: frozenset[str]
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def unsaid(self, c: ModelConfig) -> str | None:
+        """Why a file cannot say what this model is; None if it can."""
+        differ = []
+        for field in dataclasses.fields(c):
+            value, always = getattr(c, field.name), self.fixed.get(field.name, field.default)
+            if field.name not in self.said and value != always:
+                differ.append(f"model.{field.name}={value!r} (there always {always!r})")
+        return f"it has {', '.join(differ)}" if differ else None
+
+
+ROTARY = ModelFields(_SIZES | {"rope_theta", "partial_rotary_factor", "sliding_window", "long_rope"})
+# Where nothing rotates, the rotation's numbers say nothing.
+GPT2 = ModelFields(
+    _SIZES | {"rope_theta", "partial_rotary_factor"},
+    {"positions": "learned", "norm": "layer", "bias": True, "activation": "gelu_tanh", "gated": False},
+)

@@ -114,6 +114,8 @@ def _entry(scheme: Scheme) -> dict[str, Any]:
 def _planned(opened: Opened, family: Family) -> list[tuple[Tensor, Scheme | None]]:
     """Each tensor and its scheme, in groups that MLX has; None: dense. Raises: UserError."""
     schemes = small_matrices.require_quantized(opened, FORMAT)
+    if reason := family.mlx_lacks(opened.model):
+        raise UserError(f"{opened.path} cannot be written for MLX: {reason}. Take --format=gguf, or hf.")
     found = []
     for tensor in tensors(opened.model, family.mlx_rows or family.rows):
         scheme = small_matrices.scheme_of(schemes, tensor)

@@ -82,7 +82,7 @@ def test_leaves_are_bit_equal_on_any_mesh_from_single_and_sharded_files(saved, n
         got = {k: np.asarray(v) for k, v in params.flat(load_params(open_checkpoint(folder), mesh)).items()}
         for i in range(c.num_layers):
             layer = f"model.layers.{i}."
-            if kind == "Phi3":
+            if kind == "Phi3ForCausalLM":
                 q, k, v = np.split(theirs[layer + "self_attn.qkv_proj.weight"], [rows, rows + kv])
                 gate, up = np.split(theirs[layer + "mlp.gate_up_proj.weight"], 2)
             else:
@@ -118,7 +118,7 @@ def test_round_trip_through_ours_keeps_every_bit_and_dtype(saved, tmp_path, name
     assert len(list(back.glob("*.safetensors"))) > 1
     assert tensors(back) == tensors(saved(name, dtype))
     config = json.loads((back / "config.json").read_text())
-    assert config["architectures"] == [f"{MODELS[name][1]}ForCausalLM"] and config["torch_dtype"] == dtype
+    assert config["architectures"] == [MODELS[name][1]] and config["torch_dtype"] == dtype
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -256,7 +256,7 @@ def test_defaults_are_those_of_transformers(saved):
             "tie_word_embeddings",
         ):
             data.pop(key, None)
-        theirs = getattr(transformers, f"{kind}Config")(**{k: v for k, v in data.items() if k != "architectures"})
+        theirs = getattr(transformers, kind).config_class(**{k: v for k, v in data.items() if k != "architectures"})
         ours = huggingface_config.parse(data, "config.json")[0]
         assert ours.norm_eps == theirs.rms_norm_eps
         assert ours.max_position == theirs.max_position_embeddings
@@ -267,7 +267,7 @@ def test_defaults_are_those_of_transformers(saved):
 
 def test_mixed_dtypes_keep_theirs_where_a_tensor_has_one(saved, tmp_path):
     """Norms in float32 beside matrices in bfloat16, as some trainers write them."""
-    model = make(PHI3, "Phi3", "bfloat16")
+    model = make(PHI3, "Phi3ForCausalLM", "bfloat16")
     model.model.norm.float()
     model.save_pretrained(tmp_path / "mixed")
     opened = open_checkpoint(tmp_path / "mixed")
@@ -280,7 +280,7 @@ def test_buffers_of_old_files_and_a_second_copy_of_a_tied_head_are_ignored(saved
     safetensors_torch = pytest.importorskip("safetensors.torch")
     torch = pytest.importorskip("torch")
     folder = tmp_path / "old"
-    model = make(TIED, "Llama")
+    model = make(TIED, "LlamaForCausalLM")
     model.save_pretrained(folder)
     state = safetensors_torch.load_file(folder / "model.safetensors")
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(10)

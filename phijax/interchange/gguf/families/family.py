@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from phijax.interchange.gguf.keys import Keys
-from phijax.interchange.model_fields import unsaid
+from phijax.interchange.model_fields import ModelFields
 from phijax.interchange.tensors import Row
 from phijax.model.config import ModelConfig
 
@@ -25,7 +25,7 @@ class Family:
     read: the model that a file describes. Raises: UserError for a key that is missing, no number that describes a
       model, or asks for other mathematics.
     write: a model's keys; whole numbers become uint32, others float32.
-    said, fixed: as `model_fields.unsaid` takes them. lacks: what else llama.cpp would compute otherwise, as a reason.
+    fields: which of ModelConfig it says. lacks: what else llama.cpp would compute otherwise, as a reason.
     named: parts of general.name of which it must have one.
     """
 
@@ -35,12 +35,11 @@ class Family:
     followed: frozenset[str]
     read: Callable[[Keys], ModelConfig]
     write: Callable[[ModelConfig], dict[str, int | float]]
-    said: frozenset[str]
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fields: ModelFields
     lacks: Callable[[ModelConfig], str | None] = _nothing_lacks
     neutral: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     named: tuple[str, ...] = ()
 
     def unwritable(self, c: ModelConfig) -> str | None:
         """Why a file of this architecture cannot hold a model; None if it can."""
-        return unsaid(c, self.said, self.fixed) or self.lacks(c)
+        return self.fields.unsaid(c) or self.lacks(c)

@@ -52,6 +52,6 @@ FAMILY = Family(
     neutral=rotary.NEUTRAL,
     read=_read,
     write=_write,
-    said=ROTARY,
+    fields=ROTARY,
     lacks=_lacks,
 )

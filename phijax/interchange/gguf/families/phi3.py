@@ -53,7 +53,7 @@ FAMILY = Family(
     neutral=rotary.NEUTRAL,
     read=_read,
     write=_write,
-    said=ROTARY,
+    fields=ROTARY,
     lacks=_lacks,
     named=PHI3_NAMES,  # llama.cpp's rule for whitespace after special tokens hangs on it
 )

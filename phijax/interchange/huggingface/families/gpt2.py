@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from phijax.interchange.huggingface.families.family import Family
-from phijax.interchange.model_fields import LEARNED
+from phijax.interchange.model_fields import GPT2
 from phijax.interchange.tensors import Row
 from phijax.model.config import ModelConfig
 from phijax.storage.strict_json import Fields
@@ -25,9 +25,7 @@ ROWS = (
         ("blocks/attention/q", "blocks/attention/k", "blocks/attention/v"),
         inputs_first=True,
     ),
-    Row(
-        LAYER + "attn.c_attn.bias", ("blocks/attention/q_bias", "blocks/attention/k_bias", "blocks/attention/v_bias")
-    ),
+    Row(LAYER + "attn.c_attn.bias", ("blocks/attention/q_bias", "blocks/attention/k_bias", "blocks/attention/v_bias")),
     Row(LAYER + "attn.c_proj.weight", ("blocks/attention/o",), inputs_first=True),
     Row(LAYER + "attn.c_proj.bias", ("blocks/attention/o_bias",)),
     Row(LAYER + "ln_2.weight", ("blocks/mlp_norm/scale",)),
@@ -73,7 +71,7 @@ def _read(values: Fields) -> ModelConfig:
         max_position=positions,
         tied_head=values.boolean("tie_word_embeddings"),
         norm_eps=values.number("layer_norm_epsilon", above=0),
-        **LEARNED.fixed,
+        **GPT2.fixed,
     )
 
 
@@ -144,7 +142,7 @@ FAMILY = Family(
         "scale_attn_weights": True,
         "tie_word_embeddings": True,
     },
-    fields=LEARNED,
+    fields=GPT2,
     lacks=_lacks,
     # The last one says in which order, and how precisely, the same scores are computed.
     inert=frozenset(

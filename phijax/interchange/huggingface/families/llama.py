@@ -60,7 +60,7 @@ FAMILY = Family(
     write=_write,
     keys=rotary.KEYS,
     defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
-    said=ROTARY,
+    fields=ROTARY,
     lacks=_lacks,
     derived=rotary.derived,
 )

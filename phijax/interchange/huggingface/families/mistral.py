@@ -35,7 +35,7 @@ FAMILY = Family(
         "sliding_window": 4096,
         "num_key_value_heads": 8,
     },
-    said=ROTARY,
+    fields=ROTARY,
     lacks=_lacks,
     derived=rotary.derived,
 )
