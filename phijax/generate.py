@@ -15,6 +15,7 @@ from absl import flags
 from phijax import command
 from phijax.errors import EXIT_DONE, UserError
 from phijax.parallel import hardware
+from phijax.storage import strict_json
 
 FLAGS = flags.FlagValues()
 command.define_path("checkpoint", "Workdir or step of a run, Hugging Face folder, GGUF file.", FLAGS)
@@ -131,10 +132,7 @@ def _read_prompts(path: str) -> list[str]:
     for number, line in enumerate(text.split("\n"), start=1):  # strings of JSON may hold Unicode's other line ends
         if not line.strip():
             continue
-        try:
-            prompt = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not JSON: {error}") from error
+        prompt = strict_json.parse_value(line.encode(), f"{path}:{number}")
         prompt = prompt.get("prompt") if isinstance(prompt, dict) else prompt
         if not isinstance(prompt, str):
             raise UserError(f'{path}:{number}: a string, or an object with "prompt", is expected.')

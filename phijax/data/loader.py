@@ -21,7 +21,7 @@ class DataConfig:
 
     phases: tuple[Phase, ...] = ()
     micro_batches: int = 1  # A: gradients are summed over them, activations of only one are held
-    read_threads: int = 4
+    read_threads: int = 4  # of one process
     read_ahead: int = 8  # steps held ready on the host; at least read_threads
     verify: bool = True  # every shard's sha256 is compared with its manifest, in the background, once (gate.py)
 

@@ -15,19 +15,19 @@ from phijax.errors import UserError
 class HeldOutSet:
     """A shard folder that is read in file order, once."""
 
-    name: str = ""
-    path: str = ""
+    name: str = ""  # of its metrics, as heldout_loss/NAME
+    path: str = ""  # a folder of shards
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """Section `evaluation`."""
 
-    every_steps: int = 1000  # and after the last step
+    every_steps: int = 1000  # between two evaluations; one more after the last step
     sets: tuple[HeldOutSet, ...] = ()
     sequence_length: int | None = None  # None: the first phase's
     batch_size: int | None = None  # None: a micro-batch of the first phase
-    max_rows: int | None = None  # of each set
+    max_rows: int | None = None  # of each set; None: all
 
 
 def check_sets(config: EvaluationConfig) -> None:

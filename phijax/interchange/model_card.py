@@ -2,18 +2,19 @@
 
 import json
 import math
+import warnings
 from typing import Any
 
 from etils import epath
 
+from phijax.errors import UserError
 from phijax.interchange import quantization_card
 from phijax.interchange.facts import TRAVELLING
 from phijax.interchange.native.source import is_step_of_run
 from phijax.interchange.opened import Opened
 from phijax.model import params
 from phijax.model.config import ModelConfig
-from phijax.report.plot import HELD_OUT_LOSS
-from phijax.report.writers import read_metrics
+from phijax.report.writers import HELD_OUT_LOSS, read_metrics
 
 FILE = "README.md"
 
@@ -124,11 +125,12 @@ def scores(opened: Opened) -> dict[str, list]:
     path = opened.path.parent.parent / "metrics.jsonl"
     try:
         rows = read_metrics(path) if path.exists() else []
-    except ValueError:
+    except UserError as error:
+        warnings.warn(f"{error} No scores are taken from it.", stacklevel=2)
         return {}
     last: dict[str, list] = {}
     for row in rows:
-        if row["step"] < opened.facts.step:
+        if row.get("step", opened.facts.step) < opened.facts.step:
             named = {k: v for k, v in row.items() if k == "loss" or k.startswith(HELD_OUT_LOSS)}
             last |= {name: [row["step"], value] for name, value in named.items() if isinstance(value, float)}
     return last

@@ -21,6 +21,8 @@ CHUNK_BYTES = 512 << 20  # of float32 logits at once; each chunk also reads and 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
+    """Section `loss`."""
+
     z_loss: float = 0.0  # weight of logsumexp^2; keeps logits from drifting (1e-4 is usual). PaLM, section 5
     label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
 

@@ -60,32 +60,46 @@ def read_bounded(path: epath.Path, longest: int = LONGEST) -> bytes:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def read(path: epath.PathLike, longest: int = LONGEST) -> "Fields":
+def read(path: epath.PathLike, longest: int = LONGEST, *, not_finite: bool = False) -> "Fields":
     """A file that holds one object of JSON. Raises: UserError as `read_bounded` and `parse`."""
     path = epath.Path(path)
-    return parse(read_bounded(path, longest), str(path))
+    return parse(read_bounded(path, longest), str(path), not_finite=not_finite)
 
 
-def parse(data: bytes, file: str) -> "Fields":
+def read_if_there(path: epath.Path, longest: int = LONGEST) -> "Fields":
+    """As `read`; no fields at all where there is no such file."""
+    return read(path, longest) if path.exists() else Fields({}, str(path))
+
+
+def read_text(path: epath.Path, longest: int = LONGEST) -> str:
+    """Text in UTF-8. Raises: UserError as `read_bounded`, and for what is none."""
+    try:
+        return read_bounded(path, longest).decode()
+    except UnicodeError as error:
+        raise UserError(f"{path} is not text in UTF-8: {error.reason}.") from error
+
+
+def parse(data: bytes, file: str, *, not_finite: bool = False) -> "Fields":
     """One object of JSON in UTF-8, a byte order mark before it or not.
 
+    Args: not_finite: Python's NaN and Infinity are read, as losses in files of ours have them; `number` refuses them.
     Raises: UserError, naming `file`, for what is not JSON, holds a key twice, NaN or infinity, a number that float64
       does not hold or a half of a character, or nests deeper than any file does.
     """
-    value = parse_value(data, file)
+    value = parse_value(data, file, not_finite=not_finite)
     if not isinstance(value, dict):
         raise UserError(f"{file} must hold one object of names and values, but holds {shown(value)}.")
     return Fields(value, file)
 
 
-def parse_value(data: bytes, file: str) -> Any:
+def parse_value(data: bytes, file: str, *, not_finite: bool = False) -> Any:
     """As `parse`, of a value of any type."""
     _refuse_depth(data, file)
     try:
         value = json.loads(
             data.decode("utf-8-sig"),  # editors put a byte order mark first
             object_pairs_hook=_without_repeats,
-            parse_constant=_no_number,
+            parse_constant=float if not_finite else _no_number,
             parse_float=_decimal,
             parse_int=_whole,
         )
@@ -190,6 +204,10 @@ class Fields:
         """An object inside this one; of the default {} an empty one."""
         found = self._one(name, default, *_OBJECT)
         return Fields(found, self.file, self._at(name)) if isinstance(found, Mapping) else found
+
+    def items(self, name: str, default: D = _REQUIRED) -> list[Any] | D:
+        """Of anything: for a reader that looks at each item itself."""
+        return self._one(name, default, "a list", lambda value: isinstance(value, list))
 
     def objects(self, name: str, default: D = _REQUIRED) -> "list[Fields] | D":
         """A list of objects."""

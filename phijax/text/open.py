@@ -3,9 +3,11 @@
 from etils import epath
 
 from phijax.errors import UserError
+from phijax.storage import strict_json
 from phijax.text.bpe import BpeTokenizer
-from phijax.text.special_files import JSON_FILE, control_names, read_bounded, read_folder_tokens
+from phijax.text.special_files import JSON_FILE, control_names, read_folder_tokens
 from phijax.text.tokenizer import MODEL_FILE, TextTokenizer, Tokenizer
+from phijax.text.tokenizer_bounds import LONGEST_FILE
 
 
 def open_tokenizer(path: str | epath.PathLike) -> TextTokenizer:
@@ -27,8 +29,5 @@ def open_tokenizer(path: str | epath.PathLike) -> TextTokenizer:
 def _open_json(path: epath.Path) -> BpeTokenizer:
     said = read_folder_tokens(path.parent)
     control = control_names(path.parent)
-    try:
-        spec = read_bounded(path).decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from error
+    spec = strict_json.read_text(path, LONGEST_FILE)
     return BpeTokenizer(spec, str(path), end_of_text=said.end if said else None, control=control)

@@ -170,7 +170,7 @@ def test_what_ends_the_texts_ends_the_training():
         ('{"<|user|>": 989}', "have no <|endoftext|>"),
         ('{"<|endoftext|>": 5}', "which is a piece of the model"),
         ('{"<|endoftext|>": 989, "<|end|>": 989}', "the same id 989"),
-        ('{"<|endoftext|>": "989"}', "names and ids"),
+        ('{"<|endoftext|>": "989"}', "<|endoftext|>='989' must be a whole number"),
         ("{", "is not JSON"),
         ('{"<|endoftext|>": 989, "the": 990}', "takes 'the' out of plain text"),
     ],

@@ -3,7 +3,6 @@
 What a class has of its own is in `families/`.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,8 @@ from phijax.errors import UserError
 from phijax.interchange.huggingface.families import FAMILIES
 from phijax.interchange.huggingface.families.family import Family
 from phijax.model.config import ModelConfig
-from phijax.storage.strict_json import Fields
+from phijax.storage import strict_json
+from phijax.storage.strict_json import Fields, shown
 
 CONFIG_FILE = "config.json"
 LONGEST_CONFIG = 10_000_000  # bytes; real ones have some thousand
@@ -33,15 +33,7 @@ INERT = frozenset(
 
 def read_json(path: epath.Path) -> dict[str, Any]:
     """A small JSON object. Raises: UserError."""
-    if path.stat().length > LONGEST_CONFIG:
-        raise UserError(f"{path} has {path.stat().length:,} bytes, which is no configuration.")
-    try:
-        data = json.loads(path.read_bytes().decode("utf-8-sig"))  # editors put a byte order mark first
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not an object of keys and values.")
-    return data
+    return dict(strict_json.read(path, LONGEST_CONFIG).values)
 
 
 def parse(data: Mapping[str, Any], where: str) -> tuple[ModelConfig, Family]:
@@ -81,10 +73,10 @@ def _family(values: Fields) -> Family:
     else:
         family = FAMILIES.get(said) if isinstance(said, str) else None
     if family is None:
-        what = f"architectures={str(named)[:60]}" if named else f"model_type={str(said)[:60]!r}"
+        what = f"architectures={shown(named)}" if named else f"model_type={shown(said)}"
         raise UserError(f"{values.file}: {what} is not known. phijax reads {', '.join(BY_CLASS)}.")
     if "model_type" in values.values and said != family.model_type:
-        raise UserError(f"{values.file}: architectures says {family.class_name}, model_type says {str(said)[:60]!r}.")
+        raise UserError(f"{values.file}: architectures says {family.class_name}, model_type says {shown(said)}.")
     return family
 
 
@@ -95,11 +87,11 @@ def _known(family: Family, key: str, value: Any) -> bool:
 
 
 def _refusal(where: str, family: Family, unknown: Mapping[str, Any]) -> str:
-    shown = ", ".join(f"{key}={str(value)[:60]!r}" for key, value in list(unknown.items())[:8])
+    listed = ", ".join(f"{key}={shown(value)}" for key, value in list(unknown.items())[:8])
     if "quantization_config" in unknown:
         return f"{where}: the weights are quantised (quantization_config). Take the checkpoint that is not, or a GGUF."
     return (
-        f"{where}: {shown}: phijax does not know {'this key' if len(unknown) == 1 else 'these keys'} of a "
+        f"{where}: {listed}: phijax does not know {'this key' if len(unknown) == 1 else 'these keys'} of a "
         f"{family.class_name} and would compute something else if it mattered.\n"
         "If it does not, remove it from the file."
     )

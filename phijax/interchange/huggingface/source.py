@@ -1,7 +1,6 @@
 """Opens a Hugging Face folder: config.json, weights in safetensors, tokenizer and chat template beside them."""
 
 import functools
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -9,16 +8,17 @@ from etils import epath
 from phijax.errors import UserError, nearest_name
 from phijax.interchange.facts import Facts
 from phijax.interchange.huggingface import config as huggingface_config
-from phijax.interchange.huggingface.config import CONFIG_FILE, read_json
+from phijax.interchange.huggingface.config import CONFIG_FILE
 from phijax.interchange.huggingface.families.family import Family
 from phijax.interchange.huggingface.safetensors import Stored, open_folder
 from phijax.interchange.opened import Opened
 from phijax.interchange.tensors import Part, Tensor, tensors
 from phijax.interchange.weight_source import NOT_QUANTIZED, Index, check_finite, model_shapes
 from phijax.model.config import ModelConfig
+from phijax.storage import strict_json
+from phijax.storage.strict_json import Fields
 from phijax.text.beginning import read_beginning
 from phijax.text.open import open_tokenizer
-from phijax.text.special_files import size_of
 from phijax.text.tokenizer import TextTokenizer
 
 GENERATION_FILE = "generation_config.json"
@@ -78,23 +78,23 @@ def open_huggingface(folder: epath.Path) -> Opened:
     Raises: UserError, before any weight is read, for an architecture or a key that is not known, files that are cut
       off or missing, and tensors that are missing, surplus or of the wrong shape.
     """
-    where = str(folder / CONFIG_FILE)
-    config = read_json(folder / CONFIG_FILE)
-    model, family = huggingface_config.parse(config, where)
+    config = strict_json.read(folder / CONFIG_FILE)
+    model, family = huggingface_config.parse(config.values, config.file)
     files = _with_prefix(open_folder(folder), family)
     wanted = tensors(model, family.rows)
     _check_tensors(folder, model, family, files, wanted)
-    generation = read_json(folder / GENERATION_FILE) if (folder / GENERATION_FILE).exists() else {}
-    tokenizer_config = read_json(folder / TOKENIZER_CONFIG_FILE) if (folder / TOKENIZER_CONFIG_FILE).exists() else {}
-    ids = {name: generation.get(name, config.get(name)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    stops = _ids(ids["eos_token_id"], where)
+    generation = strict_json.read_if_there(folder / GENERATION_FILE)
+    ids = {
+        name: _ids(generation if name in generation.values else config, name)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     facts = Facts(
         architecture=family.class_name,
         tokenizer_folder=folder,
-        bos_id=next(iter(_ids(ids["bos_token_id"], where)), None),
-        eos_id=next(iter(_ids(config.get("eos_token_id"), where) or stops), None),
-        pad_id=next(iter(_ids(ids["pad_token_id"], where)), None),
-        generation=generation or None,
+        bos_id=next(iter(ids["bos_token_id"]), None),
+        eos_id=next(iter(_ids(config, "eos_token_id") or ids["eos_token_id"]), None),
+        pad_id=next(iter(ids["pad_token_id"]), None),
+        generation=generation.values or None,
     )
     return Opened(
         path=folder,
@@ -102,9 +102,9 @@ def open_huggingface(folder: epath.Path) -> Opened:
         model=model,
         weights=HuggingFaceSource(model, files, wanted),
         tokenizer=functools.partial(_tokenizer, folder),
-        chat_template=_template(folder, tokenizer_config),
+        chat_template=_template(folder),
         begin=read_beginning(folder, facts.bos_id),
-        stop_ids=stops,
+        stop_ids=ids["eos_token_id"],
         facts=facts,
     )
 
@@ -147,21 +147,19 @@ def _check_tensors(
         )
 
 
-def _ids(value: Any, where: str) -> tuple[int, ...]:
+def _ids(config: Fields, name: str) -> tuple[int, ...]:
     """One id, a list or null."""
-    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-    if not all(type(i) is int for i in ids):
-        raise UserError(f"{where}: token ids must be whole numbers, not {str(value)[:80]}.")
-    # Some tools write -1 for "none".
-    return tuple(i for i in ids if i >= 0)
+    several = isinstance(config.values.get(name), list)
+    ids = config.integers(name, least=-1) if several else [config.integer(name, -1, least=-1)]
+    return tuple(i for i in ids if i >= 0)  # some tools write -1 for "none"
 
 
-def _template(folder: epath.Path, tokenizer_config: dict[str, Any]) -> str | None:
+def _template(folder: epath.Path) -> str | None:
     file = folder / TEMPLATE_FILE
-    if file.exists() and size_of(file) <= LONGEST_TEMPLATE:
-        return file.read_text()
-    template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    if file.exists() and strict_json.size_of(file) <= LONGEST_TEMPLATE:
+        return strict_json.read_text(file, LONGEST_TEMPLATE)
+    config = strict_json.read_if_there(folder / TOKENIZER_CONFIG_FILE)
+    if not isinstance(config.values.get("chat_template"), list):
+        return config.text("chat_template", None)
+    named = {entry.text("name"): entry.text("template") for entry in config.objects("chat_template")}
+    return named.get("default")

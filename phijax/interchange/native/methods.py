@@ -29,7 +29,9 @@ def prepare(
     """
     if method == "awq":
         choice = awq.choose(opened.model, opened.weights.read, assigned, tokens, on_layer)
-        return dataclasses.replace(opened, weights=FoldedSource(opened.weights, opened.model, choice.folds)), choice.rounding
+        return dataclasses.replace(
+            opened, weights=FoldedSource(opened.weights, opened.model, choice.folds)
+        ), choice.rounding
     if method == "gptq":
         return opened, gptq.Roundings(Hessians(opened.model, opened.weights.read, tokens))
     return opened, lambda path, layer: None

@@ -9,7 +9,7 @@ from typing import Any
 
 from phijax.errors import UserError
 from phijax.model.config import LongRope, ModelConfig
-from phijax.storage.strict_json import Fields
+from phijax.storage.strict_json import Fields, shown
 
 KEYS = frozenset(
     "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
@@ -126,7 +126,7 @@ def _rope(values: Fields, partial: bool) -> Fields:
     kind = rope.text("rope_type", None) or rope.text("type", None) or "default"
     if kind not in ("default", "longrope", "su"):
         raise UserError(
-            f"{values.file}: rope_type={kind[:60]!r} is not done by phijax, which rotates by the default rule or by "
+            f"{values.file}: rope_type={shown(kind)} is not done by phijax, which rotates by the default rule or by "
             "LongRoPE ('longrope', 'su')."
         )
     if not partial and (share := rope.number("partial_rotary_factor", 1.0)) != 1.0:
