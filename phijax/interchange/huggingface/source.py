@@ -10,7 +10,7 @@ from phijax.interchange.facts import Facts
 from phijax.interchange.huggingface import config as huggingface_config
 from phijax.interchange.huggingface.config import CONFIG_FILE
 from phijax.interchange.huggingface.families.family import Family
-from phijax.interchange.huggingface.safetensors import Stored, open_folder
+from phijax.interchange.huggingface.safetensors import DTYPES, Stored, open_folder
 from phijax.interchange.opened import Opened
 from phijax.interchange.tensors import Part, Tensor, tensors
 from phijax.interchange.weight_source import NOT_QUANTIZED, Index, check_finite, model_shapes
@@ -138,6 +138,11 @@ def _check_tensors(
         f"{name} has shape {present[name].shape}, {CONFIG_FILE} asks for {shape}"
         for name, shape in shapes.items()
         if name in present and present[name].shape != shape
+    ]
+    lines += [
+        f"{name} is stored as {present[name].dtype.name}. Weights can be read as {', '.join(DTYPES)}: dequantise first"
+        for name in shapes
+        if name in present and present[name].dtype not in DTYPES.values()
     ]
     if lines:
         more = f"\n  and {len(lines) - 8} more" if len(lines) > 8 else ""

@@ -147,7 +147,7 @@ FAMILY = Family(
     # The last one says in which order, and how precisely, the same scores are computed.
     inert=frozenset(
         "attn_pdrop summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout "
-        "reorder_and_upcast_attn".split()
+        "n_special predict_special_tokens output_past reorder_and_upcast_attn".split()
     ),
     derived=_derived,
     prefix=PREFIX,
