@@ -35,12 +35,11 @@ def folder(opened: Opened, family: Family, dtype: np.dtype | None) -> Folder:
     Raises: UserError for a checkpoint that is not quantised, and for what the format cannot hold.
     """
     planned, compute = _planned(opened, family), compute_dtype(opened, dtype)
-    shapes = [shape for tensor, scheme in planned for shape in _shapes(opened, tensor, scheme, dtype)]
-    by_module = {_module(tensor): (tensor, scheme) for tensor, scheme in planned}
+    of_shape = {s: (tensor, scheme) for tensor, scheme in planned for s in _shapes(opened, tensor, scheme, dtype)}
 
     def pieces(shape: Shape) -> Iterator[np.ndarray]:
-        module, _, kind = shape.name.rpartition(".")
-        tensor, scheme = by_module[module]
+        tensor, scheme = of_shape[shape]
+        kind = shape.name.rpartition(".")[2]
         if scheme is None:
             yield from dense_pieces(opened.weights, tensor, shape.dtype)
         elif kind == SHAPE:
@@ -54,7 +53,7 @@ def folder(opened: Opened, family: Family, dtype: np.dtype | None) -> Folder:
                 )
 
     keys = {"quantization_config": quantization_config(planned)}
-    return Folder(FORMAT, family, shapes, pieces, compute, keys, _notes(opened, compute))
+    return Folder(FORMAT, family, list(of_shape), pieces, compute, keys, _notes(opened, compute))
 
 
 def _shapes(opened: Opened, tensor: Tensor, scheme: Scheme | None, dtype: np.dtype | None) -> list[Shape]:

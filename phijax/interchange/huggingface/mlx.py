@@ -35,21 +35,19 @@ def folder(opened: Opened, family: Family, dtype: np.dtype | None) -> Folder:
     Raises: UserError for a checkpoint that is not quantised, and for what the format cannot hold.
     """
     dtype, planned = dtype or np.dtype(np.float16), _planned(opened, family)
-    shapes = [shape for tensor, scheme in planned for shape in _shapes(tensor, scheme, dtype)]
-    by_module = {_module(tensor): (tensor, scheme) for tensor, scheme in planned}
+    of_shape = {shape: (tensor, scheme) for tensor, scheme in planned for shape in _shapes(tensor, scheme, dtype)}
 
     def pieces(shape: Shape) -> Iterator[np.ndarray]:
-        module, _, kind = shape.name.rpartition(".")
-        tensor, scheme = by_module[module]
+        tensor, scheme = of_shape[shape]
         if scheme is None:
             return dense_pieces(opened.weights, tensor, shape.dtype)
-        if kind == "weight":
+        if shape.name.endswith(".weight"):
             return _words(opened, tensor, scheme)
         return _of_groups(opened, tensor, scheme, shape)
 
     # The second key is for the hub.
     keys = dict.fromkeys(("quantization", "quantization_config"), quantization_of(planned))
-    return Folder(FORMAT, family, shapes, pieces, dtype, keys, _notes(opened, dtype))
+    return Folder(FORMAT, family, list(of_shape), pieces, dtype, keys, _notes(opened, dtype))
 
 
 def _shapes(tensor: Tensor, scheme: Scheme | None, dtype: np.dtype) -> list[Shape]:

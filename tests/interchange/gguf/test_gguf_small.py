@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 from gguf_case import everything
-from small_weights_case import CASES, FUSED, SPLIT, Small
+from small_weights_case import CASES, FUSED, LEARNED_CASES, SPLIT, Small
 
 from phijax.errors import UserError
 from phijax.interchange.gguf import integers as gguf_integers
@@ -37,7 +37,7 @@ def test_blocks_are_read_back_by_gguf(bits):
 
 
 @pytest.mark.parametrize("kind", ["BF16", "F32"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *LEARNED_CASES])
 def test_files_hold_the_same_weights(case, kind, small, tmp_path, monkeypatch):
     """In pieces that divide nothing; read by us and by gguf."""
     monkeypatch.setattr(gguf_write, "_AT_ONCE", 128 * 7)
@@ -49,7 +49,7 @@ def test_files_hold_the_same_weights(case, kind, small, tmp_path, monkeypatch):
     plan = {tensor.name: tensor for tensor in tensors(opened.model, gguf_write.family_for(opened).rows)}
     for tensor in gguf.GGUFReader(path).tensors:
         scheme = schemes.get(plan[tensor.name].parts[0].leaf)
-        dense = "F32" if wide[tensor.name].ndim == 1 else kind
+        dense = kind if plan[tensor.name].matrix else "F32"
         assert tensor.tensor_type.name == (gguf_integers.KINDS[scheme.bits] if scheme else dense), tensor.name
         got = gguf.dequantize(tensor.data, tensor.tensor_type)
         np.testing.assert_array_equal(got, wide[tensor.name], err_msg=tensor.name)

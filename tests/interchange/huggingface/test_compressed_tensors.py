@@ -54,7 +54,7 @@ def test_integers_and_scales_are_ours(case, small, tmp_path):
     opened = small(case)
     tensors = stored(write(opened, tmp_path / "out", shard=100_000))
     seen = set()
-    for name, wide in expected(opened, family_of(opened)).items():
+    for name, wide in expected(opened, family_of(opened).rows).items():
         module = name.removesuffix(".weight")
         if name in tensors:
             seen.add(name)
@@ -106,7 +106,7 @@ def test_transformers_gives_the_logits_of_the_dense_folder(case, small, tmp_path
             logits.append(model(tokens, use_cache=False).logits.numpy())
     # After its first forward pass the model holds dense weights.
     weights = model.state_dict()
-    for name, wide in expected(opened, family_of(opened)).items():
+    for name, wide in expected(opened, family_of(opened).rows).items():
         np.testing.assert_array_equal(weights[name].numpy(), wide, err_msg=name)
     np.testing.assert_array_equal(*logits)
     assert np.abs(logits[0]).max() > 1
@@ -119,6 +119,12 @@ def test_tokenizer_stops_and_card_come_along(small, tmp_path):
     assert (folder / "tokenizer.json").exists() and "<|assistant|>" in (folder / "tokenizer_config.json").read_text()
     card = (folder / "README.md").read_text()
     assert "pip install compressed-tensors" in card and "qkv int4_g32" in card and "| quality | not measured |" in card
+
+
+def test_matrices_that_are_no_linear_layers_are_refused(small, tmp_path):
+    """Conv1D's, which no reader of the format quantises."""
+    with pytest.raises(UserError, match=r"GPT2LMHeadModel has no linear layer for transformer.h.0.attn.c_attn.weight"):
+        write(small("learned"), tmp_path / "out")
 
 
 def test_a_checkpoint_that_is_not_quantised_is_refused(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 from gguf_case import tokenizer
-from small_weights_case import CASES, STOPS, Small, expected, family_of, source, unpacked
+from small_weights_case import CASES, LEARNED_CASES, STOPS, Small, expected, family_of, source, unpacked
 
 from phijax.errors import UserError
 from phijax.interchange import small_matrices
@@ -65,14 +65,15 @@ def test_bits_and_groups_are_in_the_config(small, tmp_path):
     }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *LEARNED_CASES])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_integers_and_scales_are_ours(case, dtype, small, tmp_path):
     opened = small(case)
     folder = write(opened, tmp_path / "out", dtype=dtype, shard=100_000)
     tensors, seen = stored(folder), set()
     settings = json.loads((folder / "config.json").read_text())["quantization"]
-    for name, wide in expected(opened, family_of(opened)).items():
+    family = family_of(opened)
+    for name, wide in expected(opened, family.mlx_rows or family.rows).items():
         module = name.removesuffix(".weight")
         if f"{module}.scales" in tensors:
             entry = settings.get(module, settings)
@@ -120,6 +121,17 @@ def test_what_cannot_be_is_refused(small, tmp_path):
     with pytest.raises(UserError, match=r"down_proj.weight has 240 inputs: MLX has groups of 32, 64 and 128"):
         write(narrow, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_mlx_lms_gpt2_has_not_is_refused(small):
+    opened = small("learned")
+    for change, message in (
+        ({"ffn_dim": 224}, r"feed-forward width of 4 n_embd = 256, this model of 224. Take --format=gguf, or hf"),
+        ({"tied_head": False}, "always ties the head"),
+    ):
+        other = dataclasses.replace(opened, model=dataclasses.replace(opened.model, **change))
+        with pytest.raises(UserError, match=message):
+            mlx_export.folder(other, FAMILIES["gpt2"], None)
 
 
 def test_scales_beyond_float16_are_refused(small, tmp_path, monkeypatch):
