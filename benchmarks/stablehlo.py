@@ -74,7 +74,7 @@ def train_programs(name, c):
             sizes = dict(mesh.shape)
             if c.num_kv_heads % sizes["tensor"] or c.num_heads % sizes["tensor"]:
                 continue
-            length = 512 if platform == "cpu" else 8192 if c.long_rope else 4096
+            length = min(c.max_position, 512 if platform == "cpu" else 8192 if c.long_rope else 4096)
             rows = max(1, sizes["data"] * sizes["fsdp"])
             for variant, backend in variants.items():
                 recipe = Recipe(c, backend, OptimizerConfig(), LossConfig(z_loss=1e-4), 100, 0)

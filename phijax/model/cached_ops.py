@@ -1,8 +1,8 @@
 """A block over a cache of keys and values, for inference; several terms in one call where the weights' format has one.
 
 A call of the int4 kernel is taken for *terms*, never for a configuration: the activation is the function that the
-kernel computes, and so is the norm; the weights are in its form and there is no bias. All other terms are evaluated one by one: products are
-still the format's own, attention is XLA's.
+kernel computes, and so is the norm; there is a gate, there is no bias, and the weights are in its form. All other terms
+are evaluated one by one: products are still the format's own, attention is XLA's.
 """
 
 from collections.abc import Sequence

@@ -102,7 +102,10 @@ class ModelConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"model.{name}={getattr(self, name)} must be a number above 0.")
         if self.positions == "learned" and self.long_rope:
-            raise UserError("model.positions=learned has no rotation, which LongRoPE changes: leave long_rope_from out.")
+            raise UserError(
+                "model.positions=learned: nothing rotates, so there is nothing that LongRoPE's lists would change.\n"
+                "Leave long_rope_from out, or take rotary positions."
+            )
         if self.positions == "rotary" and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
             raise UserError(
                 f"model: {self.rotary_dim} rotated dimensions of {self.head_dim}: must be even, > 0, no more."
@@ -146,11 +149,11 @@ class ModelSection:
     sliding_window: int | Preset | None = "preset"  # W: a query sees W keys, itself included; None: all before it
     tied_head: bool | Preset = "preset"  # whether the head is the embedding
     norm_eps: float | Preset = "preset"  # added to the mean square in each norm
-    positions: Positions | Preset = "preset"  # learned: a table of max_position rows, added to the embedding
-    norm: Norm | Preset = "preset"  # layer: with a mean that is taken off, and a bias
-    bias: bool | Preset = "preset"  # of every projection of a block; the head has none
-    activation: Activation | Preset = "preset"  # f of the feed-forward layer
-    gated: bool | Preset = "preset"  # f(x gate) * (x up); without: f(x up)
+    positions: Positions | Preset = "preset"  # rotary, or learned: a table of max_position rows
+    norm: Norm | Preset = "preset"  # rms, or layer: LayerNorm with factors and biases
+    bias: bool | Preset = "preset"  # whether each projection of a block has one
+    activation: Activation | Preset = "preset"  # of the feed-forward layer
+    gated: bool | Preset = "preset"  # f(x gate) * (x up), else f(x up)
     long_rope_from: str | None = None  # a preset, or a Hugging Face config.json, whose LongRoPE lists are taken
     # The path that computes attention; auto: splash on TPU, cudnn on GPU where it can, blocked on CPU.
     attention: Literal["auto", "dense", "blocked", "splash", "cudnn"] = "auto"

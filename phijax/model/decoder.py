@@ -33,7 +33,10 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
 
 
 class Decoder(nnx.Module):
-    """Embedding, of places too where these are learned, L blocks, final norm, head. The blocks' leaves are declared once and stacked in front by `params`."""
+    """Embedding (and a table of positions, where they are learned), L blocks, final norm, head.
+
+    The blocks' leaves are declared once and stacked in front by `params`.
+    """
 
     def __init__(self, c: ModelConfig):
         rows, start = (c.padded_vocab_size, c.model_dim), normal(c.model_dim**-0.5)

@@ -19,7 +19,7 @@ ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
 class Mlp(nnx.Module):
     """f(x gate) * (x up) down, with silu SwiGLU (Shazeer 2020, arXiv:2002.05202); without a gate f(x up) down.
 
-    (..., D) -> (..., D). What a gate is multiplied with is linear in `up`: only then does a factor pass from down to it.
+    (..., D) -> (..., D). Only what is multiplied with a gate is proportional to `up`, so that down's inputs are.
     """
 
     def __init__(self, c: ModelConfig):

@@ -38,7 +38,8 @@ class TrainingOps(Ops):
         match term:
             case Product(Joined(heads), w, bias) if self.backend.flat_tokens:
                 return plus(contract(heads.swapaxes(1, 2).reshape(-1, w.shape[0]), w), bias)
-            case Product(Joined(heads), w, bias):  # split or joined in the contraction, heads are no copy, see `project`
+            case Product(Joined(heads), w, bias):
+                # Split or joined in the contraction, heads are no copy, see `project`.
                 return plus(project_back(heads, w, heads=heads.shape[1]), bias)
         return super().value(term)
 

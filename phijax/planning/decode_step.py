@@ -124,11 +124,12 @@ def abstract_cache(served: Served, rows: int, places: int) -> cached.Cache:
 
 
 def bytes_read(served: Served, rows: int, places: int) -> float:
-    """By one chip in a step: every weight but the embedding, and a cache that is full; what no program can be without.
+    """By one chip in a step: every weight but what is looked up, and a cache that is full: no program can be without.
 
     Numbers by their own bits, nothing padded.
     """
     weights = model_params.flat(abstract_weights(served))
+    weights.pop("position_embedding", None)
     if not served.model.tied_head:
         weights.pop("embedding")
     return sum(_bytes(leaf) for leaf in jax.tree.leaves((weights, abstract_cache(served, rows, places))))

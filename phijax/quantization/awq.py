@@ -1,12 +1,12 @@
 """Activation-aware scaling: input channels that carry much are made larger before rounding, so that they lose less.
 
 Lin et al. 2023, arXiv:2306.00978: W -> W diag(s), s = mean|x|^a, and 1/s goes into whatever makes x: the norm before
-q, k, v, before gate and up, and before the head; for down, the rows of up where up is multiplied with a gate. The model
-stays the same function, and its files stay ordinary. What makes x, leaves declare (`feeds`). o has no such place: grouped
-heads share their v. Nor has a head that is the embedding, nor down after an activation that is not gated.
+q, k, v, before gate and up, and before the head; for down, the rows of up where a gate is multiplied with them. The
+model stays the same function, and its files stay ordinary. Leaves declare what they make (`feeds`). o has no such
+place: grouped heads share their v. Nor has a head that is the embedding, nor down after an activation without a gate.
 
 Beyond the paper, scales are then searched with errors counted by the mean squares of the inputs, which reaches those
-two as well: 0.26 nats instead of 0.61 on SmolLM2-135M in int4_g64, whose embedding is its head.
+as well: 0.26 nats instead of 0.61 on SmolLM2-135M in int4_g64, whose embedding is its head.
 """
 
 import functools

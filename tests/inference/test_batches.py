@@ -29,6 +29,17 @@ GROUPED = ModelConfig(
 ONE_HEAD = dataclasses.replace(
     GROUPED, model_dim=40, num_heads=3, num_kv_heads=1, head_dim=12, tied_head=True, sliding_window=9
 )
+GPT2 = dataclasses.replace(
+    GROUPED,
+    num_kv_heads=4,
+    ffn_dim=136,
+    tied_head=True,
+    positions="learned",
+    norm="layer",
+    bias=True,
+    activation="gelu_tanh",
+    gated=False,
+)
 LENGTHS = (3, 40, 17, 90, 1, 300, 5, 64, 20)
 
 
@@ -59,7 +70,14 @@ def logits_of(g: Generator, batch: list[list[int]], count: int) -> list[np.ndarr
     return [np.stack(row) for row in rows]
 
 
-@pytest.mark.parametrize("c", [GROUPED, ONE_HEAD], ids=["grouped", "one kv head, window, tied"])
+@pytest.mark.parametrize(
+    "c",
+    [
+        pytest.param(GROUPED, id="grouped"),
+        pytest.param(ONE_HEAD, id="one kv head, window, tied"),
+        pytest.param(GPT2, id="gpt2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(c):
     """Nine rows, so that some stand where a vector of eight ends; caches of other lengths alone than together."""
     g = generator(c)

@@ -45,9 +45,13 @@ def weights() -> params.Params:
 
 @pytest.fixture(scope="module")
 def small_weights(weights) -> params.Params:
-    """int4 in groups of 64."""
+    return in_four_bits(MODEL, weights)
+
+
+def in_four_bits(model: ModelConfig, weights: params.Params) -> params.Params:
+    """In groups of 64."""
     out = params.flat(weights)
-    for path, scheme in policy.assign(MODEL, policy.parse("int4_g64")).items():
+    for path, scheme in policy.assign(model, policy.parse("int4_g64")).items():
         stack = np.asarray(out[path])
         matrices = stack if stack.ndim == 3 else stack[None]
         rounded = [round_to_nearest(m, scheme, policy.summed_axis(path)) for m in matrices]
@@ -99,6 +103,24 @@ def test_groups_by_the_kernel(monkeypatch, small_weights, tensor):
     kv = {"blocks/attention/k", "blocks/attention/v"}
     assert {path for path, kind in formats.items() if kind is TpuIntegers} == (whole | kv if tensor == 1 else whole)
     assert formats["embedding"] is Quantized  # it is only looked up
+    assert_same(fast.generate(PROMPTS, GREEDY), expected, 2e-5)
+
+
+@pytest.mark.slow
+def test_biases_layer_norm_and_no_gate(monkeypatch):
+    """GPT-2's layers around the kernels' products; no rotation before attention."""
+    kinds = {"positions": "learned", "norm": "layer", "bias": True, "activation": "gelu_tanh", "gated": False}
+    model = dataclasses.replace(MODEL, tied_head=True, sliding_window=None, **kinds)
+    rng = np.random.default_rng(0)
+    drawn = {
+        path: jnp.asarray(rng.standard_normal(shape, np.float32) * (0.3 if "/" in path else 1) * shape[-1] ** -0.5)
+        for path, shape in params.shapes(model).items()
+    }
+    weights = in_four_bits(model, params.nested({p: a + 1 if p.endswith("scale") else a for p, a in drawn.items()}))
+    expected = Generator(model, weights, None, PLAIN).generate(PROMPTS, GREEDY)
+    assert len({token for answer in expected for token in answer.tokens}) > 3
+    fast = as_on_tpu(monkeypatch, weights, tensor=2, model=model)
+    assert isinstance(fast._weights["blocks"]["mlp"]["up"], TpuIntegers)
     assert_same(fast.generate(PROMPTS, GREEDY), expected, 2e-5)
 
 

@@ -19,6 +19,8 @@ from phijax.quantization import awq, calibrate, policy
 LONG = dataclasses.replace(  # every branch of the layer: groups of heads, a window, LongRoPE
     MODEL, sliding_window=7, long_rope=LongRope((1.0,) * 6, (1.0, 1.5, 2.0, 3.0, 4.0, 5.0), original_max_position=16)
 )
+BIASED = dataclasses.replace(MODEL, norm="layer", bias=True, positions="learned", activation="gelu_tanh")
+UNGATED = dataclasses.replace(BIASED, gated=False)
 ASSIGNED = policy.assign(MODEL, policy.parse(SCHEME))
 
 
@@ -66,7 +68,7 @@ def decoder(c, flat, ids, what: str) -> np.ndarray:
     return np.asarray(jax.jit(forward, compiler_options=QUICK)(params.nested(flat)))
 
 
-@pytest.mark.parametrize("c", [MODEL, LONG])
+@pytest.mark.parametrize("c", [MODEL, LONG, UNGATED])
 def test_layer_by_layer_it_is_the_decoder(c):
     flat = uneven_params(c)
     *_, (number, _, inputs, x) = calibrate.layers(c, Source(flat).read, tokens())
@@ -103,6 +105,29 @@ def test_folding_changes_weights_but_not_the_model(folds):
     takes_inverse = awq.inverses(MODEL)
     assert set(folds) == set(takes_inverse) and {"qkv", "gate_up", "head"} <= set(scaled)
     assert changed == {path for name in scaled for path in (*policy.paths_of(MODEL, name), *takes_inverse[name])}
+
+
+@pytest.mark.parametrize(
+    "c", [pytest.param(BIASED, id="with a gate", marks=pytest.mark.slow), pytest.param(UNGATED, id="without")]
+)
+def test_biases_take_the_inverse_too(c):
+    """Of LayerNorm, and of up where there is a gate; without one no factor passes the activation, and none is tried."""
+    flat, assigned = uneven_params(c), policy.assign(c, policy.parse("int4"))
+    folds = awq.choose(c, Source(flat).read, assigned, tokens(8)).folds
+    assert set(folds) == {"qkv", "gate_up", "head"} | ({"down"} if c.gated else set())
+    # Far from one, whatever the rows of this test chose.
+    random = np.random.default_rng(5)
+    folds = {name: np.exp(random.standard_normal(scales.shape)).astype(np.float32) for name, scales in folds.items()}
+    folded = whole(FoldedSource(Source(flat), c, folds))
+    expected = decoder(c, flat, tokens(), "logits")
+    np.testing.assert_allclose(
+        decoder(c, folded, tokens(), "logits"), expected, rtol=0, atol=1e-4 * np.abs(expected).max()
+    )
+    changed = {path for path, value in flat.items() if not np.array_equal(folded[path], value)}
+    assert (
+        changed == {path for name in folds for path in (*policy.paths_of(c, name), *awq.inverses(c)[name])}
+        and "blocks/mlp_norm/bias" in changed
+    )
 
 
 def test_parts_are_parts_of_the_whole(folds):

@@ -146,7 +146,7 @@ def test_held_out_rows_of_shards_and_shards_of_another_tokenizer(workdir, small,
 def test_dry_run_shows_the_table_and_writes_nothing(workdir, tmp_path, capsys):
     assert run(quantize, f"--checkpoint={workdir}", f"--scheme={SCHEME}", "--dry_run") == 0
     printed = capsys.readouterr().out
-    assert "gate_up     int4_g32" in printed and "norms       as stored" in printed and "would write" in printed
+    assert "gate_up     int4_g32" in printed and "others      as stored" in printed and "would write" in printed
     assert not list(tmp_path.iterdir())
 
 
