@@ -1,8 +1,11 @@
-"""What is believed that should not be: python benchmarks/attack.py compile_cache [--flips=200] [--seed=0] [--first=0]
+"""What is believed that should not be: python benchmarks/attack.py SECTION [--seed=0] [--first=0] ...
 
-compile_cache: one bit of one compiled program of a small run is flipped, and the run started in a process of its own. A
-loss that differs from the undamaged run's, or a second start that crashes, is a failure. Flip I depends on the seed and
-I alone: --first=I goes on behind what was tried before. Some two seconds a flip on an idle core.
+compile_cache [--flips=200]: one bit of one compiled program of a small run is flipped, and the run started in a process
+of its own. A loss that differs from the undamaged run's, or a second start that crashes, is a failure. Flip I depends
+on the seed and I alone: --first=I goes on behind what was tried before. Some two seconds a flip on an idle core.
+
+mutations [--changes=5000] [--only=NAME]: each file that phijax reads is changed by chance (mutations.py) and read. What
+is neither opened nor refused by one message is a failure. Five to ten minutes on an idle core.
 """
 
 import collections
@@ -23,6 +26,8 @@ from phijax.training.compile_cache import FOLDER
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("flips", 200, "How many to try.", lower_bound=1)
+flags.DEFINE_integer("changes", 5000, "Of each file, in mutations.", lower_bound=1)
+flags.DEFINE_string("only", "", "Of mutations: files with this in their name.")
 flags.DEFINE_integer("first", 0, "Number of the first.", lower_bound=0)
 flags.DEFINE_integer("seed", 0, "Of the bits.")
 
@@ -46,11 +51,18 @@ LEARNED = ("loss", "nll", "grad_norm")
 
 
 def main(arguments: list[str]) -> None:
-    sections: dict[str, Callable[[pathlib.Path], int]] = {"compile_cache": compile_cache}
+    sections: dict[str, Callable[[pathlib.Path], int]] = {"compile_cache": compile_cache, "mutations": mutations}
     if len(arguments) != 2 or arguments[1] not in sections:
         raise app.UsageError(f"Which section? One of: {', '.join(sections)}")
     with tempfile.TemporaryDirectory() as temporary:
         raise SystemExit(1 if sections[arguments[1]](pathlib.Path(temporary)) else 0)
+
+
+def mutations(folder: pathlib.Path) -> int:
+    """-> how many changes failed."""
+    from mutated_files import attack_all
+
+    return attack_all(folder, seed=FLAGS.seed, first=FLAGS.first, changes=FLAGS.changes, only=FLAGS.only)
 
 
 def compile_cache(folder: pathlib.Path) -> int:

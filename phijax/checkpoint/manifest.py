@@ -102,7 +102,11 @@ def _check(content: Fields) -> None:
     content.integer("step", most=LARGEST)
     content.text("written")
     content.object("identity")
-    content.object("extra").boolean("good", None)
+    extra = content.object("extra")
+    extra.boolean("good", None), extra.integer("restore_step", None, most=LARGEST)
+    scores = extra.object("scores", Fields({}, MANIFEST_FILE))
+    if wrong := [name for name, score in scores.values.items() if type(score) not in (int, float)]:  # NaN is a score
+        raise scores.refusal(wrong[0], "a number")
     for leaf in content.objects("leaves"):
         leaf.text("path"), leaf.text("dtype"), leaf.integers("shape", most=LARGEST)
     for file in content.objects("files"):

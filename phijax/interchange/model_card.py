@@ -15,6 +15,7 @@ from phijax.interchange.opened import Opened
 from phijax.model import params
 from phijax.model.config import ModelConfig
 from phijax.report.writers import HELD_OUT_LOSS, read_metrics
+from phijax.storage.strict_json import Fields
 
 FILE = "README.md"
 
@@ -89,21 +90,22 @@ def _positions(c: ModelConfig) -> str:
 
 
 def _data(opened: Opened) -> str:
-    data = (opened.facts.identity or {}).get("data") or {}
+    data = Fields(opened.facts.identity or {}, str(opened.path)).object("data", Fields({}, ""))
     lines = []
-    for number, phase in enumerate(data.get("phases", [])):
-        tokens = phase["steps"] * phase["sequence_length"] * phase["global_batch_size"]
+    for number, phase in enumerate(data.objects("phases", [])):
+        steps, length, rows = (phase.integer(name) for name in ("steps", "sequence_length", "global_batch_size"))
+        tokens = steps * length * rows
         mixture = ", ".join(
-            f"{epath.Path(source['path']).name} x {source['weight']} (digest {source['digest'][:12]})"
-            for source in phase["mixture"]
+            f"{epath.Path(source.text('path')).name} x {source.integer('weight')} (digest {source.text('digest')[:12]})"
+            for source in phase.objects("mixture")
         )
         lines.append(
-            f"- phase {number}: {phase['steps']:,} steps of {phase['global_batch_size']:,} rows of "
-            f"{phase['sequence_length']:,} tokens, {tokens:,} tokens in all; {mixture}"
+            f"- phase {number}: {steps:,} steps of {rows:,} rows of {length:,} tokens, {tokens:,} tokens in all; "
+            f"{mixture}"
         )
     if not lines:
         return ""
-    return f"## Data\nWhat the run was set to read, seed {data['seed']}:\n\n" + "\n".join(lines)
+    return f"## Data\nWhat the run was set to read, seed {data.integer('seed', None)}:\n\n" + "\n".join(lines)
 
 
 def _scores(opened: Opened) -> str:

@@ -255,7 +255,7 @@ def _read(kind: type, fields: Fields) -> Any:
     """A dataclass of the types that the fields of one are declared with."""
     hints, declared = typing.get_type_hints(kind), dataclasses.fields(kind)
     if unknown := [name for name in fields.values if name not in hints]:
-        what = f"{fields.place}.{unknown[0]}={shown(fields.values[unknown[0]])}"
+        what = f"{fields.place}.{strict_json.named(unknown[0])}={shown(fields.values[unknown[0]])}"
         raise UserError(
             f"{fields.file}: {what} is not known to this version of phijax, which would compute something else. "
             "A newer one wrote it: take that."

@@ -85,4 +85,4 @@ def note_going_back(workdir: epath.Path, went_back: list[dict], fields: dict) ->
 def add_to_history(workdir: epath.Path, fields: dict) -> None:
     history = workdir / "config_history.jsonl"
     line = json.dumps({"time": time.time(), **fields}) + "\n"
-    history.write_text((history.read_text() if history.exists() else "") + line)
+    history.write_bytes((history.read_bytes() if history.exists() else b"") + line.encode())

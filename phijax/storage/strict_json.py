@@ -116,9 +116,8 @@ def _refuse_depth(data: bytes, file: str) -> None:
     """Before the parser, which calls itself for each level."""
     outside = data.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2]  # of texts
     brackets = b"".join(outside).translate(None, _OTHERS)
-    depth = max(itertools.accumulate(map(_BRACKETS.__getitem__, brackets)), default=0)
-    if depth > _DEEPEST:
-        raise UserError(f"{file} is not read: {depth:,} objects and lists inside each other; {_DEEPEST} are allowed.")
+    if any(depth > _DEEPEST for depth in itertools.accumulate(map(_BRACKETS.__getitem__, brackets))):
+        raise UserError(f"{file} is not read: it has more than {_DEEPEST} objects and lists inside each other.")
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -151,6 +150,11 @@ def shown(value: Any) -> str:
     """What stands in a file, for a message: at most 60 characters, none that moves a terminal's cursor."""
     # Of a large value only the beginning is put into words: a refusal must not take longer than reading did.
     return _cut(repr(value[: _SHOWN + 1]) if isinstance(value, str) else reprlib.repr(value))
+
+
+def named(field: str) -> str:
+    """The name of a field, for a message."""
+    return _cut(field if field.isprintable() else ascii(field))
 
 
 def _cut(text: str) -> str:
@@ -195,7 +199,7 @@ class Fields:
         self, name: str, default: D = _REQUIRED, *, above: float = -math.inf, least: float = -math.inf
     ) -> list[float] | D:
         found = self._list(name, default, *_number(above, least))
-        return list(map(float, found)) if isinstance(found, list) else found
+        return list(map(float, found)) if self.has(name) else found
 
     def texts(self, name: str, default: D = _REQUIRED) -> list[str] | D:
         return self._list(name, default, *_TEXT)
@@ -207,12 +211,12 @@ class Fields:
 
     def items(self, name: str, default: D = _REQUIRED) -> list[Any] | D:
         """Of anything: for a reader that looks at each item itself."""
-        return self._one(name, default, "a list", lambda value: isinstance(value, list))
+        return self._one(name, default, "a list", _is_list)
 
     def objects(self, name: str, default: D = _REQUIRED) -> "list[Fields] | D":
         """A list of objects."""
         found = self._list(name, default, *_OBJECT)
-        if not isinstance(found, list):
+        if not self.has(name):
             return found
         return [Fields(each, self.file, f"{self._at(name)}[{i}]") for i, each in enumerate(found)]
 
@@ -240,7 +244,7 @@ class Fields:
         return value
 
     def _list(self, name: str, default: Any, expected: str, holds: Callable[[Any], bool]) -> Any:
-        whole = self._one(name, default, f"a list, each {expected}", lambda value: isinstance(value, list))
+        whole = self._one(name, default, f"a list, each {expected}", _is_list)
         if self.has(name):
             for i, value in enumerate(whole):
                 if not holds(value):
@@ -251,8 +255,7 @@ class Fields:
         return UserError(f"{self.file}: {at}={shown(value)} must be {expected}.")
 
     def _at(self, name: str) -> str:
-        name = _cut(name if name.isprintable() else ascii(name))
-        return f"{self.place}.{name}" if self.place else name
+        return f"{self.place}.{named(name)}" if self.place else named(name)
 
 
 def _integer(least: int, most: int) -> tuple[str, Callable[[Any], bool]]:
@@ -268,6 +271,10 @@ def _number(above: float, least: float) -> tuple[str, Callable[[Any], bool]]:
         return finite and value > above and value >= least
 
     return " ".join(["a finite number", *bounds]), holds
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)  # a tuple of what has not been through a file yet
 
 
 _TEXT = "text", lambda value: isinstance(value, str)

@@ -147,7 +147,9 @@ class BpeTokenizer:
         given = {self._plain.token_to_id(name): i for name, i in self.symbols.ids.items()}
         changed = {theirs: i for theirs, i in given.items() if theirs != i}
         if clash := [i for theirs, i in changed.items() if theirs in self._tokens]:
-            raise UserError(f"{where}: the added token {self.symbols.names[clash[0]]!r} cannot have the id {clash[0]}.")
+            raise UserError(
+                f"{where}: the added token {shown(self.symbols.names[clash[0]])} cannot have the id {clash[0]}."
+            )
         return changed
 
     def encode_with_specials(self, text: str) -> list[int]:
@@ -254,7 +256,9 @@ class BpeTokenizer:
         full = _load(json.loads(self._spec), self._where)
         for name, i in self.added_tokens.items():
             if full.token_to_id(name) != i:
-                raise UserError(f"{self._where}: the special token {name!r} has id {i}, but ids before it are missing.")
+                raise UserError(
+                    f"{self._where}: the special token {shown(name)} has id {i}, but ids before it are missing."
+                )
         return full
 
     @functools.cached_property

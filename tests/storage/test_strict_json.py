@@ -27,9 +27,9 @@ def parse(text: str | bytes) -> strict_json.Fields:
         ('{"a": ' + "9" * 5000 + "}", "has 5,000 digits"),  # more than Python itself takes
         ('{"a": 1, "b": 2, "a": 1}', "'a' stands twice in one object"),
         ('{"a": {"b": [{"c": 1, "c": 2}]}}', "'c' stands twice in one object"),
-        ('{"a": ' + "[" * 200_000 + "]" * 200_000 + "}", "200,001 objects and lists inside each other; 32 are"),
-        ("[" * 200_000, "200,000 objects and lists inside each other"),
-        ('{"a":' * 33 + "1" + "}" * 33, "33 objects and lists inside each other"),
+        ('{"a": ' + "[" * 200_000 + "]" * 200_000 + "}", "more than 32 objects and lists inside each other"),
+        ("[" * 200_000, "more than 32 objects and lists"),
+        ('{"a":' * 33 + "1" + "}" * 33, "more than 32 objects and lists"),
         (b'{"a": "\xff"}', "not JSON in UTF-8: invalid start byte"),
         ('{"a": 1}'.encode("utf-16"), "not JSON in UTF-8"),
         (r'{"a": "\ud83d"}', "not JSON in UTF-8: surrogates not allowed"),

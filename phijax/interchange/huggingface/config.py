@@ -87,7 +87,7 @@ def _known(family: Family, key: str, value: Any) -> bool:
 
 
 def _refusal(where: str, family: Family, unknown: Mapping[str, Any]) -> str:
-    listed = ", ".join(f"{key}={shown(value)}" for key, value in list(unknown.items())[:8])
+    listed = ", ".join(f"{strict_json.named(key)}={shown(value)}" for key, value in list(unknown.items())[:8])
     if "quantization_config" in unknown:
         return f"{where}: the weights are quantised (quantization_config). Take the checkpoint that is not, or a GGUF."
     return (

@@ -9,7 +9,7 @@ from typing import Any
 
 from phijax.errors import UserError
 from phijax.model.config import LongRope, ModelConfig
-from phijax.storage.strict_json import Fields, shown
+from phijax.storage.strict_json import Fields, named, shown
 
 KEYS = frozenset(
     "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
@@ -120,7 +120,8 @@ def _rope(values: Fields, partial: bool) -> Fields:
     given = next((found for found in both if found.values), both[1])
     inside, where = {name: value for name, value in given.values.items() if value is not None}, given.place
     if unknown := sorted(inside.keys() - _ROPE_KEYS):
-        raise UserError(f"{values.file}: {where} has {', '.join(unknown)[:200]}, which phijax does not do.")
+        names = ", ".join(map(named, unknown[:8]))
+        raise UserError(f"{values.file}: {where} has {names}, which phijax does not do.")
     beside = {name: values.values.get(name) or None for name in ("rope_theta", "partial_rotary_factor")}
     rope = Fields({**beside, **inside}, values.file, where)
     kind = rope.text("rope_type", None) or rope.text("type", None) or "default"
