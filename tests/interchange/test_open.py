@@ -24,6 +24,7 @@ from phijax.errors import UserError
 from phijax.interchange.facts import Facts
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.interchange.load import load_params
 from phijax.interchange.native import write as native_write
 from phijax.interchange.open import open_checkpoint
@@ -282,7 +283,7 @@ def test_each_of_two_processes_reads_its_own_devices_slices(workdir, tmp_path, k
     if kind == "huggingface":
         path = tmp_path / "hf"
         opened = open_checkpoint(workdir)
-        huggingface_folder.write(opened, path, huggingface_export.folder(opened, "phi3", None))
+        huggingface_folder.write(opened, path, huggingface_export.folder(opened, FAMILIES["phi3"], None))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
