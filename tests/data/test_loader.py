@@ -135,6 +135,31 @@ def test_the_loader_reads_ahead_but_not_the_whole_run(phases, monkeypatch):
     assert max(read) < 56 + 8 + 4 + 1
 
 
+class WeighedRows(ShardRows):
+    """Rows that depend on the weights: their tokens are moved by what the state says."""
+
+    needs_params = True
+
+    def read(self, places, state):
+        return [row | {"tokens": (row["tokens"] + state).astype(np.int32)} for row in super().read(places)]
+
+
+def test_rows_that_need_the_weights_are_made_when_the_step_begins_with_its_state(phases, reference):
+    plan = make_plan(phases)
+    source = WeighedRows(phases, plan.shards, seed=0, begin=END)
+    batch_of = Loader(source, TEXT_KEYS, DataConfig(micro_batches=2), mesh_of(1, 2, 1, 1)).starting_at(3)
+    for step in range(3, 6):  # over the border of a phase
+        tokens = np.asarray(batch_of(step, 100 * step)["tokens"])
+        np.testing.assert_array_equal(tokens.reshape(-1, tokens.shape[-1]), reference[step]["tokens"] + 100 * step)
+
+
+def test_batches_come_in_turn(phases):
+    batch_of = Loader(make_plan(phases), TEXT_KEYS, DataConfig(), mesh_of(1, 1, 1, 1)).starting_at(3)
+    batch_of(3, None)
+    with pytest.raises(ValueError, match="the batch of step 3 was asked for, that of 4 is due"):
+        batch_of(3, None)
+
+
 def test_another_seed_gives_other_rows(phases, reference):
     assert any((run(phases, seed=1)[0]["tokens"] != reference[0]["tokens"]).ravel())
 
@@ -327,7 +352,7 @@ class TestResume:
             source["path"] = "gs://elsewhere/" + source["path"]
         check_resume(before, moved, 6)
 
-    @pytest.mark.parametrize(("name", "value"), [("seed", 1), ("tokenizer", "0" * 64)])
+    @pytest.mark.parametrize(("name", "value"), [("seed", 1), ("tokenizer", "0" * 64), ("prompts", "p")])
     def test_another_seed_or_tokenizer_is_refused(self, before, name, value):
         with pytest.raises(UserError, match=f"This run began with another {name}"):
             check_resume(before, before | {name: value}, 1)
