@@ -94,7 +94,9 @@ class Recorded:
         return {"heldout_loss": 1.0}
 
 
-def run(recorded: Recorded, pace: Pace = PACE, first: int = 0, evaluators: int = 1):
+def run(
+    recorded: Recorded, pace: Pace = PACE, first: int = 0, evaluators: int = 1, counted: str = "predicted_tokens"
+):
     zero = jnp.int32(0)
     state = TrainState(jnp.int32(first), "params", "frozen", "opt_state", zero, zero)
     return train(
@@ -102,7 +104,7 @@ def run(recorded: Recorded, pace: Pace = PACE, first: int = 0, evaluators: int =
         recorded.batch_of,
         recorded.program_of,
         pace,
-        counted="predicted_tokens",
+        counted=counted,
         evaluators=[recorded.evaluator] * evaluators,
         report=recorded,
         checkpoints=recorded,
