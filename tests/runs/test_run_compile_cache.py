@@ -45,5 +45,6 @@ def test_every_program_of_a_run_is_tried_before_it_is_believed(monkeypatch):
     programs = assemble.Programs(None, None, batches, pausing, pausing, cache)
     assert [programs(step) for step in range(2)] == ["a step", "a step"]
     recipe = types.SimpleNamespace(objective=lambda length: types.SimpleNamespace(reads={}, held_out={}))
-    assemble.make_evaluator(recipe, None, EvaluationSet("b", "there", None, (1, 8, 64)), None, None, cache)
+    shards = types.SimpleNamespace(block=64, records_per_shard=[8])
+    assemble.make_evaluator(recipe, None, EvaluationSet("b", "there", shards, (1, 8, 64)), None, None, cache)
     assert tried == ["a step", "an evaluation"]
