@@ -1,10 +1,13 @@
 """A change of low rank beside its base: the two verbs, its leaves, and what does not fit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from quick_compilation import QUICK
 from small_models import SMALL
 
 from phijax.errors import UserError
@@ -19,6 +22,9 @@ ROWS, COLUMNS, RANK, SCALE = 96, 64, 3, 0.75
 RNG = np.random.default_rng(0)
 # float32 sums of at most 96 terms of about 1, in another order: 96 * 2^-24 = 6e-6 of the largest.
 CLOSE = dict(rtol=0, atol=1e-4)
+
+
+quickly = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def random(*shape: int) -> np.ndarray:
@@ -54,25 +60,34 @@ def test_the_verbs_are_those_of_the_merged_weight(base, heads):
     if heads:
         h = h.reshape(2, 5, heads, -1).swapaxes(1, 2)
     for verb, value, given in ((project, into, x), (project_back, back, h)):
-        got, expected = (verb(given, leaf(w), heads=heads) for w in (value, value.merged()))
+
+        @quickly
+        def all_three(value, given, verb=verb):
+            return [verb(given, leaf(w), heads=heads) for w in (value, value.merged(), value.base)]
+
+        got, expected, without = all_three(value, given)
         np.testing.assert_allclose(got, expected, **CLOSE)
-        without = verb(given, leaf(value.base), heads=heads)
         assert np.abs(without - expected).max() > 1  # the change is no small one
 
 
 def test_the_format_by_itself_is_the_merged_weight_too():
     """What has no leaf around it: logits of inference ask the format, a lookup its rows."""
-    w = low_rank(integers(-1))
-    dense = low_rank(jnp.asarray(random(ROWS, COLUMNS)))
-    for value in (w, dense):
-        matrix, x, h = np.asarray(value.merged(), np.float64), random(4, COLUMNS), random(4, ROWS)
-        np.testing.assert_allclose(value.project(x, jnp.float32), x @ matrix.T, **CLOSE)
-        np.testing.assert_allclose(value.project_back(h), h @ matrix, **CLOSE)
-        tokens = jnp.array([[3, 0], [95, 3]])
-        np.testing.assert_allclose(lookup(leaf(value), tokens, jnp.float32), matrix[tokens], **CLOSE)
-        np.testing.assert_array_equal(whole(leaf(value)), value.merged())
-    assert w.project(random(4, COLUMNS).astype(jnp.bfloat16), jnp.float32).dtype == jnp.float32
-    assert w.project_back(random(4, ROWS).astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    tokens = jnp.array([[3, 0], [95, 3]])
+
+    @quickly
+    def methods(w, x, h):
+        rows = lookup(leaf(w), tokens, jnp.float32)
+        return w.project(x, jnp.float32), w.project_back(h), rows, w.merged(), whole(leaf(w))
+
+    for value in (low_rank(integers(-1)), low_rank(jnp.asarray(random(ROWS, COLUMNS)))):
+        x, h = random(4, COLUMNS), random(4, ROWS)
+        *got, merged, as_array = methods(value, x, h)
+        matrix = np.asarray(merged, np.float64)
+        for found, expected in zip(got, (x @ matrix.T, h @ matrix, matrix[tokens]), strict=True):
+            np.testing.assert_allclose(found, expected, **CLOSE)
+        np.testing.assert_array_equal(as_array, merged)
+        narrow = jax.eval_shape(methods, value, *(a.astype(jnp.bfloat16) for a in (x, h)))
+        assert [out.dtype for out in narrow[:2]] == [jnp.float32, jnp.bfloat16]
 
 
 def test_merged_is_base_and_scaled_product_of_each_layer():
@@ -102,9 +117,12 @@ def test_the_change_is_never_made(heads):
 def test_int8_products_round_the_base_alone():
     for summed, width in (("d", COLUMNS), ("rows", ROWS)):
         value, x = low_rank(jnp.asarray(random(ROWS, COLUMNS))), random(5, width)
-        got = int8_products.contract(x, leaf(value, summed))
-        change = LowRank(jnp.zeros((ROWS, COLUMNS)), value.a, value.b, SCALE).merged()
-        expected = int8_products.contract(x, leaf(value.base, summed)) + x @ (change if summed == "rows" else change.T)
+        got, base = (
+            quickly(lambda x, w, summed=summed: int8_products.contract(x, leaf(w, summed)))(x, w)
+            for w in (value, value.base)
+        )
+        change = SCALE * np.asarray(value.b) @ np.asarray(value.a)
+        expected = base + x @ (change if summed == "rows" else change.T)
         np.testing.assert_allclose(got, expected, **CLOSE)
 
 
@@ -122,7 +140,8 @@ def test_leaves_stand_beside_those_they_change():
         got = leaves[path]
         assert (got.shape, got.axes) == (shape, axes)
         assert (got.kind, got.summed, got.decayed) == (found.kind, found.summed, found.decayed)
-    start = params.flat(params.started(SMALL, leaves, 0))
+    few = {path: leaf for path, leaf in leaves.items() if path.split("/")[2] in ("k", "down")}
+    start = params.flat(quickly(lambda: params.started(SMALL, few, 0))())
     for first, second, inputs in (("attention/k/a", "attention/k/b", 64), ("mlp/down/b", "mlp/down/a", 96)):
         assert not np.any(start[f"blocks/{second}"])
         # 512 or more numbers: their deviation is within 3 / sqrt(2 * 512) = 10 % of the declared one.

@@ -199,9 +199,8 @@ def in_few_bits(base: dict, mesh: Mesh) -> tuple[dict, dict]:
     return params.nested(cut), params.nested(wide)
 
 
-@pytest.mark.parametrize(
-    ("shape", "backend"), [(ONE, CPU), pytest.param(TENSOR, Backend(), marks=pytest.mark.slow)], ids=name_of
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "backend"), [(ONE, CPU), (TENSOR, Backend())], ids=name_of)
 def test_over_a_base_in_few_bits(shape, backend):
     """Logits and gradients are those over what the integers stand for, and integers are what crosses chips."""
     mesh, (base, factors) = mesh_of(*shape), start()
