@@ -84,12 +84,12 @@ class Generator:
         self._per_sequence = model.long_rope is not None and (
             long_rope == "per_sequence" or (long_rope == "auto" and max_length is None)
         )
-        self._path = placement.choose_path(model, self.backend, self.mesh, cache_dtype)
+        self._layout = placement.choose_layout(model, self.backend, self.mesh, cache_dtype)
         # Of partitioned programs the promise is 1e-5, not bits.
         self._alone = self.mesh.size == 1 and platform == "cpu"
         form = placement.matrix_format(self.backend, self.mesh)
-        self._weights = placement.place(model, self._path, params, self.mesh, form)
-        self._cache_layout = placement.cache_sharding(model, self._path, self.mesh)
+        self._weights = placement.place(model, self._layout, params, self.mesh, form)
+        self._cache_sharding = placement.cache_sharding(model, self._layout, self.mesh)
         _, self._attention_factor = inverse_frequencies(model, self.max_length)
 
     def generate(
@@ -200,7 +200,7 @@ class Generator:
         texts = [self._continuation(i, n, sampling) for i, n in zip(ids, room, strict=True)]
         count = len(ids)
         held = 1 << (count - 1).bit_length()
-        batch = max(self._path.least_rows, held)
+        batch = max(self._layout.least_rows, held)
         one_by_one = np.int32(count) if self._alone else None
         plan, settings = sampling.plan, Settings.of(sampling)
         length = sum(self._pieces(max(len(i) + n for i, n in zip(ids, room, strict=True))))
@@ -214,7 +214,7 @@ class Generator:
         def step(advance: np.ndarray):
             return programs.step(
                 self.model,
-                self._path,
+                self._layout,
                 self._attention_factor,
                 plan,
                 self._weights,
@@ -274,14 +274,14 @@ class Generator:
             return behind, cache, length
         cache = before.cache
         if before.length < length:
-            cache = programs.insert(self._path, self._empty_cache(1, length), cache, np.int32(0))
+            cache = programs.insert(self._layout, self._empty_cache(1, length), cache, np.int32(0))
         *_, (values, _, cache) = self._prefill(ids[0], frequencies[0], cache=cache, done=done)
         return [values], cache, max(length, before.length)
 
     def _filled(self, cache, row: int, ids: Sequence[int], frequencies: np.ndarray):
         """-> logits behind these ids, and the cache with them in its row `row`."""
         *_, (values, _, prompt_cache) = self._prefill(ids, frequencies)
-        return values, programs.insert(self._path, cache, prompt_cache, np.int32(row))
+        return values, programs.insert(self._layout, cache, prompt_cache, np.int32(row))
 
     def _prefill(self, ids: Sequence[int], frequencies: np.ndarray, *, every: bool = False, cache=None, done: int = 0):
         """Yields, a chunk at a time: logits, how many of them count, and the prompt's cache so far.
@@ -298,7 +298,7 @@ class Generator:
             tokens[:count] = ids[start : start + count]
             values, cache = programs.prefill(
                 self.model,
-                self._path,
+                self._layout,
                 self._attention_factor,
                 every,
                 self._weights,
@@ -311,11 +311,11 @@ class Generator:
             yield values, count, cache
 
     def _empty_cache(self, rows: int, length: int):
-        return programs.cache_maker(self.model, self._path, rows, self._pieces(length), self._cache_layout)()
+        return programs.cache_maker(self.model, self._layout, rows, self._pieces(length), self._cache_sharding)()
 
     def _pieces(self, length: int) -> tuple[int, ...]:
         """Lengths of the pieces of a cache for so many places."""
-        parts = self.mesh.shape["tensor"] if self._path.cut_by_time is not None else 1
+        parts = self.mesh.shape["tensor"] if self._layout.cut_by_time is not None else 1
         unit = programs.CHUNKS[-1]
         return programs.piece_lengths(length, unit if unit % parts == 0 else unit * parts)
 

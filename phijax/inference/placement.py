@@ -10,6 +10,7 @@ from phijax.model import cached
 from phijax.model import params as model_params
 from phijax.model.backend import Backend
 from phijax.model.config import ModelConfig
+from phijax.model.inference_layout import InferenceLayout
 from phijax.model.kernels import cpu_int4, cpu_int4_library, integers_tpu
 from phijax.model.kernels.decode_tpu import StackedCache
 from phijax.model.params import Params
@@ -18,13 +19,13 @@ from phijax.model.weights import WeightFormat
 from phijax.parallel import sharding
 
 
-def choose_path(
+def choose_layout(
     c: ModelConfig, backend: Backend, mesh: Mesh, cache_dtype: Literal["auto", "int8"] = "auto"
-) -> cached.Path:
+) -> InferenceLayout:
     """The static choices that belong to a backend and a mesh. cache_dtype: "auto": that of computation."""
     tensor = mesh.shape["tensor"]
     on_tpu = mesh.devices.flat[0].platform == "tpu"
-    return cached.Path(
+    return InferenceLayout(
         unrolled=not backend.scan_layers,
         transposed=not backend.scan_layers and tensor == 1,
         dtype=backend.compute_dtype,
@@ -55,7 +56,7 @@ def matrix_format(backend: Backend, mesh: Mesh) -> Callable[[Quantized], WeightF
 
 def place(
     c: ModelConfig,
-    path: cached.Path,
+    layout: InferenceLayout,
     params: Params,
     mesh: Mesh,
     form: Callable[[Quantized], WeightFormat] | None = None,
@@ -83,16 +84,16 @@ def place(
         cut = cut_of(c, mesh, axes, leaf.shape)
         if isinstance(leaf, Quantized):
             groups = [None if n % mesh.shape["tensor"] else at for at, n in zip(cut, leaf.scales.shape, strict=True)]
-            return for_kernel(c, path, name, Quantized(put(leaf.values, cut), put(leaf.scales, groups)), cut, mesh)
-        return leaf if isinstance(leaf, WeightFormat) else put(leaf, cut).astype(path.dtype)
+            return for_kernel(c, layout, name, Quantized(put(leaf.values, cut), put(leaf.scales, groups)), cut, mesh)
+        return leaf if isinstance(leaf, WeightFormat) else put(leaf, cut).astype(layout.dtype)
 
     axes = model_params.axes(c)
     weights = model_params.nested(
         {name: put_leaf(name, leaf, axes[name]) for name, leaf in model_params.flat(params).items()}
     )
-    if path.unrolled:
+    if layout.unrolled:
         weights = cached.layered(weights, c.num_layers)
-    return cached.transposed(weights) if path.transposed else weights
+    return cached.transposed(weights) if layout.transposed else weights
 
 
 def cut_of(c: ModelConfig, mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> list[str | None]:
@@ -108,23 +109,23 @@ def cut_of(c: ModelConfig, mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, 
 
 
 def for_kernel(
-    c: ModelConfig, path: cached.Path, name: str, w: Quantized, cut: list[str | None], mesh: Mesh
+    c: ModelConfig, layout: InferenceLayout, name: str, w: Quantized, cut: list[str | None], mesh: Mesh
 ) -> WeightFormat:
     """The weight in the order of the TPU's kernel, where that is used and takes it; an embedding is only looked up."""
     parts = mesh.shape["tensor"] if "tensor" in cut else 1
-    if not path.stacked or (name == "embedding" and not c.tied_head) or not integers_tpu.fits(w, parts):
+    if not layout.stacked or (name == "embedding" and not c.tied_head) or not integers_tpu.fits(w, parts):
         return w
-    return integers_tpu.from_quantized(w, path.mesh, cut=parts > 1, interpret=path.interpret)
+    return integers_tpu.from_quantized(w, layout.mesh, cut=parts > 1, interpret=layout.interpret)
 
 
-def cache_sharding(c: ModelConfig, path: cached.Path, mesh: Mesh) -> NamedSharding | StackedCache:
+def cache_sharding(c: ModelConfig, layout: InferenceLayout, mesh: Mesh) -> NamedSharding | StackedCache:
     """Of each array of the cache: by kv head where `tensor` divides them, else by time."""
 
     def cut(*spec: str | None) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    if path.stacked:
+    if layout.stacked:
         lines, scales = cut(None, None, None, "tensor"), cut(None, None, "tensor", None)
-        return StackedCache(lines, lines, *[scales] * (2 * (path.cache_dtype == "int8")))
-    spec = (None, None, "tensor", None) if path.cut_by_time is not None else (None, "tensor", None, None)
-    return cut(*spec if path.unrolled else (None, *spec))
+        return StackedCache(lines, lines, *[scales] * (2 * (layout.cache_dtype == "int8")))
+    spec = (None, None, "tensor", None) if layout.cut_by_time is not None else (None, "tensor", None, None)
+    return cut(*spec if layout.unrolled else (None, *spec))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from phijax.inference.sampling import Plan, choose
 from phijax.model import cached
 from phijax.model.config import ModelConfig
+from phijax.model.inference_layout import InferenceLayout
 from phijax.model.kernels.decode import Pieces
 from phijax.model.kernels.rows import each_row
 
@@ -53,7 +54,7 @@ def piece_lengths(length: int, unit: int = CHUNKS[-1]) -> tuple[int, ...]:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,))
 def prefill(
     c: ModelConfig,
-    path: cached.Path,
+    layout: InferenceLayout,
     attention_factor: float,
     every: bool,
     weights: cached.Weights,
@@ -72,34 +73,34 @@ def prefill(
     """
     positions = start + jnp.arange(tokens.shape[0], dtype=jnp.int32)
     x, cache = cached.hidden(
-        c, path, weights, cache, tokens[None], positions[None], frequencies[None], attention_factor
+        c, layout, weights, cache, tokens[None], positions[None], frequencies[None], attention_factor
     )
     if every:
-        return cached.logits(c, path, weights, x[0]), cache
+        return cached.logits(c, layout, weights, x[0]), cache
     # Equal rows, as many as products want: of one XLA:CPU copied the head first, 8 of 53 ms for 256 tokens.
-    last = jnp.tile(jax.lax.dynamic_slice_in_dim(x[0], count - 1, 1), (path.least_rows, 1))
-    return cached.logits(c, path, weights, last)[:1], cache
+    last = jnp.tile(jax.lax.dynamic_slice_in_dim(x[0], count - 1, 1), (layout.least_rows, 1))
+    return cached.logits(c, layout, weights, last)[:1], cache
 
 
 @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(1,))
-def insert(path: cached.Path, cache: cached.Cache, prompt: cached.Cache, row: jax.Array) -> cached.Cache:
+def insert(layout: InferenceLayout, cache: cached.Cache, prompt: cached.Cache, row: jax.Array) -> cached.Cache:
     """The cache of one prompt becomes row `row` of a batch's; both hold the same positions, the batch's no fewer."""
-    at = (row, 0, 0, 0) if path.unrolled else (0, row, 0, 0, 0)
+    at = (row, 0, 0, 0) if layout.unrolled else (0, row, 0, 0, 0)
 
-    if path.stacked:
+    if layout.stacked:
         return jax.tree.map(lambda w, o: jax.lax.dynamic_update_slice(w, o, (0, row, 0, 0)), cache, prompt)
 
     def put(whole: Pieces, one: Pieces) -> Pieces:
         n = len(one)
         return jax.tree.map(lambda w, o: jax.lax.dynamic_update_slice(w, o, at), whole[:n], one) + whole[n:]
 
-    return tuple(map(put, cache, prompt)) if path.unrolled else put(cache, prompt)
+    return tuple(map(put, cache, prompt)) if layout.unrolled else put(cache, prompt)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,))
 def step(
     c: ModelConfig,
-    path: cached.Path,
+    layout: InferenceLayout,
     attention_factor: float,
     plan: Plan,
     weights: cached.Weights,
@@ -116,7 +117,7 @@ def step(
     """
     x, cache = cached.hidden(
         c,
-        path,
+        layout,
         weights,
         cache,
         rows.tokens[:, None],
@@ -125,7 +126,7 @@ def step(
         attention_factor,
         count,
     )
-    logits = cached.logits(c, path, weights, x[:, 0])
+    logits = cached.logits(c, layout, weights, x[:, 0])
     logprobs, rows = _chosen(plan, settings, logits, rows, count)
     return logits, logprobs, rows._replace(positions=rows.positions + advance), cache
 
@@ -149,6 +150,6 @@ def _chosen(plan: Plan, settings, logits: jax.Array, rows: Rows, count: jax.Arra
 
 
 @functools.lru_cache(maxsize=64)
-def cache_maker(c: ModelConfig, path: cached.Path, rows: int, lengths: tuple[int, ...], layout):
-    """Compiled: () -> an empty cache, made where it lies; `layout` as `placement.cache_sharding` gives it."""
-    return jax.jit(lambda: cached.empty_cache(c, path, rows, lengths), out_shardings=layout)
+def cache_maker(c: ModelConfig, layout: InferenceLayout, rows: int, lengths: tuple[int, ...], sharding):
+    """Compiled: () -> an empty cache, made where it lies; `sharding` as `placement.cache_sharding` gives it."""
+    return jax.jit(lambda: cached.empty_cache(c, layout, rows, lengths), out_shardings=sharding)

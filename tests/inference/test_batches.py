@@ -98,7 +98,7 @@ def test_a_mesh_agrees_with_one_device(tensor):
     c = dataclasses.replace(GROUPED, num_heads=8, head_dim=12)
     mesh = make_mesh(MeshConfig(data=8 // tensor, fsdp=1, context=1, tensor=tensor), jax.devices())
     cut = Generator(c, weights(c), None, CHOICES["cpu"], mesh)
-    assert (cut._path.cut_by_time is not None) == (tensor > 2)
+    assert (cut._layout.cut_by_time is not None) == (tensor > 2)
     alone = Generator(c, weights(c))
     batch = prompts(c, (3, 300, 40))
     for got, expected in zip(logits_of(cut, batch, 6), logits_of(alone, batch, 6), strict=True):
@@ -120,7 +120,7 @@ def test_weights_are_not_gathered_for_a_token():
     text = (
         programs.step.lower(
             c,
-            g._path,
+            g._layout,
             g._attention_factor,
             sampling.plan,
             g._weights,

@@ -105,7 +105,7 @@ def test_decoding_is_four_calls_a_layer():
     frequencies = np.stack([generator._frequencies(2)] * 2)
     sampling = Sampling(temperature=0)
     text = programs.step.lower(
-        MODEL, generator._path, 1.0, sampling.plan, generator._weights, generator._empty_cache(1, 8),
+        MODEL, generator._layout, 1.0, sampling.plan, generator._weights, generator._empty_cache(1, 8),
         Settings.of(sampling), rows, frequencies, np.ones(2, np.int32), np.int32(1),
     ).compile().as_text()  # fmt: skip
     for target, count in (("product", 2 * MODEL.num_layers + 1), ("gated", MODEL.num_layers), ("attend", 2)):
