@@ -7,10 +7,10 @@ import pytest
 from phijax.errors import UserError
 from phijax.model import cached
 from phijax.model.backend import ATTENTION
+from phijax.model.inference_layout import InferenceLayout
 from phijax.model.kernels import cpu_int4, decode_tpu
 from phijax.model.kernels.decode import cached_attention
 from phijax.model.kernels.stacked import stacked_attention
-from phijax.model.inference_layout import InferenceLayout
 from phijax.model.mask import Mask, visible
 from phijax.model.presets import PRESETS
 
