@@ -24,7 +24,6 @@ import jax.numpy as jnp
 jax.config.update("jax_traceback_in_locations_limit", 0)  # kernels carry their locations in their bytes
 
 from phijax.inference import placement, programs
-from phijax.inference.sampling import Sampling, Settings
 from phijax.model import cached, params
 from phijax.model.backend import CHOICES
 from phijax.model.config import LongRope
@@ -107,16 +106,14 @@ def host_programs(c, kind: str, tensor: int, weights_kind: str, cache_dtype: str
     def struct(shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    lengths, sampling = programs.piece_lengths(600), Sampling(temperature=0.7, top_p=0.9)
+    lengths = programs.piece_lengths(600)
     half = c.rotary_dim // 2
     for rows, count in ((2, struct(())), (8, struct(())), (8, None)):
         cache = jax.eval_shape(lambda n=rows: cached.empty_cache(c, layout, n, lengths))
-        settings = jax.tree.map(lambda a: struct((), a.dtype), Settings.of(sampling))
-        held = programs.Rows(*(struct((rows,)) for _ in range(4)), None)
         yield (
             f"step_{rows}{'_free' if count is None else ''}",
-            lambda k=cache, s=settings, h=held, n=rows, t=count: programs.step.lower(
-                c, layout, 1.0, sampling.plan, weights, k, s, h, struct((n, half), jnp.float32), struct((n,)), t
+            lambda k=cache, n=rows, t=count: programs.step.lower(
+                c, layout, 1.0, weights, k, struct((n,)), struct((n,)), struct((n, half), jnp.float32), t
             ),
         )
     for every in (False, True):

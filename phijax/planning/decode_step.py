@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phijax.inference import placement, programs
-from phijax.inference.sampling import Sampling, Settings
 from phijax.model import cached
 from phijax.model import params as model_params
 from phijax.model.backend import CHOICES
@@ -39,31 +38,24 @@ class Served:
         return placement.choose_layout(self.model, CHOICES["tpu"], self.mesh, self.cache_dtype)
 
 
-def lower_step(served: Served, rows: int, places: int, sampling: Sampling | None = None):
-    """One token for each of `rows` rows over a cache of `places` places: `programs.step` before it is compiled."""
-    return trace_step(served, rows, places, sampling).lower()
+def lower_step(served: Served, rows: int, places: int):
+    """One token of each of `rows` rows over a cache of `places` places: `programs.step` before it is compiled."""
+    return trace_step(served, rows, places).lower()
 
 
-def trace_step(served: Served, rows: int, places: int, sampling: Sampling | None = None):
+def trace_step(served: Served, rows: int, places: int):
     """`lower_step`'s program before it is lowered; `.jaxpr` is what was traced."""
-    sampling, layout, c = sampling or Sampling(temperature=0.0), served.layout, served.model
+    layout, c = served.layout, served.model
     batch = max(rows, layout.least_rows)
-
-    def each(dtype=jnp.int32, *shape):
-        return _whole(served, (batch, *shape), dtype)
-
-    seen = each(jnp.bool_, c.padded_vocab_size) if sampling.plan.penalises else None
     return programs.step.trace(
         c,
         layout,
         1.0,
-        sampling.plan,
         abstract_weights(served),
         abstract_cache(served, rows, places),
-        jax.tree.map(lambda a: _whole(served, (), a.dtype), Settings.of(sampling)),
-        programs.Rows(each(), each(), each(), each(), seen),
-        each(jnp.float32, c.rotary_dim // 2),
-        each(),
+        _whole(served, (batch,), jnp.int32),
+        _whole(served, (batch,), jnp.int32),
+        _whole(served, (batch, c.rotary_dim // 2), jnp.float32),
         None,
     )
 

@@ -109,31 +109,12 @@ def test_a_mesh_agrees_with_one_device(tensor):
 
 def test_weights_are_not_gathered_for_a_token():
     """The compiled step of a tensor mesh moves activations alone: no collective is as large as a matrix."""
-    from phijax.inference.sampling import Settings
-
     c = dataclasses.replace(GROUPED, model_dim=512, ffn_dim=512)
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 1, 1, 2), ("data", "fsdp", "context", "tensor"))
     g = Generator(c, weights(c), None, CHOICES["cpu"], mesh)
-    rows = g._rows([[1, 2]], [0], 2, False)
-    frequencies = np.stack([g._frequencies(2)] * 2)
-    advance, sampling = np.ones(2, np.int32), Sampling(temperature=0)
-    text = (
-        programs.step.lower(
-            c,
-            g._layout,
-            g._attention_factor,
-            sampling.plan,
-            g._weights,
-            g._empty_cache(2, 100),
-            Settings.of(sampling),
-            rows,
-            frequencies,
-            advance,
-            None,
-        )
-        .compile()
-        .as_text()
-    )
+    given = (np.zeros(2, np.int32), np.ones(2, np.int32), np.stack([g._frequencies(2)] * 2), None)
+    lowered = programs.step.lower(c, g._layout, g._attention_factor, g._weights, g._empty_cache(2, 100), *given)
+    text = lowered.compile().as_text()
     collectives = [line for line in text.splitlines() if " all-gather(" in line or " all-reduce(" in line]
     assert collectives
     for line in collectives:
