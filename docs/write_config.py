@@ -9,12 +9,13 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from phijax.config import Config
+from phijax.config import Config, keys
 
 FILE = pathlib.Path(__file__).with_name("config.md")
 HEAD = """# Every key of the config
 
-Written by `python docs/write_config.py` from the dataclasses; a test holds it current. An experiment file sets keys, as
+There are {count} keys. This page is written by `python docs/write_config.py` from the dataclasses; a test
+holds it current. An experiment file sets keys, as
 `c.optimizer.learning_rate = 1e-3`; the command line overrides them, as `--config.optimizer.learning_rate=1e-3` or
 `'--config.data.phases[0].steps=500'`. `[]` marks a list of records. An unknown key or a value of another type is
 refused.
@@ -24,7 +25,8 @@ refused.
 
 def text() -> str:
     """docs/config.md as it should be."""
-    return HEAD + "".join(_table(title, kind, prefix) for title, kind, prefix in _sections(Config, "", "A run"))
+    head = HEAD.replace("{count}", str(len(keys())))
+    return head + "".join(_table(title, kind, prefix) for title, kind, prefix in _sections(Config, "", "A run"))
 
 
 def _sections(kind: type, prefix: str, title: str) -> Iterator[tuple[str, type, str]]:
