@@ -136,9 +136,10 @@ def resident_like(c, layout, kind: str):
             layers = [jax.tree.map(lambda a, i=i: a[i], w) for i in range(c.num_layers)] if len(shape) == 3 else [w]
             made = tuple(tiled_like(w, axis) for w in layers) if kind == "tiled" else layers
             flat[name] = (tuple(made) if len(shape) == 3 else made[0]) if kind == "tiled" else w
-    weights = params.nested(flat)
-    weights = cached.layered(weights, c.num_layers) if layout.unrolled else weights
-    return cached.transposed(weights) if layout.transposed else weights
+    if layout.transposed and c.tied_head:
+        flat[cached.HEAD] = flat["embedding"]
+    laid_out = {path: cached.laid_out(layout, path, leaf, c.num_layers) for path, leaf in flat.items()}
+    return cached.assembled(layout, laid_out, c.num_layers)
 
 
 def tiled_like(w: Quantized, axis: int) -> cpu_int4.Tiled:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phijax.errors import UserError
 from phijax.inference import batch as batches
-from phijax.inference import placement, programs
+from phijax.inference import fitting, placement, programs
 from phijax.inference.batch import Batch, Chosen
 from phijax.inference.prefix_cache import Prefix, PrefixCache
 from phijax.inference.sampling import Sampling
@@ -72,8 +72,9 @@ class Generator:
         begin: Sequence[int] = (),
         long_rope: Literal["auto", "declared", "per_sequence"] = "auto",
         cache_dtype: Literal["auto", "int8"] = "auto",
+        owned: bool = False,
     ):
-        """`params` as `checkpoint.open.load_params` gives them; they are copied into the layout of inference.
+        """`params` as `load_params` gives them or as training holds them; they are copied into the layout of inference.
 
         Args:
           tokenizer: None: prompts must be ids, and results have no text.
@@ -85,6 +86,7 @@ class Generator:
             "per_sequence": transformers' rule, the long list once a sequence is longer than the original length, its
             cache then computed anew, once; "auto": by max_length where it is given.
           cache_dtype: of keys and values; "auto": that of computation. In int8 they take half of bfloat16's memory.
+          owned: nobody else uses `params`: arrays that lie as inference wants them are taken, not copied.
         Raises: UserError for a max_length that the model does not have.
         """
         self.model, self.tokenizer = model, tokenizer
@@ -101,21 +103,24 @@ class Generator:
         self._layout = placement.choose_layout(model, self.backend, self.mesh, cache_dtype)
         # Of partitioned programs the promise is 1e-5, not bits.
         self._alone = self.mesh.size == 1 and platform == "cpu"
-        self._weights, self._weights_id = self._place(params), object()
+        self._schemes = fitting.schemes_of(params)
+        self._weights, self._weights_id = self._place(params, owned), object()
         self._cache_sharding = placement.cache_sharding(model, self._layout, self.mesh)
         _, self._attention_factor = inverse_frequencies(model, self.max_length)
 
     def with_params(self, params: Params) -> "Generator":
         """The same with other weights, laid out as at construction and run by the same compiled programs.
 
-        They are a copy: what becomes of `params`, donation included, changes nothing, and nothing changes for this
-        generator. Until one of the two is dropped both copies are held.
+        They are a copy: what becomes of `params`, donation included, changes nothing. This generator keeps its own,
+        so besides `params` two copies are held until one of the generators is dropped.
 
-        Args: params: as training holds them or as `load_params` gives them; on any devices, in any float dtype.
-        Raises: UserError that names the first leaf that is missing, unknown, or of another shape or kind.
+        Args: params: as training holds them or as `load_params` gives them; on any devices, in any float dtype. Where
+          this generator's weights are quantised, floats are rounded to the nearest in the same scheme.
+        Raises: UserError that names the first leaf that is missing, unknown, or of another shape, type or scheme.
         """
         other = copy.copy(self)
-        other._weights, other._weights_id = self._place(params), object()
+        other._weights = self._place(fitting.fitted(self.model, params, self._schemes))
+        other._weights_id = object()
         return other
 
     def generate(
@@ -370,6 +375,6 @@ class Generator:
             known=self.tokenizer.vocab_size if self.tokenizer is not None else 0,
         )
 
-    def _place(self, params: Params) -> cached.Weights:
+    def _place(self, params: Params, owned: bool = False) -> cached.Weights:
         form = placement.matrix_format(self.backend, self.mesh)
-        return placement.place(self.model, self._layout, params, self.mesh, form)
+        return placement.place(self.model, self._layout, params, self.mesh, form, owned=owned)

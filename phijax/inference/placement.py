@@ -1,9 +1,11 @@
 """Where weights and cache lie during inference: whole or cut over `tensor`, resident, in the dtype of computation."""
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phijax.model import cached
@@ -60,40 +62,64 @@ def place(
     params: Params,
     mesh: Mesh,
     form: Callable[[Quantized], WeightFormat] | None = None,
+    *,
+    owned: bool = False,
 ) -> cached.Weights:
     """Parameters as the programs use them: gathered over every axis but `tensor`, once; cast; a layer an array.
 
     A leaf whose heads (or rows) `tensor` does not divide is whole on every chip. Of quantised leaves the integers are
-    cut so; their scales too, where they have as many groups of rows.
+    cut so; their scales too, where they have as many groups of rows. Leaf by leaf: besides `params` and the result no
+    more than one leaf is held.
 
-    Args: form: as `matrix_format` gives it.
+    Args:
+      form: as `matrix_format` gives it. A leaf that has it already is taken as it is.
+      owned: arrays that need no change may become part of the result; else all are copied.
     """
+    axes, flat = model_params.axes(c), model_params.flat(params)
 
-    def put(array: jax.Array, cut: list[str | None]) -> jax.Array:
-        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*cut)))
+    def put(array: Any, path: str, names: tuple[str, ...], cut: list[str | None], dtype: str) -> Any:
+        array = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*cut)))
+        if owned and not layout.unrolled and array.dtype == dtype:
+            return array
+        return _laid_out(layout, path, names[0] == "layers", c.num_layers, dtype, array)
 
-    def put_leaf(name: str, leaf, axes: tuple[str, ...]):
+    def put_quantized(w: Quantized, path: str, names: tuple[str, ...]) -> Any:
+        cut = cut_of(c, mesh, names, w.shape)
+        groups = [None if n % mesh.shape["tensor"] else at for at, n in zip(cut, w.scales.shape, strict=True)]
+        values, scales = (put(a, path, names, at, str(a.dtype)) for a, at in ((w.values, cut), (w.scales, groups)))
+        if isinstance(values, tuple):
+            return tuple(map(Quantized, values, scales))
+        return for_kernel(c, layout, path, Quantized(values, scales), cut, mesh)
+
+    def put_leaf(leaf: Any, path: str, names: tuple[str, ...]) -> Any:
         if isinstance(leaf, tuple):
-            return tuple(put_leaf(name, layer, axes[1:]) for layer in leaf)
+            return tuple(put_leaf(one, path, names[1:]) for one in leaf)
         if isinstance(leaf, Quantized) and form is not None:
             if len(leaf.shape) == 3:
-                return tuple(
-                    put_leaf(name, jax.tree.map(lambda a, i=i: a[i], leaf), axes[1:]) for i in range(c.num_layers)
-                )
+                layers = (jax.tree.map(lambda a, i=i: a[i], leaf) for i in range(c.num_layers))
+                return tuple(put_leaf(one, path, names[1:]) for one in layers)
             leaf = form(leaf)
-        cut = cut_of(c, mesh, axes, leaf.shape)
         if isinstance(leaf, Quantized):
-            groups = [None if n % mesh.shape["tensor"] else at for at, n in zip(cut, leaf.scales.shape, strict=True)]
-            return for_kernel(c, layout, name, Quantized(put(leaf.values, cut), put(leaf.scales, groups)), cut, mesh)
-        return leaf if isinstance(leaf, WeightFormat) else put(leaf, cut).astype(layout.dtype)
+            return put_quantized(leaf, path, names)
+        if isinstance(leaf, WeightFormat):
+            return leaf
+        return put(leaf, path, names, cut_of(c, mesh, names, leaf.shape), layout.dtype)
 
-    axes = model_params.axes(c)
-    weights = model_params.nested(
-        {name: put_leaf(name, leaf, axes[name]) for name, leaf in model_params.flat(params).items()}
-    )
-    if layout.unrolled:
-        weights = cached.layered(weights, c.num_layers)
-    return cached.transposed(weights) if layout.transposed else weights
+    leaves = {path: put_leaf(leaf, path, axes[path]) for path, leaf in flat.items()}
+    if layout.transposed and c.tied_head:
+        made = leaves["embedding"]
+        of_platform = isinstance(made, WeightFormat) and not isinstance(made, Quantized)
+        leaves[cached.HEAD] = made if of_platform else put_leaf(flat["embedding"], cached.HEAD, axes["embedding"])
+    return cached.assembled(layout, leaves, c.num_layers)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _laid_out(layout: InferenceLayout, path: str, stacked: bool, num_layers: int, dtype: str, array: jax.Array) -> Any:
+    """`cached.laid_out` of an array in dtype, `stacked` or of one layer; nothing of it is the argument itself."""
+    array = jnp.copy(array.astype(dtype))
+    if stacked or not path.startswith(f"{model_params.STACKED}/"):
+        return cached.laid_out(layout, path, array, num_layers)
+    return cached.laid_out(layout, path, (array,), num_layers)[0]
 
 
 def cut_of(c: ModelConfig, mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> list[str | None]:

@@ -6,7 +6,7 @@ lie where they are used (`inference/placement.py`), and XLA carries their cuts t
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,32 +31,47 @@ HEAD = "head"
 Cache = Any  # pieces as in `kernels/decode.py`: a tuple of these, one a layer, or one with L in front; or StackedCache
 
 
-def layered(weights: Params, num_layers: int) -> Weights:
-    """Stacked blocks -> a tuple of `num_layers` trees. Copies stacks that are arrays; takes a tuple's items."""
-    blocks = weights[STACKED]
+def laid_out(layout: InferenceLayout, path: str, leaf: Any, num_layers: int) -> Any:
+    """A leaf as programs hold it: turned where `layout.transposed` says, a tuple of layers where they are unrolled.
+
+    Args: leaf: as in Params, or a tuple of its layers.
+    """
+
+    def turned(one: Any) -> Any:
+        return _swapped(one) if layout.transposed and _turns(path) else one
+
+    if not layout.unrolled or not path.startswith(f"{STACKED}/"):
+        return turned(leaf)
+    layers = leaf if isinstance(leaf, tuple) else [jax.tree.map(lambda a, i=i: a[i], leaf) for i in range(num_layers)]
+    return tuple(map(turned, layers))
+
+
+def assembled(layout: InferenceLayout, leaves: Mapping[str, Any], num_layers: int) -> Weights:
+    """Leaves by path, each `laid_out` -> the weights. A tied head is a leaf of its own where it is turned."""
+    weights = model_params.nested(leaves)
+    if not layout.unrolled:
+        return weights
 
     def layer(i: int) -> Params:
-        return jax.tree.map(lambda a: a[i], blocks, is_leaf=lambda leaf: isinstance(leaf, tuple))
+        return jax.tree.map(lambda layers: layers[i], weights[STACKED], is_leaf=lambda leaf: isinstance(leaf, tuple))
 
     return {**weights, STACKED: tuple(map(layer, range(num_layers)))}
 
 
-def transposed(weights: Weights) -> Weights:
-    """As `InferenceLayout.transposed` says; a tied head gets a matrix of its own. Its own inverse but for that head."""
-    head = weights.get(HEAD, weights["embedding"])
-    return {**weights, HEAD: _swapped(head), STACKED: _turned(weights[STACKED])}
-
-
 def _turned(blocks: Any) -> Any:
-    """Matrices that `project` contracts, from [rows, D] to [D, rows] or back."""
-
-    of_blocks = {path.removeprefix(f"{STACKED}/"): leaf for path, leaf in model_params.any_leaves().items()}
+    """A layer's matrices as its modules have them, from as `laid_out` has them."""
 
     def turn(path, leaf):
-        declared = of_blocks["/".join(step.key for step in path if isinstance(step, jax.tree_util.DictKey))]
-        return _swapped(leaf) if declared.kind is not None and declared.summed == "d" else leaf
+        name = "/".join(step.key for step in path if isinstance(step, jax.tree_util.DictKey))
+        return _swapped(leaf) if _turns(f"{STACKED}/{name}") else leaf
 
     return jax.tree_util.tree_map_with_path(turn, blocks, is_leaf=lambda leaf: isinstance(leaf, WeightFormat))
+
+
+def _turns(path: str) -> bool:
+    """Whether a leaf is a matrix that `project` contracts, the head among them."""
+    leaf = model_params.any_leaves()[path]
+    return path != "embedding" and leaf.kind is not None and leaf.summed == "d"
 
 
 def _swapped(leaf: jax.Array | WeightFormat) -> jax.Array | WeightFormat:
