@@ -13,16 +13,15 @@ from phijax.inference import batch as batches
 from phijax.inference.generator import Generator
 from phijax.inference.sampling import Sampling
 
-SLOTS = 4
-
 
 class Running:
     """A batch over a generator's weights, and what each of its rows was given."""
 
-    def __init__(self, generator: Generator, length: int):
+    def __init__(self, generator: Generator, slots: int, length: int):
         g = self.generator = generator
+        self.slots = slots
         whole = NamedSharding(g.mesh, PartitionSpec())
-        self.batch = batches.empty(g.model, g._empty_cache(SLOTS, length), SLOTS, whole)
+        self.batch = batches.empty(g.model, g._empty_cache(slots, length), slots, whole)
         self.live: dict[int, str] = {}
         self.given: dict[str, list[tuple]] = {}
 
@@ -36,7 +35,7 @@ class Running:
         )
         self.batch, chosen = batches.enter(g._layout, self.batch, slot, row, cache, logits, own_bits=True)
         self.live[slot], self.given[name] = name, []
-        self._take(jax.tree.map(lambda a: np.repeat(a, SLOTS, axis=0), jax.device_get(chosen)), [slot])
+        self._take(jax.tree.map(lambda a: np.repeat(a, self.slots, axis=0), jax.device_get(chosen)), [slot])
 
     def step(self, times: int = 1) -> None:
         g = self.generator
@@ -62,21 +61,22 @@ def ids(count: int, seed: int) -> list[int]:
 
 
 def schedule(run: Running, prompts: dict[str, list[int]], samplings: dict[str, Sampling]) -> None:
-    """A runs alone, beside B in the last slot, without B; C takes A's slot while D is there; each ends as it ends."""
+    """A runs alone in the last slot, beside B, without B; C takes A's slot while D is there; each ends as it ends."""
+    last = run.slots - 1
 
     def join(slot: int, name: str) -> None:
         run.join(slot, name, prompts[name], samplings[name])
 
-    join(1, "a")
+    join(last, "a")
     run.step(2)
-    join(3, "b")
+    join(last - 1, "b")
     run.step(2)
-    run.leave(3)  # cancelled
+    run.leave(last - 1)  # cancelled
     run.step()
     join(0, "d")
     run.step(2)
-    run.leave(1)
-    join(1, "c")
+    run.leave(last)
+    join(last, "c")
     while run.live:
         run.step()
 
@@ -101,18 +101,18 @@ SECOND = {
 
 
 @pytest.mark.parametrize(
-    ("c", "longest"),
-    [(GROUPED, 38), pytest.param(ONE_HEAD, 270, marks=pytest.mark.slow)],
+    ("c", "slots", "longest"),
+    [(GROUPED, 2, 38), pytest.param(ONE_HEAD, 4, 270, marks=pytest.mark.slow)],
     ids=["grouped", "one kv head, window, tied, over two pieces"],
 )
-def test_rows_come_and_go_and_no_answer_changes_by_a_bit(c, longest):
+def test_rows_come_and_go_and_no_answer_changes_by_a_bit(c, slots, longest):
     g = Generator(c, weights(c))
     lengths = {"a": 30, "b": 5, "c": longest, "d": 17}
     length = 256 if longest < 200 else 512
-    first = Running(g, length)
+    first = Running(g, slots, length)
     schedule(first, {name: ids(n, n) for name, n in lengths.items()}, FIRST)
     # Other texts, as long but for places of a chunk, and other settings.
-    again = Running(g, length)
+    again = Running(g, slots, length)
     prompts = {name: ids(n + 3, n + 1) for name, n in lengths.items()}
     # One that ends by an id; which one it will be, the row says that has no such id.
     stop = alone(g, prompts["c"], SECOND["c"])[3][0]
@@ -133,6 +133,6 @@ def test_rows_come_and_go_and_no_answer_changes_by_a_bit(c, longest):
 
 
 def test_a_row_that_is_longer_than_the_cache_is_refused():
-    run = Running(Generator(GROUPED, weights(GROUPED)), 256)
+    run = Running(Generator(GROUPED, weights(GROUPED)), 2, 256)
     with pytest.raises(AssertionError, match="longer than the cache"):
         run.join(0, "a", ids(30, 0), Sampling(max_tokens=227))

@@ -137,6 +137,7 @@ def test_what_does_not_fit_is_named(first, wrong, message):
         first.with_params(wrong())
 
 
+@pytest.mark.slow
 def test_narrow_floats_are_widened(first):
     narrow = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), random_weights(1))
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), narrow)
