@@ -55,8 +55,10 @@ def checked_config(arguments: list[str], overrides: list[tuple[str, str]]):
 
 
 def train(config) -> int:
-    from phijax.parallel import processes
+    from phijax.parallel import hardware, processes
     from phijax.storage import leaving
+
+    hardware.run_in_turn()
 
     def run() -> int:
         from etils import epath
