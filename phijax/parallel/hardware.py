@@ -154,7 +154,6 @@ def in_kept_memory(program: Callable[..., Any], temporary: int) -> Callable[...,
             free(place)
             if place.value != before:
                 give_back_freed_memory()
-                if __import__("os").environ.get("SAY"): print("MOVED", flush=True)
             before = place.value
         return program(*arguments)
 

@@ -213,7 +213,7 @@ class Programs:
 
 
 def in_own_memory(compiled, mesh, cache: CompileCache):
-    """A step as it is called. On one CPU device it computes within its call, in memory that the process keeps for it."""
+    """A step as it is called; on one CPU device, where it computes within its call, in memory that is kept for it."""
     tried = cache.tried(compiled)
     if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
         return tried

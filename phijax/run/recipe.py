@@ -74,9 +74,8 @@ def open_plan(config: Config, model: ModelConfig) -> Plan:
 
 
 def open_evaluation(config: Config, model: ModelConfig, plan: Plan, sizes: dict[str, int]) -> list[EvaluationSet]:
-    first, sets = config.data.phases[0], []
-    length = config.evaluation.sequence_length or first.sequence_length
-    rows = config.evaluation.batch_size or first.global_batch_size // config.data.micro_batches
+    sets = []
+    shape = _, rows, length = evaluation_shape(config)
     check_batch("evaluation", rows, 1, length, sizes, size_key="batch_size")
     if length > model.max_position:
         raise UserError(f"evaluation.sequence_length={length} exceeds model.max_position={model.max_position}.")
@@ -88,8 +87,15 @@ def open_evaluation(config: Config, model: ModelConfig, plan: Plan, sizes: dict[
         RowIndex(
             shards, length, "evaluation", held_out.path, begin=plan.begin
         )  # refuses a length that these shards cannot give
-        sets.append(EvaluationSet(held_out.name, held_out.path, shards, (1, rows, length)))
+        sets.append(EvaluationSet(held_out.name, held_out.path, shards, shape))
     return sets
+
+
+def evaluation_shape(config: Config) -> BatchShape:
+    """Of every batch of evaluation.sets."""
+    first = config.data.phases[0]
+    rows = config.evaluation.batch_size or first.global_batch_size // config.data.micro_batches
+    return 1, rows, config.evaluation.sequence_length or first.sequence_length
 
 
 def data_facts(plan: Plan, sets: list[EvaluationSet]) -> Facts:
