@@ -24,7 +24,6 @@ from formula_case import (
 import phijax
 from phijax.model import mlp, norm
 from phijax.model.config import ModelConfig
-from phijax.model.inference_layout import InferenceLayout
 from phijax.model.kernels import cpu_int4, cpu_int4_library
 from phijax.model.norm import RMSNorm
 from phijax.model.ops import Ops
