@@ -9,6 +9,7 @@ from etils import epath
 from phijax.errors import UserError
 from phijax.interchange.opened import Opened
 from phijax.storage import atomic, strict_json
+from phijax.storage.regular_files import read_bounded
 from phijax.text.beginning import read_beginning, write_beginning
 from phijax.text.chat_formats import BOS, PHI3, stops_by_names
 from phijax.text.huggingface_files import take_as_it_is
@@ -98,7 +99,7 @@ def check(opened: Opened) -> None:
         elif name in _TEXTS:
             strict_json.read_text(path, LONGEST_FILE)
         else:
-            data = strict_json.read_bounded(path, LONGEST_FILE)
+            data = read_bounded(path, LONGEST_FILE)
             if name == MODEL_FILE:
                 load_pieces(data, str(path))
     if (folder / JSON_FILE).exists():

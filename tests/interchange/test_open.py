@@ -21,6 +21,7 @@ from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
 from phijax.checkpoint.run_state import RunCheckpoints
 from phijax.errors import UserError
+from phijax.interchange.facts import Facts
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
 from phijax.interchange.load import load_params
@@ -70,7 +71,7 @@ def workdir(tmp_path_factory, tokenizer) -> pathlib.Path:
     tokenizer.save(folder / "tokenizer")
     with WriterLock(folder, break_lock=False, log=print) as lock:
         config = dataclasses.replace(CheckpointConfig(), asynchronous=False)
-        identity = {"model": dataclasses.asdict(MODEL)}
+        identity = {"model": dataclasses.asdict(MODEL), "data": {"tokenizer": tokenizer.fingerprint}}
         checkpoints = RunCheckpoints(folder / "checkpoints", config, identity=identity, version=1, lock=lock, log=print)
         for step in (2, 5):
             tree = {"params": values(step, mesh(fsdp=4)), "opt_state": {"count": jnp.zeros((), jnp.int32)}}
@@ -133,6 +134,19 @@ def test_a_manifest_that_is_whole_and_says_what_cannot_be_is_refused(workdir, tm
         (copy / "manifest.json").write_text(json.dumps({**changed, "crc32": digest}))
         with pytest.raises(UserError, match=words):
             open_checkpoint(copy)
+
+
+def test_the_tokenizer_is_the_one_that_it_was_saved_with(workdir, tokenizer, tmp_path):
+    """The manifest's digests are of the weights alone."""
+    alone = dataclasses.replace(open_checkpoint(workdir), facts=Facts())  # as of an import, which names no run's
+    native_write.write(alone, tmp_path / "weights", dtype=None)
+    run = shutil.copytree(workdir, tmp_path / "run")
+    for folder in (run, tmp_path / "weights"):
+        assert open_checkpoint(folder).tokenizer().fingerprint == tokenizer.fingerprint
+        added = folder / "tokenizer" / "added_tokens.json"
+        added.write_text(added.read_text().replace("<|end|>", "<|fnd|>"))
+        with pytest.raises(UserError, match="tokenizer is damaged, or not the tokenizer of"):
+            open_checkpoint(folder).tokenizer()
 
 
 def test_the_newest_step_that_is_whole_is_taken(workdir, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 from phijax.errors import UserError, nearest_name
 from phijax.interchange.gguf.file import GgufFile
 from phijax.interchange.gguf.names import LLAMA, LONG_FACTORS, PHI3, SHORT_FACTORS, TABLE
+from phijax.interchange.weight_source import LEAST_OF_A_LAYER
 from phijax.model.config import LongRope, ModelConfig
 from phijax.model.rope import inverse_frequencies
 
@@ -79,7 +80,7 @@ def model_of(file: GgufFile, architecture: str) -> ModelConfig:
     _refuse_other_mathematics(file, architecture, keys)
     read = _Numbers(file, architecture, keys)
     model_dim, num_layers = read.size("embedding_length"), read.size("block_count")
-    if num_layers > len(file.tensors):
+    if num_layers * LEAST_OF_A_LAYER > len(file.tensors):
         raise UserError(f"{file.path}: {architecture}.block_count={num_layers}, with {len(file.tensors)} tensors.")
     num_heads = read.size("attention.head_count")
     head_dim = read.size("attention.key_length", model_dim // num_heads)

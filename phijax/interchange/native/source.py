@@ -1,6 +1,7 @@
 """Opens a checkpoint of ours, a run's or an exported one, to read its weights alone. Takes no lock, changes nothing."""
 
 import functools
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -37,6 +38,7 @@ VALUES, SCALES = "values", "scales"  # of four bits: two to a byte, see quantiza
 # A chunk that several reads share is decoded once while it lies here. Chunks of one layer fit; those of checkpoints
 # written before the chunk size was bounded (run_state.CHUNK_BYTES) may not, and are then decoded for each layer.
 CACHE_BYTES = 256 << 20
+_MOST_SHRUNK = 64  # times: weights of a model shrink by a tenth, zeros wholly
 
 
 class NativeSource:
@@ -161,6 +163,7 @@ def open_native(path: epath.Path, *, verify: bool = True) -> Opened:
         folder = _newest_step(path)
     content = reading.read_manifest(folder)
     model = model_of(folder, content["identity"])
+    _refuse_empty_promises(folder, content)
     said = Fields(content, f"{folder}: {manifest.MANIFEST_FILE}")
     extra, identity = said.object("extra"), said.object("identity")
     # What an export of another kind of checkpoint wrote down; of a run, what its start weights brought with them.
@@ -171,7 +174,7 @@ def open_native(path: epath.Path, *, verify: bool = True) -> Opened:
         kind="phijax",
         model=model,
         weights=NativeSource(folder, model, content["leaves"], _schemes_of(extra)),
-        tokenizer=functools.partial(_open_tokenizer, folder, tokenizer),
+        tokenizer=functools.partial(_open_tokenizer, folder, tokenizer, _fingerprint(identity, before)),
         chat_template=before.text("chat_template", None),
         begin=_begin(identity, before),
         stop_ids=tuple(before.integers("stop_ids", ())),
@@ -183,6 +186,17 @@ def open_native(path: epath.Path, *, verify: bool = True) -> Opened:
             **carried(before),
         ),
     )
+
+
+def _refuse_empty_promises(folder: epath.Path, content: dict) -> None:
+    """Raises: UserError for weights that the step's files cannot hold: chunks that are missing read as zeros."""
+    weights = [leaf for leaf in content["leaves"] if leaf["path"].startswith(PARAMS)]
+    said = sum(math.prod(leaf["shape"]) for leaf in weights)  # a byte each at least
+    held = sum(entry["bytes"] for entry in content["files"])
+    if said > _MOST_SHRUNK * held + CACHE_BYTES:
+        raise UserError(
+            f"{folder / manifest.MANIFEST_FILE} describes {said:,} numbers; the step's files have {held:,} bytes."
+        )
 
 
 def _begin(identity: Fields, before: Fields) -> tuple[int, ...]:
@@ -261,7 +275,18 @@ def _tokenizer_folder(folder: epath.Path) -> epath.Path | None:
     return next((candidate for candidate in candidates if candidate.is_dir()), None)
 
 
-def _open_tokenizer(folder: epath.Path, tokenizer: epath.Path | None) -> TextTokenizer:
+def _fingerprint(identity: Fields, before: Fields) -> str | None:
+    """Of the tokenizer that the step was saved with; None where an older phijax wrote down none."""
+    return before.text(TOKENIZER_FOLDER, None) or identity.object("data", Fields({}, "")).text("tokenizer", None)
+
+
+def _open_tokenizer(folder: epath.Path, tokenizer: epath.Path | None, fingerprint: str | None) -> TextTokenizer:
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer: neither in it nor in its run's workdir is a {TOKENIZER_FOLDER}/.")
-    return open_tokenizer(tokenizer)
+    opened = open_tokenizer(tokenizer)
+    if fingerprint not in (None, opened.fingerprint):
+        raise UserError(
+            f"{tokenizer} is damaged, or not the tokenizer of {folder}: its fingerprint is {opened.fingerprint[:12]}, "
+            f"the manifest says {fingerprint[:12]}. Copy the tokenizer's folder again from where it came."
+        )
+    return opened
