@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(heads, [list(cases), ours, *(cells for _, cells in others)]))
     # A peer that is not here today keeps the column of the day when it was.
     here = [("phijax", ours), *((head, cells) for head, cells in others if head not in PEERS)]
-    columns = {head: {name: cell.replace("|", "/") for name, cell in zip(cases, cells, strict=True)} for head, cells in here}
+    columns = {head: dict(zip(cases, (cell.replace("|", "/") for cell in cells), strict=True)) for head, cells in here}
     parity.PAGE.write_text(parity.with_columns(parity.PAGE.read_text(), columns))
 
 
