@@ -16,7 +16,9 @@ from phijax import command
 from phijax.errors import EXIT_DONE, UserError
 from phijax.parallel import hardware
 from phijax.storage import strict_json
+from phijax.storage.regular_files import read_stream
 
+_LONGEST_PROMPTS = 1 << 28  # bytes of a file of prompts
 FLAGS = flags.FlagValues()
 command.define_path("checkpoint", "Workdir or step of a run, Hugging Face folder, GGUF file.", FLAGS)
 flags.DEFINE_multi_string(
@@ -122,8 +124,8 @@ def _check_text(text: str) -> None:
 
 def _read_prompts(path: str) -> list[str]:
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            text = file.read()
+        with open(path, "rb") as file:  # a pipe is welcome here
+            text = read_stream(file, f"--prompt_file={path}", _LONGEST_PROMPTS).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt_file={path}: {error}") from error
     if not path.endswith(".jsonl"):

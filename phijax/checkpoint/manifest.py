@@ -18,6 +18,7 @@ from etils import epath
 
 from phijax.errors import UserError
 from phijax.storage import atomic, durable, strict_json
+from phijax.storage.regular_files import is_regular
 from phijax.storage.strict_json import Fields, shown
 
 MANIFEST_FILE = "manifest.json"
@@ -134,6 +135,8 @@ def verify(folder: epath.Path, *, by_step: bool = True) -> list[str]:
         path = folder / entry["path"]
         if not path.exists():
             problems.append(f"{entry['path']} is missing")
+        elif not is_regular(path):
+            problems.append(f"{entry['path']} is no regular file")
         elif (size := path.stat().length) != entry["bytes"]:
             problems.append(f"{entry['path']} has {size:,} bytes instead of {entry['bytes']:,}")
         else:

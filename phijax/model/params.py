@@ -121,13 +121,18 @@ def abstract(c: ModelConfig, mesh: Mesh | None = None) -> Params:
 
 
 def init(c: ModelConfig, seed: int) -> Params:
+    """Start values of the model's leaves, as `started` makes them."""
+    return started(c, leaves(c), seed)
+
+
+def started(c: ModelConfig, declared: Mapping[str, Leaf], seed: int) -> Params:
     """Start values: a leaf's key is fold_in(seed, crc32(path)), so adding a leaf moves no other.
 
     Call it under `jax.jit` with `out_shardings`: each device then makes its own part, the same numbers on any mesh.
     """
     key = jax.random.key(seed)
     out = {}
-    for path, leaf in leaves(c).items():
+    for path, leaf in declared.items():
         shape, start = leaf.shape, leaf.start
         if start.std == 0.0:
             out[path] = jnp.full(shape, start.value, jnp.float32)

@@ -8,14 +8,16 @@ heads. While it is used a weight is gathered over `fsdp`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from phijax.model.gathering import from_heads, gathered, into_heads
+from phijax.model.gathering import from_heads, gathered, gathered_integers, into_heads
+from phijax.model.low_rank import LowRank
+from phijax.model.quantized import Quantized
 
 
 @runtime_checkable
@@ -111,8 +113,11 @@ def project(x: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax.Arra
     The split into heads is part of the contraction because a reshape of its result is a copy on TPU when H is not a
     multiple of 128 (mini: 96), while one of the weight's rows is free.
     """
-    if isinstance(w.get_value(), WeightFormat):
-        out = w.get_value().project(x)
+    value = w.get_value()
+    if isinstance(value, LowRank):
+        return _by_parts(x, w, project, heads)
+    if isinstance(value, WeightFormat):
+        out = _whole_rows(w).project(x)
         return out if heads is None else out.reshape(*x.shape[:-1], heads, -1).swapaxes(1, 2)
     if heads is not None:
         return into_heads(x, w[...], w.axes, heads)
@@ -121,12 +126,28 @@ def project(x: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax.Arra
 
 def project_back(h: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax.Array:
     """(..., rows) -> (..., D); with `heads`: (B, N, T, H) -> (B, T, D)."""
-    if isinstance(w.get_value(), WeightFormat):
+    value = w.get_value()
+    if isinstance(value, LowRank):
+        return _by_parts(h, w, project_back, heads)
+    if isinstance(value, WeightFormat):
         h = h if heads is None else h.swapaxes(1, 2).reshape(h.shape[0], h.shape[2], -1)
-        return w.get_value().project_back(h)
+        return _whole_rows(w).project_back(h)
     if heads is not None:
         return from_heads(h, w[...], w.axes, heads)
     return jax.lax.dot_general(h, gathered(w[...], w.axes, h.dtype), (((h.ndim - 1,), (0,)), ((), ())))
+
+
+def _by_parts(x: jax.Array, w: nnx.Param, verb: Callable[..., jax.Array], heads: int | None) -> jax.Array:
+    """A verb of a LowRank, by the same of the leaves that it is made of; a alone has no rows that could be heads."""
+    value = w.get_value()
+    leaves, split = value.leaves(w), {"base": heads, "a": None, "b": heads}
+    return value.contract(x, lambda x, name: verb(x, leaves[name], heads=split[name]), back=verb is project_back)
+
+
+def _whole_rows(w: nnx.Param) -> WeightFormat:
+    """The format as it is used: of a weight that is cut over the mesh, as `gathered` has it of an array."""
+    value = w.get_value()
+    return gathered_integers(value, w.axes) if isinstance(value, Quantized) else value
 
 
 def lookup(w: nnx.Param, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -10,7 +10,6 @@ import json
 import math
 import re
 import reprlib
-import stat
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -18,8 +17,8 @@ from typing import Any, TypeVar
 from etils import epath
 
 from phijax.errors import UserError
+from phijax.storage.regular_files import LONGEST, read_bounded
 
-LONGEST = 16_000_000  # bytes of a file; real ones of ours have some thousand, an index of a large model a million
 LARGEST = (1 << 31) - 1  # of a whole number, where a reader does not say otherwise: what an int32 holds
 _DEEPEST = 32  # objects and lists inside each other; tokenizer.json has 8
 _MOST_DIGITS = 40  # tokenizer_config.json of half the models has a model_max_length of 10^30
@@ -37,27 +36,6 @@ class _Required:
 
 
 _REQUIRED: Any = _Required()
-
-
-def size_of(path: epath.Path) -> int:
-    """Bytes of a file. Raises: UserError for what is no regular file, as a pipe, or a device without end."""
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if found.is_directory or (found.mode is not None and not stat.S_ISREG(found.mode)):
-        raise UserError(f"{path} is no regular file.")
-    return found.length
-
-
-def read_bounded(path: epath.Path, longest: int = LONGEST) -> bytes:
-    """A file of at most `longest` bytes. Raises: UserError as `size_of`, and for one that is larger or not readable."""
-    if (size := size_of(path)) > longest:
-        raise UserError(f"{path} has {size:,} bytes; a file of its kind is read up to {longest:,}.")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def read(path: epath.PathLike, longest: int = LONGEST, *, not_finite: bool = False) -> "Fields":

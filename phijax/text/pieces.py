@@ -44,7 +44,7 @@ def load_pieces(model: bytes, where: str) -> sentencepiece.SentencePieceProcesso
     try:
         # An empty model loads without an error and then prints one at every call.
         pieces = sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
-    except RuntimeError:
+    except (RuntimeError, UnicodeDecodeError):  # the second: of its message, which may quote a damaged piece
         pieces = None
     if pieces is None or pieces.get_piece_size() == 0:
         raise UserError(

@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from phijax.errors import UserError
-from phijax.storage import strict_json
+from phijax.storage.regular_files import read_bounded
 from phijax.text.decoding import decode_text
 from phijax.text.huggingface_files import name_of_special, spec_of_model, write_sentencepiece
 from phijax.text.pieces import (
@@ -130,8 +130,8 @@ class Tokenizer:
             )
         said = read_folder_tokens(path) if path.is_dir() else None
         if said is None:
-            return cls(strict_json.read_bounded(model_path, LONGEST_FILE), where=str(model_path))
-        model = strict_json.read_bounded(model_path, LONGEST_FILE)
+            return cls(read_bounded(model_path, LONGEST_FILE), where=str(model_path))
+        model = read_bounded(model_path, LONGEST_FILE)
         own = own_specials(load_pieces(model, str(model_path)))
         added = {name: i for name, i in said.ids().items() if own.get(name) != i}
         named, symbols = {*own, *added}, said.symbols - own.keys()

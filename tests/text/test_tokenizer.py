@@ -186,6 +186,15 @@ def test_wrong_added_tokens_are_refused(tokenizer, tmp_path, added_tokens, messa
     assert message in str(error.value)
 
 
+def test_a_model_whose_damage_shows_in_the_librarys_own_message(tokenizer, tmp_path):
+    """A flipped bit: the piece's bytes are no UTF-8, nor is the message of the library, which quotes them."""
+    tokenizer.save(tmp_path)
+    data = (tmp_path / "tokenizer.model").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(data.replace(b"<0x00>", b"<\xf8x00>", 1))
+    with pytest.raises(UserError, match="is not a SentencePiece model"):
+        Tokenizer.open(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage", b'{"model": {"type": "BPE"}}'])
 def test_what_is_no_sentencepiece_model_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.model").write_bytes(content)

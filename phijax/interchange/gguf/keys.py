@@ -7,6 +7,7 @@ import numpy as np
 
 from phijax.errors import UserError
 from phijax.interchange.gguf.file import GgufFile
+from phijax.interchange.weight_source import LEAST_OF_A_LAYER
 
 _MOST = 1 << 31  # no size of a model reaches it
 
@@ -36,9 +37,9 @@ class Keys:
         return shortest(value)
 
     def layers(self) -> int:
-        """block_count, no more than there are tensors."""
+        """block_count, no more than the tensors can hold."""
         count = self.size("block_count")
-        if count > len(self.file.tensors):
+        if count * LEAST_OF_A_LAYER > len(self.file.tensors):
             raise UserError(f"{self.said('block_count', count)}, with {len(self.file.tensors)} tensors.")
         return count
 

@@ -1,6 +1,5 @@
 """Writes a GGUF file tensor by tensor, in pieces, under a temporary name until all of it is on the disk."""
 
-import contextlib
 import math
 import os
 from collections import Counter
@@ -24,7 +23,7 @@ from phijax.interchange.gguf.tokenizer import NAMED_STOPS, PHI3_NAMES, PREFIX, S
 from phijax.interchange.gguf.vocabulary import vocabulary
 from phijax.interchange.opened import Opened
 from phijax.interchange.tensors import Part, Tensor, interleave, tensors
-from phijax.storage import atomic, durable, leaving
+from phijax.storage import atomic, durable, staging
 
 Kind = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0"]
 KINDS: tuple[str, ...] = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
@@ -84,7 +83,8 @@ def write_gguf(
             f"with architecture {family.architecture!r}: texts longer than that give other outputs there"
         )
     extra = long_rope.tensors_of(opened.model)
-    with finished(path) as temporary:
+    staging.check_room(path, sum(_nbytes(tensor, kinds[tensor.name]) for tensor in plan))
+    with staging.staged_file(path) as temporary:
         _write_header(temporary, family.architecture, header, plan, kinds, extra)
         with open(os.fspath(temporary), "ab") as file:
             for values in extra.values():
@@ -100,17 +100,6 @@ def write_card(opened: Opened, output: epath.PathLike) -> None:
     path = epath.Path(output) / model_card.FILE
     if epath.Path(output).suffix != ".gguf" and not path.exists():
         atomic.write_text(path, model_card.render(opened, family_for(opened).classes[0], "gguf"))
-
-
-@contextlib.contextmanager
-def finished(path: epath.Path) -> Iterator[epath.Path]:
-    """Gives a temporary name beside `path`; what lies there at the end is made durable and becomes `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with atomic.replaced(path) as temporary, leaving.tidied(lambda: temporary.unlink(missing_ok=True)):
-            yield temporary
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror or error}. Nothing was written.") from error
 
 
 def _small(opened: Opened, plan: list[Tensor]) -> dict[str, str]:
@@ -234,14 +223,20 @@ def _write_header(
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     for tensor in plan:
         stored = library.GGMLQuantizationType[kinds[tensor.name]]
-        per_block, block_size = library.GGML_QUANT_SIZES[stored]
-        size = int(np.prod(tensor.shape)) // per_block * block_size
         # The dtype says only that the shape is counted in weights, not in bytes.
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=stored)
+        writer.add_tensor_info(
+            tensor.name, tensor.shape, np.dtype(np.float32), _nbytes(tensor, stored.name), raw_dtype=stored
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
+
+
+def _nbytes(tensor: Tensor, kind: str) -> int:
+    library = gguf_library()
+    per_block, block_size = library.GGML_QUANT_SIZES[library.GGMLQuantizationType[kind]]
+    return math.prod(tensor.shape) // per_block * block_size
 
 
 def _append(file: BinaryIO, pieces: Iterator[np.ndarray] | list[np.ndarray]) -> None:

@@ -52,10 +52,11 @@ def write(
 ) -> None:
     """Weights, tokenizer, config.json, model card: all of it, or nothing. A piece of a tensor is in memory at a time.
 
-    Raises: UserError for an output that is there, a full disk, weights that are NaN or do not fit into their dtype, and
-      where transformers is installed and reads other ids out of the tokenizer's files.
+    Raises: UserError for an output that is there, a full disk, a tokenizer's file that is damaged, weights that are NaN
+      or do not fit into their dtype, and where transformers is installed and reads other ids out of the tokenizer.
     """
     files = folder.files(max_shard_bytes)
+    tokenizer_files.check(opened)
     staging.check_output(output, sum(shape.nbytes for shape in folder.tensors))
     try:
         with staging.staged(output) as place:

@@ -19,6 +19,7 @@ from etils import epath
 
 from phijax.errors import UserError
 from phijax.storage import atomic, durable, strict_json
+from phijax.storage.regular_files import size_of
 from phijax.storage.strict_json import Fields, shown
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -26,7 +27,7 @@ SINGLE_FILE = "model.safetensors"
 # Of peft and of mlx-lm.
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors"}
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-LONGEST_HEADER = 16_000_000  # bytes: 100,000 tensors; headers of real models have some ten thousand bytes
+LONGEST_HEADER = 2_000_000  # bytes: 15,000 tensors; headers of real models have some ten thousand bytes
 LONGEST_INDEX = 16_000_000
 _MOST = 1 << 62  # of a size or an offset; what a file holds is asked next
 
@@ -102,7 +103,7 @@ def open_folder(folder: epath.Path) -> dict[str, Stored]:
 
 def read_header(path: epath.Path) -> dict[str, Stored]:
     """Tensors of one file. Raises: UserError, in time and memory bounded by LONGEST_HEADER."""
-    size = strict_json.size_of(path)
+    size = size_of(path)
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")

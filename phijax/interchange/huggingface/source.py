@@ -13,9 +13,10 @@ from phijax.interchange.huggingface.families.family import Family
 from phijax.interchange.huggingface.safetensors import DTYPES, Stored, open_folder
 from phijax.interchange.opened import Opened
 from phijax.interchange.tensors import Part, Tensor, tensors
-from phijax.interchange.weight_source import NOT_QUANTIZED, Index, check_finite, model_shapes
+from phijax.interchange.weight_source import LEAST_OF_A_LAYER, NOT_QUANTIZED, Index, check_finite, model_shapes
 from phijax.model.config import ModelConfig
 from phijax.storage import strict_json
+from phijax.storage.regular_files import size_of
 from phijax.storage.strict_json import Fields
 from phijax.text.beginning import read_beginning
 from phijax.text.open import open_tokenizer
@@ -25,6 +26,9 @@ GENERATION_FILE = "generation_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"  # since transformers 4.48; in tokenizer_config.json before
 LONGEST_TEMPLATE = 1_000_000
+
+_SHOWN = 8  # of the differences between a config and its tensors
+_MOST_COMPARED = 1000  # names: each comparison takes some 20 us
 
 
 class HuggingFaceSource:
@@ -81,6 +85,10 @@ def open_huggingface(folder: epath.Path) -> Opened:
     config = strict_json.read(folder / CONFIG_FILE)
     model, family = huggingface_config.parse(config.values, config.file)
     files = _with_prefix(open_folder(folder), family)
+    if model.num_layers * LEAST_OF_A_LAYER > len(files):
+        raise UserError(
+            f"{folder}: {CONFIG_FILE} says {model.num_layers:,} layers; its files hold {len(files)} tensors."
+        )
     wanted = tensors(model, family.rows)
     _check_tensors(folder, model, family, files, wanted)
     generation = strict_json.read_if_there(folder / GENERATION_FILE)
@@ -130,8 +138,8 @@ def _check_tensors(
     missing = [name for name in shapes if name not in present]
     surplus = [name for name in present if name not in shapes]
     lines = []
-    for name in missing:
-        near = nearest_name(name, surplus)
+    for i, name in enumerate(missing):
+        near = nearest_name(name, surplus) if i < _SHOWN and len(surplus) <= _MOST_COMPARED else None
         lines.append(f"{name} is missing" + (f" (there is {near})" if near else ""))
     lines += [f"{name} belongs to no weight of this model" for name in surplus]
     lines += [
@@ -145,10 +153,10 @@ def _check_tensors(
         if name in present and present[name].dtype not in DTYPES.values()
     ]
     if lines:
-        more = f"\n  and {len(lines) - 8} more" if len(lines) > 8 else ""
+        more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
         raise UserError(
             f"{folder}: the weights are not those that {CONFIG_FILE} describes: {len(lines)} differences, of "
-            f"{len(shapes)} tensors.\n  " + "\n  ".join(lines[:8]) + more
+            f"{len(shapes)} tensors.\n  " + "\n  ".join(lines[:_SHOWN]) + more
         )
 
 
@@ -161,7 +169,7 @@ def _ids(config: Fields, name: str) -> tuple[int, ...]:
 
 def _template(folder: epath.Path) -> str | None:
     file = folder / TEMPLATE_FILE
-    if file.exists() and strict_json.size_of(file) <= LONGEST_TEMPLATE:
+    if file.exists() and size_of(file) <= LONGEST_TEMPLATE:
         return strict_json.read_text(file, LONGEST_TEMPLATE)
     config = strict_json.read_if_there(folder / TOKENIZER_CONFIG_FILE)
     if not isinstance(config.values.get("chat_template"), list):

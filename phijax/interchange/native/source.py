@@ -1,8 +1,9 @@
 """Opens a checkpoint of ours, a run's or an exported one, to read its weights alone. Takes no lock, changes nothing."""
 
 import functools
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +38,7 @@ VALUES, SCALES = "values", "scales"  # of four bits: two to a byte, see quantiza
 # A chunk that several reads share is decoded once while it lies here. Chunks of one layer fit; those of checkpoints
 # written before the chunk size was bounded (run_state.CHUNK_BYTES) may not, and are then decoded for each layer.
 CACHE_BYTES = 256 << 20
+_MOST_SHRUNK = 64  # times: weights of a model shrink by a tenth, zeros wholly
 
 
 class NativeSource:
@@ -161,6 +163,7 @@ def open_native(path: epath.Path, *, verify: bool = True) -> Opened:
         folder = _newest_step(path)
     content = reading.read_manifest(folder)
     model = model_of(folder, content["identity"])
+    _refuse_empty_promises(folder, content)
     said = Fields(content, f"{folder}: {manifest.MANIFEST_FILE}")
     extra, identity = said.object("extra"), said.object("identity")
     # What an export of another kind of checkpoint wrote down; of a run, what its start weights brought with them.
@@ -171,7 +174,7 @@ def open_native(path: epath.Path, *, verify: bool = True) -> Opened:
         kind="phijax",
         model=model,
         weights=NativeSource(folder, model, content["leaves"], _schemes_of(extra)),
-        tokenizer=functools.partial(_open_tokenizer, folder, tokenizer),
+        tokenizer=functools.partial(_open_tokenizer, folder, tokenizer, _fingerprint(identity, before)),
         chat_template=before.text("chat_template", None),
         begin=_begin(identity, before),
         stop_ids=tuple(before.integers("stop_ids", ())),
@@ -183,6 +186,17 @@ def open_native(path: epath.Path, *, verify: bool = True) -> Opened:
             **carried(before),
         ),
     )
+
+
+def _refuse_empty_promises(folder: epath.Path, content: dict) -> None:
+    """Raises: UserError for weights that the step's files cannot hold: chunks that are missing read as zeros."""
+    weights = [leaf for leaf in content["leaves"] if leaf["path"].startswith(PARAMS)]
+    said = sum(math.prod(leaf["shape"]) for leaf in weights)  # a byte each at least
+    held = sum(entry["bytes"] for entry in content["files"])
+    if said > _MOST_SHRUNK * held + CACHE_BYTES:
+        raise UserError(
+            f"{folder / manifest.MANIFEST_FILE} describes {said:,} numbers; the step's files have {held:,} bytes."
+        )
 
 
 def _begin(identity: Fields, before: Fields) -> tuple[int, ...]:
@@ -199,15 +213,16 @@ def _whole_step(path: epath.Path) -> epath.Path:
             raise UserError(manifest.damage(path, problems))
         return path
     folder = path / CHECKPOINTS_FOLDER
-    saved, damaged, passed, not_good = steps.list_folders(folder).steps, [], [], None
+    listing = steps.list_folders(folder)
+    saved, damaged, not_good = listing.steps, [], None
+    passed = [f"{folder / name} is no step: it {why}." for name, why in steps.later_without_manifest(listing).items()]
     for step in reversed(saved):
         problems = manifest.verify(folder / str(step))
         if not problems and manifest.called_good(manifest.read(folder / str(step))) is False:
             not_good = not_good or folder / str(step)
             passed.append(f"Step {step} is not called good: the updates before it were not finite.")
         elif not problems:
-            for text in passed:
-                warnings.warn(f"{text}\nUsing step {step} instead.", stacklevel=2)
+            _warn(passed, step)
             return folder / str(step)
         else:
             passed.append(manifest.damage(folder / str(step), problems))
@@ -221,10 +236,18 @@ def _whole_step(path: epath.Path) -> epath.Path:
 def _newest_step(path: epath.Path) -> epath.Path:
     if (path / manifest.MANIFEST_FILE).exists():
         return path
-    saved = steps.list_folders(path / CHECKPOINTS_FOLDER).steps
-    if not saved:
+    folder = path / CHECKPOINTS_FOLDER
+    listing = steps.list_folders(folder)
+    if not listing.steps:
         raise UserError(f"{path} holds no whole checkpoint.")
-    return path / CHECKPOINTS_FOLDER / str(saved[-1])
+    later = steps.later_without_manifest(listing)
+    _warn([f"{folder / name} is no step: it {why}." for name, why in later.items()], listing.steps[-1])
+    return folder / str(listing.steps[-1])
+
+
+def _warn(passed: Sequence[str], step: int) -> None:
+    for text in passed:
+        warnings.warn(f"{text}\nUsing step {step} instead.", stacklevel=3)
 
 
 def _schemes_of(extra: Fields) -> dict[str, Scheme]:
@@ -252,7 +275,18 @@ def _tokenizer_folder(folder: epath.Path) -> epath.Path | None:
     return next((candidate for candidate in candidates if candidate.is_dir()), None)
 
 
-def _open_tokenizer(folder: epath.Path, tokenizer: epath.Path | None) -> TextTokenizer:
+def _fingerprint(identity: Fields, before: Fields) -> str | None:
+    """Of the tokenizer that the step was saved with; None where an older phijax wrote down none."""
+    return before.text(TOKENIZER_FOLDER, None) or identity.object("data", Fields({}, "")).text("tokenizer", None)
+
+
+def _open_tokenizer(folder: epath.Path, tokenizer: epath.Path | None, fingerprint: str | None) -> TextTokenizer:
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer: neither in it nor in its run's workdir is a {TOKENIZER_FOLDER}/.")
-    return open_tokenizer(tokenizer)
+    opened = open_tokenizer(tokenizer)
+    if fingerprint not in (None, opened.fingerprint):
+        raise UserError(
+            f"{tokenizer} is damaged, or not the tokenizer of {folder}: its fingerprint is {opened.fingerprint[:12]}, "
+            f"the manifest says {fingerprint[:12]}. Copy the tokenizer's folder again from where it came."
+        )
+    return opened

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from phijax.interchange.load import load_params
 from phijax.model import params as parameters
 from phijax.model.presets import PRESETS
 from phijax.parallel.mesh import MeshConfig, make_mesh
+from phijax.storage import staging
 
 gguf = pytest.importorskip("gguf")
 
@@ -218,8 +220,20 @@ def test_weights_that_do_not_fit_leave_nothing_behind(kind, value, message, tmp_
     arrays = random_arrays(PHI3)
     arrays["blocks/mlp/down"][1, 5, 7] = value
     with pytest.raises(UserError, match=f"blk.1.ffn_down.weight holds .*{message}"):
-        write_gguf(opened(PHI3, arrays), tmp_path / "m.gguf", kind=kind)
+        write_gguf(opened(PHI3, arrays), tmp_path / "new" / "m.gguf", kind=kind)
     assert os.listdir(tmp_path) == []
+
+
+def test_the_room_is_looked_for_first(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(staging, "check_room", lambda path, nbytes: asked.append(nbytes))
+    size = write_gguf(opened(PHI3), tmp_path / "m.gguf", kind="Q8_0").stat().length
+    assert 0.8 * size < asked[0] < size
+    monkeypatch.undo()
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=size // 2))
+    with pytest.raises(UserError, match=r"has .* free"):
+        write_gguf(opened(PHI3), tmp_path / "new" / "m.gguf", kind="Q8_0")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path):
