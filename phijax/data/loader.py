@@ -15,6 +15,7 @@ from phijax.data.row_source import Row, RowSource
 from phijax.data.rows import RowIndex, ShardRows
 from phijax.data.shards import Shards
 from phijax.errors import UserError
+from phijax.storage.strict_json import Fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +175,9 @@ def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -
                 f"not be those of the run. Set it back, or start a new workdir (init_from takes over the weights)."
             )
     start = 0
-    for number, old in enumerate(before["phases"]):
-        end = start + old["steps"]
+    for number, phase in enumerate(Fields(before, f"The checkpoint of step {step}", "data").objects("phases")):
+        phase.objects("mixture")
+        old, end = phase.values, start + phase.integer("steps")
         if start >= step and number > 0:
             return
         if number >= len(now["phases"]):
@@ -183,10 +185,10 @@ def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -
         new = now["phases"][number]
         ended = end < step  # one that ends just here can still be made longer: a finished run goes on
         for name in ("sequence_length", "global_batch_size", "mixture", *(("steps",) if ended else ())):
-            if _content(old[name]) != _content(new[name]):
+            if _content(old.get(name)) != _content(new[name]):
                 raise UserError(
-                    f"data.phases[{number}].{name} was {_shown(old[name])}, now {_shown(new[name])}, but this phase "
-                    f"{'has ended' if ended else f'is under way (step {step})'}.\nKeep it"
+                    f"data.phases[{number}].{name} was {_shown(old.get(name))}, now {_shown(new[name])}, but this "
+                    f"phase {'has ended' if ended else f'is under way (step {step})'}.\nKeep it"
                     + ("." if ended else f", set its steps to {step - start}, and add a phase with the new value.")
                 )
         if not ended and start + new["steps"] < step:
@@ -206,5 +208,5 @@ def _content(value: Any) -> Any:
 
 def _shown(value: Any) -> Any:
     if isinstance(value, list):
-        return [f"{source['path']} x {source['weight']} ({source['digest'][:8]})" for source in value]
+        return [f"{source.get('path')} x {source.get('weight')} ({str(source.get('digest'))[:8]})" for source in value]
     return value

@@ -85,7 +85,7 @@ class EventLog:
 
     def __init__(self, workdir: epath.Path, first_step: int, clock: Callable[[], float] = time.time):
         path = workdir / "events.jsonl"
-        rewind(path, lambda values: True)  # torn lines only
+        rewind(path, lambda values: "event" in values)  # torn lines, and what is none of ours
         self._clock = clock
         start = {"event": "start", "time": clock(), "step": first_step}
         earlier = (read_metrics(path) if path.exists() else []) + [start]

@@ -15,7 +15,7 @@ from phijax.errors import UserError
 from phijax.interchange.native.source import model_of
 from phijax.interchange.opened import Opened
 from phijax.run import start
-from phijax.storage import atomic
+from phijax.storage import atomic, strict_json
 
 
 def begin_of(rows: RowSource, before: dict[str, Any] | None, opened: Opened | None) -> int | None:
@@ -70,10 +70,10 @@ def changes(config: Config, workdir: epath.Path) -> dict[str, tuple[Any, Any]] |
     A key that an older version did not know was at its default.
     """
     try:
-        before = json.loads((workdir / "config.json").read_text())
-    except (OSError, ValueError):
+        before = dict(strict_json.read(workdir / "config.json").values)
+    except UserError:
         return None
-    return configs.differences(configs.filled(before), configs.to_dict(config)) if isinstance(before, dict) else None
+    return configs.differences(configs.filled(before), configs.to_dict(config))
 
 
 def note_going_back(workdir: epath.Path, went_back: list[dict], fields: dict) -> None:
@@ -85,4 +85,4 @@ def note_going_back(workdir: epath.Path, went_back: list[dict], fields: dict) ->
 def add_to_history(workdir: epath.Path, fields: dict) -> None:
     history = workdir / "config_history.jsonl"
     line = json.dumps({"time": time.time(), **fields}) + "\n"
-    history.write_text((history.read_text() if history.exists() else "") + line)
+    history.write_bytes((history.read_bytes() if history.exists() else b"") + line.encode())
