@@ -1,5 +1,6 @@
 """Changes of low rank trained over a frozen base: on meshes, what one device makes of the merged weights."""
 
+import dataclasses
 import functools
 import math
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from quantized_case import quantized_params
 from small_training import LENGTH, QUICK, ROWS, SMALL, host_batch, mesh_of, on_mesh
 
-from phijax.data.batch import abstract_batch, batch_sharding
+from phijax.data.batch import TEXT_KEYS, abstract_batch, batch_sharding
 from phijax.model import adapters, params
 from phijax.model.backend import CHOICES, Backend
 from phijax.model.config import ModelConfig
@@ -48,25 +49,29 @@ def start(seed: int = 0) -> tuple[dict, dict]:
 def with_logits(backend: Backend) -> Objective:
     """The loss of next tokens, whose auxiliary sums hold the logits of the one micro-batch too."""
 
-    def objective(params_, frozen, batch, key):
+    def function(params_, frozen, batch, key):
         del frozen, key
         decoder = params.module(SMALL, params_)
         x = decoder.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], backend, length=LENGTH)
         total, nll = cross_entropy(
             x, decoder.head_rows(), batch["targets"], batch["weights"], vocab_size=SMALL.vocab_size, loss=LossConfig()
         )
-        return total, jnp.sum(batch["weights"]), {"nll": nll, "logits": decoder.logits(x)}
+        return total, {"tokens": jnp.sum(batch["weights"])}, {"nll": nll, "logits": decoder.logits(x)}
 
-    return objective
+    return Objective(TEXT_KEYS, {"nll": "tokens", "logits": "tokens"}, function)
 
 
 def of_factors(objective: Objective) -> Objective:
     """The same loss of the factors alone."""
-    return lambda factors, base, batch, key: objective(adapters.attached(base, factors, SCALE), {}, batch, key)
+
+    def function(factors, base, batch, key):
+        return objective.function(adapters.attached(base, factors, SCALE), {}, batch, key)
+
+    return dataclasses.replace(objective, function=function)
 
 
 def gradients_of(objective: Objective, options: dict | None = QUICK):
-    """(trained, frozen, batch) -> gradients, loss sum, weight sum and auxiliary sums; called under a mesh."""
+    """(trained, frozen, batch) -> gradients, loss sum, counts and auxiliary sums; called under a mesh."""
 
     def program(trained, frozen, batch):
         zero = jnp.zeros((), jnp.int32)
@@ -248,7 +253,7 @@ def test_bytes_on_a_tpu():
             for path, leaf in leaves.items()
         }
     )
-    batch = abstract_batch((1, 4, 512), batch_sharding(mesh))
+    batch = abstract_batch(TEXT_KEYS, (1, 4, 512), batch_sharding(mesh))
     plain = next_token(ON_TPU, CHOICES["tpu"], length=512, loss=LossConfig())
     for name, objective, arguments in (
         ("base", plain, (base, {}, batch)),
