@@ -94,9 +94,7 @@ class Recorded:
         return {"heldout_loss": 1.0}
 
 
-def run(
-    recorded: Recorded, pace: Pace = PACE, first: int = 0, evaluators: int = 1, counted: str = "predicted_tokens"
-):
+def run(recorded: Recorded, pace: Pace = PACE, first: int = 0, evaluators: int = 1, counted: str = "predicted_tokens"):
     zero = jnp.int32(0)
     state = TrainState(jnp.int32(first), "params", "frozen", "opt_state", zero, zero)
     return train(
