@@ -55,8 +55,10 @@ def checked_config(arguments: list[str], overrides: list[tuple[str, str]]):
 
 
 def train(config) -> int:
-    from phijax.parallel import processes
+    from phijax.parallel import hardware, processes
     from phijax.storage import leaving
+
+    hardware.run_in_turn()
 
     def run() -> int:
         from etils import epath
@@ -86,6 +88,7 @@ def dry_run(config) -> int:
     import jax
     from etils import epath
 
+    from phijax import planner
     from phijax.checkpoint import reading
     from phijax.checkpoint.steps import CHECKPOINTS_FOLDER
     from phijax.data import verification
@@ -106,7 +109,10 @@ def dry_run(config) -> int:
     workdir = epath.Path(FLAGS.workdir) if FLAGS.workdir else None
     recipe = recipes.make_recipe(config, sizes, platform, chip, start.resolve(config, workdir))
     shapes = recipes.shapes_by_phase(config)
-    print("\n".join(summary.describe(recipe, sizes, shapes)))
+    process = None
+    if platform == "cpu":
+        process = planner.process_memory(config, recipe, sizes, jax.local_device_count())
+    print("\n".join(summary.describe(recipe, sizes, shapes, process)))
     try:
         rows = recipes.open_rows(config, recipe.model)
         sets = recipes.open_evaluation(config, recipe, rows, sizes)

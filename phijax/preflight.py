@@ -85,7 +85,7 @@ def needs_of(config, workdir=None):
     """What the run of this config takes on this process, and whether mesh and data are right here."""
     import jax
 
-    from phijax.checkpoint.host_memory import bytes_held_by_save, bytes_on_host
+    from phijax import planner
     from phijax.parallel.hardware import generation
     from phijax.parallel.mesh import make_mesh
     from phijax.readiness.agreement import Facts
@@ -118,14 +118,26 @@ def needs_of(config, workdir=None):
         checks.append(Check("data", OK, f"folders: {len(rows.shards) + len(held_out)}, shards: {shards}, {read}"))
     except UserError as error:
         checks.append(Check("data", FAIL, str(error)))
+    if device.platform == "cpu":
+        memory = planner.process_memory(config, recipe, dict(mesh.shape), jax.local_device_count())
+    else:
+        memory = host_memory(config, state)
     return dataclasses.replace(
         needs,
-        memory=bytes_on_host(state) + bytes_held_by_save(state, asynchronous=config.checkpoint.asynchronous),
+        memory=memory,
         state_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         shards=shards,
         checks=tuple(checks),
         data=data,
     )
+
+
+def host_memory(config, state) -> dict[str, int]:
+    """Part -> bytes of this process where devices have memory of their own."""
+    from phijax.checkpoint.host_memory import bytes_held_by_save, bytes_on_host
+
+    save = bytes_held_by_save(state, asynchronous=config.checkpoint.asynchronous)
+    return {"the optimizer's moments": bytes_on_host(state), "a save": save}
 
 
 def entry() -> None:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from phijax.model.attention import Attention
 from phijax.model.config import ModelConfig
-from phijax.model.inference_path import Path
+from phijax.model.inference_layout import InferenceLayout
 from phijax.model.kernels import cpu_int4
 from phijax.model.kernels.decode import attention_cut_by_time, cached_attention, write
 from phijax.model.kernels.rows import kept_apart, row_sum
@@ -30,15 +30,15 @@ class CachedOps(Ops):
     def __init__(
         self,
         c: ModelConfig,
-        path: Path,
+        layout: InferenceLayout,
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
         count: jax.Array | None,
         layer: jax.Array | None = None,
     ) -> None:
         """positions, count: as `cached.hidden` takes them; layer: () int32, which of a stack this is."""
-        super().__init__(c, rope, rope_by_matmul=path.rope_by_matmul)
-        self.path, self.positions, self.count, self.layer = path, positions, count, layer
+        super().__init__(c, rope, rope_by_matmul=layout.rope_by_matmul)
+        self.layout, self.positions, self.count, self.layer = layout, positions, count, layer
         self.row_sum = None if count is None else row_sum
         # How many rows of (B T, D) count; of a prompt's, whose `count` is of rows of the batch, all do.
         self.tokens = count if positions.shape[1] == 1 else None
@@ -76,7 +76,7 @@ class CachedOps(Ops):
 
     def attention(self, h: Term, a: Attention, mask: Mask, state: Any) -> tuple[Term, Any]:
         form, scale = a.q.get_value(), self.c.attention_scale
-        if self.path.cut_by_time is not None or not cpu_int4.attends(form, self.path.dtype, state, scale, mask):
+        if self.layout.cut_by_time is not None or not cpu_int4.attends(form, self.layout.dtype, state, scale, mask):
             return super().attention(h, a, mask, state)
         q, k, v = self.flat_heads(h, a)
         table = tuple(part[:, 0] for part in self.rope)
@@ -84,18 +84,18 @@ class CachedOps(Ops):
         return cpu_int4.attend(q, k, v, table, state, places, self.count, mask=mask, path=form.path)
 
     def kernel(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, state: Any) -> tuple[jax.Array, Any]:
-        path = self.path
+        layout = self.layout
         if self.count is not None:
             # Of a rotation that is fused with what comes next the bits depend on the shape.
             q, k = kept_apart((q, k), self.count)
-        if path.stacked:
+        if layout.stacked:
             return stacked_attention(
-                q, k, v, state, self.layer, self.positions, mask=mask, mesh=path.mesh, interpret=path.interpret
+                q, k, v, state, self.layer, self.positions, mask=mask, mesh=layout.mesh, interpret=layout.interpret
             )
-        state = write(state, k, v, self.positions[:, 0], cut_by_time=path.cut_by_time is not None)
-        if path.cut_by_time is None:
+        state = write(state, k, v, self.positions[:, 0], cut_by_time=layout.cut_by_time is not None)
+        if layout.cut_by_time is None:
             return cached_attention(q, state, self.positions, mask=mask, row_sum=self.row_sum), state
-        return attention_cut_by_time(q, state, self.positions, mask=mask, mesh=path.cut_by_time), state
+        return attention_cut_by_time(q, state, self.positions, mask=mask, mesh=layout.cut_by_time), state
 
 
 def _in_one_call(gate: nnx.Param, up: nnx.Param, down: nnx.Param) -> bool:

@@ -141,11 +141,18 @@ def describe_model(c: ModelConfig) -> list[str]:
     return lines
 
 
-def describe(recipe: Recipe, sizes: Mapping[str, int], shapes: Mapping[str, BatchShape]) -> list[str]:
+def describe(
+    recipe: Recipe,
+    sizes: Mapping[str, int],
+    shapes: Mapping[str, BatchShape],
+    process: Mapping[str, int] | None = None,
+) -> list[str]:
     """The plan as lines of text.
 
     Args:
       shapes: what a phase is called -> its batch shape.
+      process: part -> bytes of this process, where its memory is the devices' (cpu_process); it stands instead of
+        theirs.
     """
     lines = describe_model(recipe.model)
     backend = recipe.backend
@@ -156,15 +163,19 @@ def describe(recipe: Recipe, sizes: Mapping[str, int], shapes: Mapping[str, Batc
     )
     lines += [f"warning: {text}" for text in params.check_mesh(recipe.model, sizes)]
     for name, shape in shapes.items():
-        parts = memory(recipe, sizes, shape)
-        total = sum(parts.values())
         tokens = math.prod(shape)
         flops = train_flops_per_token(recipe.model, shape[2]) * tokens
         lines.append(
             f"{name}: {shape[0]} micro-batches x {shape[1]} rows x {shape[2]} tokens = {tokens:,} tokens and "
             f"{flops:.4g} FLOP a step"
         )
-        lines.append("  memory of one device:")
-        lines += [f"    {part:<56} {size / GIB:8.3f} GiB" for part, size in parts.items()]
-        lines.append(f"    {'sum':<56} {total / GIB:8.3f} GiB")
+        if process is None:
+            lines += ["  memory of one device:", *_parts("sum", memory(recipe, sizes, shape))]
+    if process is not None:
+        lines += ["memory:", *_parts("memory of this process at its worst", process)]
     return lines
+
+
+def _parts(total: str, parts: Mapping[str, int]) -> list[str]:
+    rows = [*parts.items(), (total, sum(parts.values()))]
+    return [f"    {part:<56} {size / GIB:8.3f} GiB" for part, size in rows]

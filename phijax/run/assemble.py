@@ -31,7 +31,7 @@ from phijax.interchange.native.source import TOKENIZER_FOLDER
 from phijax.model import params
 from phijax.model.config import ModelConfig, fields_version, model_to_dict
 from phijax.model.flops import train_flops_per_token
-from phijax.parallel.hardware import generation, peak_flops
+from phijax.parallel.hardware import generation, give_back_freed_memory, in_kept_memory, peak_flops
 from phijax.parallel.mesh import make_mesh
 from phijax.parallel.processes import StopSignal, Watchdog
 from phijax.readiness import agreement, host
@@ -216,8 +216,18 @@ class Programs:
         if shape not in self._compiled:
             with self._report.pause(), self._watchdog.pause():
                 lowered = program.lower_train_step(self._recipe, self._mesh, shape)
-                self._compiled[shape] = self._cache.tried(program.compile_with_options(lowered, self._recipe))
+                compiled = program.compile_with_options(lowered, self._recipe)
+                self._compiled[shape] = in_own_memory(compiled, self._mesh, self._cache)
+                give_back_freed_memory()
         return self._compiled[shape]
+
+
+def in_own_memory(compiled, mesh, cache: CompileCache):
+    """A step as it is called; on one CPU device, where it computes within its call, in memory that is kept for it."""
+    tried = cache.tried(compiled)
+    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+        return tried
+    return in_kept_memory(tried, compiled.memory_analysis().temp_size_in_bytes)
 
 
 def make_evaluator(

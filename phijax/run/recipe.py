@@ -89,10 +89,8 @@ def open_rows(config: Config, model: ModelConfig) -> RowSource:
 
 
 def open_evaluation(config: Config, recipe: Recipe, rows: RowSource, sizes: dict[str, int]) -> list[EvaluationSet]:
-    model, reads = recipe.model, declared(config, recipe).reads
-    first, sets = config.data.phases[0], []
-    length = config.evaluation.sequence_length or first.sequence_length
-    batch_size = config.evaluation.batch_size or first.global_batch_size // config.data.micro_batches
+    model, reads, sets = recipe.model, declared(config, recipe).reads, []
+    shape = _, batch_size, length = evaluation_shape(config)
     check_batch("evaluation", batch_size, 1, length, sizes, size_key="batch_size")
     if length > model.max_position:
         raise UserError(f"evaluation.sequence_length={length} exceeds model.max_position={model.max_position}.")
@@ -104,8 +102,15 @@ def open_evaluation(config: Config, recipe: Recipe, rows: RowSource, sizes: dict
         # Refuses a length that these shards cannot give, and rows that the objective cannot read.
         index = RowIndex(shards, length, "evaluation", held_out.path, begin=rows.begin)
         check_row(index.read(0), reads, length)
-        sets.append(EvaluationSet(held_out.name, held_out.path, shards, (1, batch_size, length)))
+        sets.append(EvaluationSet(held_out.name, held_out.path, shards, shape))
     return sets
+
+
+def evaluation_shape(config: Config) -> BatchShape:
+    """Of every batch of evaluation.sets."""
+    first = config.data.phases[0]
+    rows = config.evaluation.batch_size or first.global_batch_size // config.data.micro_batches
+    return 1, rows, config.evaluation.sequence_length or first.sequence_length
 
 
 def rows_of_step_0(config: Config, recipe: Recipe, rows: RowSource) -> Iterator[Row]:

@@ -82,7 +82,7 @@ def test_a_mesh_agrees_with_one_device(tensor):
     c = dataclasses.replace(GROUPED, num_heads=8, head_dim=12)
     mesh = make_mesh(MeshConfig(data=8 // tensor, fsdp=1, context=1, tensor=tensor), jax.devices())
     cut = Generator(c, weights(c), None, CHOICES["cpu"], mesh)
-    assert (cut._path.cut_by_time is not None) == (tensor > 2)
+    assert (cut._layout.cut_by_time is not None) == (tensor > 2)
     alone = Generator(c, weights(c))
     batch = prompts(c, (3, 300, 40))
     for got, expected in zip(logits_of(cut, batch, 6), logits_of(alone, batch, 6), strict=True):
@@ -93,31 +93,12 @@ def test_a_mesh_agrees_with_one_device(tensor):
 
 def test_weights_are_not_gathered_for_a_token():
     """The compiled step of a tensor mesh moves activations alone: no collective is as large as a matrix."""
-    from phijax.inference.sampling import Settings
-
     c = dataclasses.replace(GROUPED, model_dim=512, ffn_dim=512)
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 1, 1, 2), ("data", "fsdp", "context", "tensor"))
     g = Generator(c, weights(c), None, CHOICES["cpu"], mesh)
-    rows = g._rows([[1, 2]], [0], 2, False)
-    frequencies = np.stack([g._frequencies(2)] * 2)
-    advance, sampling = np.ones(2, np.int32), Sampling(temperature=0)
-    text = (
-        programs.step.lower(
-            c,
-            g._path,
-            g._attention_factor,
-            sampling.plan,
-            g._weights,
-            g._empty_cache(2, 100),
-            Settings.of(sampling),
-            rows,
-            frequencies,
-            advance,
-            None,
-        )
-        .compile()
-        .as_text()
-    )
+    given = (np.zeros(2, np.int32), np.ones(2, np.int32), np.stack([g._frequencies(2)] * 2), None)
+    lowered = programs.step.lower(c, g._layout, g._attention_factor, g._weights, g._empty_cache(2, 100), *given)
+    text = lowered.compile().as_text()
     collectives = [line for line in text.splitlines() if " all-gather(" in line or " all-reduce(" in line]
     assert collectives
     for line in collectives:

@@ -63,15 +63,15 @@ def in_four_bits(model: ModelConfig, weights: params.Params) -> params.Params:
 
 
 def as_on_tpu(monkeypatch, weights, *, tensor: int = 1, model: ModelConfig = MODEL, **changes) -> Generator:
-    """A generator with the path that a TPU's mesh gets."""
-    chosen = placement.choose_path
+    """A generator with the layout that a TPU's mesh gets."""
+    chosen = placement.choose_layout
 
     def choose(c, backend, mesh, *rest, **named):
-        path = chosen(c, backend, mesh, *rest, **named)
+        layout = chosen(c, backend, mesh, *rest, **named)
         mesh = mesh if mesh.size > 1 else None
-        return dataclasses.replace(path, stacked=True, least_rows=8, interpret=True, mesh=mesh, **changes)
+        return dataclasses.replace(layout, stacked=True, least_rows=8, interpret=True, mesh=mesh, **changes)
 
-    monkeypatch.setattr(placement, "choose_path", choose)
+    monkeypatch.setattr(placement, "choose_layout", choose)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=tensor), jax.devices()[:tensor])
     return Generator(model, weights, None, PLAIN, mesh)
 
@@ -148,13 +148,13 @@ def test_the_long_list_takes_over(monkeypatch, weights):
 
 
 @pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed: there are no TPUs to make a mesh of")
-def test_a_tpu_gets_this_path():
+def test_a_tpu_gets_this_layout():
     chips = tpu_devices("v5e:2x2")
-    path = placement.choose_path(MODEL, CHOICES["tpu"], make_mesh(MeshConfig(), chips[:1]))
-    assert path.stacked and path.least_rows == 8 and not path.interpret and path.mesh is None
+    layout = placement.choose_layout(MODEL, CHOICES["tpu"], make_mesh(MeshConfig(), chips[:1]))
+    assert layout.stacked and layout.least_rows == 8 and not layout.interpret and layout.mesh is None
     two = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2), chips[:2])
-    assert placement.choose_path(MODEL, CHOICES["tpu"], two).mesh is two
+    assert placement.choose_layout(MODEL, CHOICES["tpu"], two).mesh is two
     odd = dataclasses.replace(MODEL, num_heads=9, num_kv_heads=3)  # cut by time, by XLA
-    assert not placement.choose_path(odd, CHOICES["tpu"], two).stacked
-    on_cpu = placement.choose_path(MODEL, CHOICES["cpu"], make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert not placement.choose_layout(odd, CHOICES["tpu"], two).stacked
+    on_cpu = placement.choose_layout(MODEL, CHOICES["cpu"], make_mesh(MeshConfig(), jax.devices()[:1]))
     assert not on_cpu.stacked and on_cpu.least_rows == 2

@@ -13,6 +13,7 @@ from phijax.model import cached, params
 from phijax.model.backend import CHOICES
 from phijax.model.cached_ops import CachedOps
 from phijax.model.config import ModelConfig
+from phijax.model.inference_layout import InferenceLayout
 from phijax.model.kernels import cpu_int4, cpu_int4_library
 from phijax.model.ops import Ops
 from phijax.model.quantized import Quantized
@@ -98,7 +99,7 @@ def tiled_block(c: ModelConfig):
             layer[name] = cpu_int4.tiled(leaf, path) if isinstance(leaf, Quantized) else jnp.asarray(leaf)
     positions = jnp.array([[0], [7], [30], [63]], jnp.int32)
     rope = rope_table(c, positions, *inverse_frequencies(c, 64), jnp.float32, by_matmul=False)
-    layout = cached.Path(unrolled=True, transposed=True)
+    layout = InferenceLayout(unrolled=True, transposed=True)
     ops = CachedOps(c, layout, rope, positions, jnp.int32(4))
     rng = np.random.default_rng(3)
     cache = jax.tree.map(
