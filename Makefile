@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Processes of `make test`, of up to 5 GB each.
+WORKERS ?= 2
 
 .PHONY: setup demo test test-slow test-llama test-mlx test-onnx lint format benchmarks parity-peers clean
 
@@ -56,7 +58,7 @@ test: $(VENV)/.installed-test
 	@test -e $(VENV)/.installed-llama || echo "Skipped: what llama.cpp makes of our files (make test-llama builds it from source)."
 	@test -e $(VENV)/.installed-onnx || echo "Skipped: what ONNX Runtime GenAI makes of our folders (make test-onnx brings it, 48 MB)."
 	@test -e $(VENV)/.installed-mlx || echo "Skipped: what mlx-lm makes of our files (make test-mlx brings it, 355 MB)."
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile
 
 test-slow: $(VENV)/.installed-test $(VENV)/.installed-real
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow

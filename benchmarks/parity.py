@@ -1,12 +1,14 @@
-"""How far our logits are from transformers', in float32, as a table for README: python benchmarks/parity.py
+"""How far our logits are from transformers', in float32: python benchmarks/parity.py [--write]
 
 Small random models of transformers' own classes, saved as it saves them and opened by phijax.load. Decoding is compared
 step by step with transformers' `generate`, which computes its cache anew where LongRoPE changes lists.
 tests/inference/test_parity.py holds every line below 1e-4.
 """
 
+import argparse
 import dataclasses
 import os
+import pathlib
 import tempfile
 from functools import lru_cache, partial
 
@@ -202,14 +204,42 @@ CASES: dict[str, partial[float]] = {
 }
 
 
-def main() -> None:
+PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "parity.md"
+
+
+def with_columns(page: str, columns: dict[str, dict[str, str]]) -> str:
+    """The page with columns of its table, each head -> case -> cell, in place of those whose heads begin alike."""
+    lines = page.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| case |"))
+    heads = _cells(lines[start])
+    for head, cells in columns.items():
+        place = next(i for i, old in enumerate(heads) if old.split()[0] == head.split()[0])
+        for number in range(start, start + 2 + len(CASES)):
+            row = _cells(lines[number])
+            row[place] = head if number == start else cells.get(row[0], row[place])
+            lines[number] = "| " + " | ".join(row) + " |"
+    return "\n".join(lines) + "\n"
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("| ").split(" | ")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help=f"into {PAGE.name} too")
+    write = parser.parse_args(arguments).write
     import torch
     import transformers
 
     print(f"| float32, against transformers {transformers.__version__} on torch {torch.__version__} | max abs |")
     print("|---|---|")
+    found = {}
     for name, measure in CASES.items():
-        print(f"| {name} | {measure():.1e} |", flush=True)
+        found[name] = f"{measure():.1e}"
+        print(f"| {name} | {found[name]} |", flush=True)
+    if write:
+        PAGE.write_text(with_columns(PAGE.read_text(), {"phijax": found}))
 
 
 if __name__ == "__main__":

@@ -111,6 +111,10 @@ def main(arguments: list[str] | None = None) -> None:
         others = [column(folder, environments / PEERS[peer][1], peer, cases) for peer in PEERS]
     heads = [f"max abs, float32, to transformers {transformers.__version__}", "phijax", *(head for head, _ in others)]
     print(table(heads, [list(cases), ours, *(cells for _, cells in others)]))
+    # A peer that is not here today keeps the column of the day when it was.
+    here = [("phijax", ours), *((head, cells) for head, cells in others if head not in PEERS)]
+    columns = {head: dict(zip(cases, (cell.replace("|", "/") for cell in cells), strict=True)) for head, cells in here}
+    parity.PAGE.write_text(parity.with_columns(parity.PAGE.read_text(), columns))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,10 @@ from absl import flags
 from phijax import command
 from phijax.errors import EXIT_DONE, UserError
 from phijax.parallel import hardware
+from phijax.storage import strict_json
+from phijax.storage.regular_files import read_stream
 
+_LONGEST_PROMPTS = 1 << 28  # bytes of a file of prompts
 FLAGS = flags.FlagValues()
 command.define_path("checkpoint", "Workdir or step of a run, Hugging Face folder, GGUF file.", FLAGS)
 flags.DEFINE_multi_string(
@@ -121,8 +124,8 @@ def _check_text(text: str) -> None:
 
 def _read_prompts(path: str) -> list[str]:
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            text = file.read()
+        with open(path, "rb") as file:  # a pipe is welcome here
+            text = read_stream(file, f"--prompt_file={path}", _LONGEST_PROMPTS).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt_file={path}: {error}") from error
     if not path.endswith(".jsonl"):
@@ -131,10 +134,7 @@ def _read_prompts(path: str) -> list[str]:
     for number, line in enumerate(text.split("\n"), start=1):  # strings of JSON may hold Unicode's other line ends
         if not line.strip():
             continue
-        try:
-            prompt = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not JSON: {error}") from error
+        prompt = strict_json.parse_value(line.encode(), f"{path}:{number}")
         prompt = prompt.get("prompt") if isinstance(prompt, dict) else prompt
         if not isinstance(prompt, str):
             raise UserError(f'{path}:{number}: a string, or an object with "prompt", is expected.')

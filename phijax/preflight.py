@@ -109,13 +109,13 @@ def needs_of(config, workdir=None):
     checks = [Check("config", OK, f"mesh {sizes}, attention {recipe.backend.attention}, remat {recipe.backend.remat}")]
     shards, data = 0, Facts()
     try:
-        plan = recipes.open_plan(config, recipe.model)
-        held_out = recipes.open_evaluation(config, recipe.model, plan, dict(mesh.shape))
-        plan.read(plan.place(0, 0), plan.phases[0].sequence_length)
-        data = recipes.data_facts(plan, held_out)
-        shards = sum(len(source.manifest.shards) for source in plan.sources.values())
+        rows = recipes.open_rows(config, recipe.model)
+        held_out = recipes.open_evaluation(config, recipe, rows, dict(mesh.shape))
+        read = "no row read" if next(recipes.rows_of_step_0(config, recipe, rows), None) is None else "a row read"
+        data = recipes.data_facts(rows, held_out)
+        shards = sum(len(folder.manifest.shards) for folder in rows.shards.values())
         shards += sum(len(one.shards.manifest.shards) for one in held_out)
-        checks.append(Check("data", OK, f"folders: {len(plan.sources) + len(held_out)}, shards: {shards}, a row read"))
+        checks.append(Check("data", OK, f"folders: {len(rows.shards) + len(held_out)}, shards: {shards}, {read}"))
     except UserError as error:
         checks.append(Check("data", FAIL, str(error)))
     if device.platform == "cpu":

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -162,6 +163,27 @@ def test_ours_out_of_that_folder_keeps_tokenizer_template_and_stops(exported, tm
     ]
     for name in [*copied, "special_tokens_map.json", "config.json"]:
         assert (tmp_path / "back" / name).read_bytes() == (exported / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("format", ["hf", "phijax"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", b"{}"),
+        ("added_tokens.json", b'{"<|a|>": "1"}'),
+        ("special_tokens_map.json", b'{"eos_token": 1, "eos_token": 2}'),
+        ("vocab.json", b"[]"),
+        ("chat_template.jinja", b"\xff"),
+        ("tokenizer.model", b"no model"),
+    ],
+)
+def test_what_is_copied_is_opened_first(exported, tmp_path, format, name, content):
+    folder = shutil.copytree(exported, tmp_path / "source")
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(name)):
+        run(f"--checkpoint={folder}", f"--format={format}", f"--output={tmp_path / 'new' / 'out'}")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("format, expected", [("hf", r"4 tensors|15 tensors"), ("phijax", "before compression")])

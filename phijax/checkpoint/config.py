@@ -10,14 +10,14 @@ from phijax.errors import UserError
 class CheckpointConfig:
     """Section `checkpoint`. Raises UserError when a value makes no sense."""
 
-    every_steps: int = 1000
+    every_steps: int = 1000  # between two saves; one more at the end, and on a stop
     keep_last: int = 3  # newest steps kept; an older one goes only after a newer one is safely written
     keep_every: int | None = None  # steps divisible by this are kept for ever
     keep_best: str | None = None  # held-out set (or metric of one): the step with its lowest value so far is kept too
-    restore_step: int | None = None  # go back to this step, once: later ones are set aside, see going_back.py
+    restore_step: int | None = None  # go back to this step, once: later ones are set aside
     asynchronous: bool = True  # write while training goes on; needs host memory for a copy of this host's state
     timeout_seconds: float = 1200.0  # for one save, all processes together
-    on_save_failure: Literal["stop", "continue"] = "stop"
+    on_save_failure: Literal["stop", "continue"] = "stop"  # when a save fails or takes too long
     break_lock: bool = False  # take over a directory whose last writer, on another host, is known to be dead
 
     def __post_init__(self):

@@ -14,13 +14,14 @@ from etils import epath
 
 from phijax.checkpoint.agreement import from_process_zero
 from phijax.errors import UserError
-from phijax.storage import atomic, durable
+from phijax.storage import atomic, durable, strict_json
 
 LOCK_FILE = "writer.lock"
 # Between the creation of a lock file and its content lie microseconds; one still empty after this is a dead run's.
 EMPTY_LOCK_SECONDS = 2.0
 # Two runs that take over the same stale lock write within milliseconds of each other: look again after this.
 SETTLE_SECONDS = 0.2
+_MOST = 1 << 62  # clock ticks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +171,11 @@ def _this_process() -> Owner:
 def _read(path: epath.Path) -> Owner | None:
     """The owner in the lock file; None if there is no file or no owner in it."""
     try:
-        return Owner(**json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
+        fields = strict_json.parse(path.read_bytes(), str(path))
+        texts = {name: fields.text(name) for name in ("host", "time", "token")}
+        numbers = {"pid": fields.integer("pid"), "started": fields.integer("started", 0, most=_MOST)}
+        return Owner(**texts, **numbers, boot=fields.text("boot", ""))
+    except (FileNotFoundError, UserError):
         return None
 
 

@@ -6,6 +6,7 @@ holds the size and CRC-32 of every file, and its own.
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +17,16 @@ import jax
 from etils import epath
 
 from phijax.errors import UserError
-from phijax.storage import atomic, durable
+from phijax.storage import atomic, durable, strict_json
+from phijax.storage.regular_files import is_regular
+from phijax.storage.strict_json import Fields, shown
 
 MANIFEST_FILE = "manifest.json"
 STATE_FOLDER = "state"  # what Orbax writes, inside a step's folder
 FORMAT = 2  # the newest that is read; written is 1 wherever its readers would not be misled
 READ_BYTES = 8 * 2**20
+LONGEST = 1 << 26  # bytes of a manifest: 500,000 files
+LARGEST = 1 << 62  # of a step, a size
 DIFFERENCES_SHOWN = 8
 
 Leaves = dict[str, Any]  # path of a leaf, as "params/blocks/gate" -> leaf
@@ -75,19 +80,41 @@ def write(folder: epath.Path, *, step: int, leaves: list[dict], identity: dict, 
 def read(folder: epath.Path) -> dict:
     """The manifest of a step's folder. Raises DamagedManifest."""
     try:
-        content = json.loads((folder / MANIFEST_FILE).read_text())
-        digest = content.pop("crc32")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DamagedManifest(f"{MANIFEST_FILE} cannot be read: {type(error).__name__}: {error}") from error
-    if digest != _own_digest(content):
+        content = dict(strict_json.read(folder / MANIFEST_FILE, LONGEST, not_finite=True).values)
+    except UserError as error:
+        raise DamagedManifest(f"{MANIFEST_FILE} cannot be read: {error}") from error
+    if content.pop("crc32", None) != _own_digest(content):
         raise DamagedManifest(f"{MANIFEST_FILE} does not match its own digest")
     found = content.get("format")
     if type(found) is not int or not 1 <= found <= FORMAT:
         raise UserError(
-            f"{folder / MANIFEST_FILE} has format {str(found)[:60]}; this version of phijax reads 1 to {FORMAT}. "
+            f"{folder / MANIFEST_FILE} has format {shown(found)}; this version of phijax reads 1 to {FORMAT}. "
             "A newer one wrote it: take that."
         )
+    try:
+        _check(Fields(content, MANIFEST_FILE))
+    except UserError as error:
+        raise DamagedManifest(str(error)) from error
     return content
+
+
+def _check(content: Fields) -> None:
+    """What reading relies on; a manifest may come from anybody. Raises: UserError."""
+    content.integer("step", most=LARGEST)
+    content.text("written")
+    content.object("identity")
+    extra = content.object("extra")
+    extra.boolean("good", None), extra.integer("restore_step", None, most=LARGEST)
+    scores = extra.object("scores", Fields({}, MANIFEST_FILE))
+    if wrong := [name for name, score in scores.values.items() if type(score) not in (int, float)]:  # NaN is a score
+        raise scores.refusal(wrong[0], "a number")
+    for leaf in content.objects("leaves"):
+        leaf.text("path"), leaf.text("dtype"), leaf.integers("shape", most=LARGEST)
+    for file in content.objects("files"):
+        file.integer("bytes", most=LARGEST), file.text("crc32")
+        # A path that leads out of the folder would have any file of the reader's read.
+        if not re.fullmatch(r"(?!.*(^|/)\.\.?(/|$))[^/].*", file.text("path")):
+            raise file.refusal("path", f"a path below {STATE_FOLDER}/")
 
 
 def verify(folder: epath.Path, *, by_step: bool = True) -> list[str]:
@@ -108,6 +135,8 @@ def verify(folder: epath.Path, *, by_step: bool = True) -> list[str]:
         path = folder / entry["path"]
         if not path.exists():
             problems.append(f"{entry['path']} is missing")
+        elif not is_regular(path):
+            problems.append(f"{entry['path']} is no regular file")
         elif (size := path.stat().length) != entry["bytes"]:
             problems.append(f"{entry['path']} has {size:,} bytes instead of {entry['bytes']:,}")
         else:

@@ -15,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from phijax.checkpoint import going_back, host_memory, manifest, reading, steps, upkeep
+from phijax.checkpoint import going_back, host_memory, manifest, orbax_log, reading, steps, upkeep
 from phijax.checkpoint.agreement import any_process, from_process_zero
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
@@ -244,6 +244,7 @@ class RunCheckpoints:
         # A new checkpointer for each save: its barriers carry the attempt in their names, so that a process that is
         # late for one save can never be taken for one that is early for the next.
         self._attempts += 1
+        orbax_log.without_tracebacks()
         attempt = f"phijax_{step}_{self._attempts}"
         checkpointer = ocp.AsyncCheckpointer(
             ocp.PyTreeCheckpointHandler(

@@ -17,9 +17,11 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 from phijax.errors import UserError
-from phijax.storage import atomic
+from phijax.storage import atomic, strict_json
 from phijax.text import tokenizer_trial
 
+_LONGEST = 1 << 26  # bytes of a marker
+_LARGEST = 1 << 62  # bytes of an output
 SIGNAL_SECONDS = 0.5  # who ends a whole group of processes by signal ends the parent in this time: not a worker's fault
 
 
@@ -86,10 +88,13 @@ def _run(task: Task) -> dict[str, Any]:
 
 
 def _counts_of_earlier_run(task: Task) -> dict[str, Any] | None:
+    if not (task.marker.exists() and task.output.exists()):
+        return None
     try:
-        done = json.loads(task.marker.read_bytes())
-        return done["counts"] if task.output.stat().st_size == done["output_bytes"] else None
-    except FileNotFoundError:
+        done = strict_json.read(task.marker, _LONGEST)
+        same = done.integer("output_bytes", most=_LARGEST) == task.output.stat().st_size
+        return dict(done.object("counts").values) if same else None
+    except UserError:  # damaged: it is done again
         return None
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ from etils import epath
 
 from phijax.curation.documents import InputFile, Part
 from phijax.errors import UserError
-from phijax.storage import atomic
+from phijax.storage import atomic, strict_json
+from phijax.storage.strict_json import Fields
 
 FOLDER = "unfinished"
 PLAN_FILE = "plan.json"
@@ -24,6 +26,7 @@ WORKERS_LOCK = "workers.lock"
 TOKENIZER = "tokenizer"
 VERSION = 2  # of plan.json, and of what units hold
 _LINES = 8
+_LONGEST = 1 << 28  # bytes of plan.json
 
 Units = dict[int, tuple[Part, ...]]
 
@@ -70,13 +73,13 @@ def go_on(work: pathlib.Path, wanted: Wanted, say: Callable[[str], None]) -> Uni
     """
     path = work / PLAN_FILE
     inputs = {file.name: [file.bytes, epath.Path(file.path).stat().mtime] for file in wanted.files}
-    before = json.loads(path.read_bytes()) if path.exists() else {"settings": None, "inputs": inputs}
-    if before["settings"] is not None:
-        by_size = set(wanted.by_size) & set(before.get("by_size", ()))
+    before = _read(path) if path.exists() else _Begun(settings=None, by_size=(), inputs=inputs, named={}, next=0)
+    if before.settings is not None:
+        by_size = set(wanted.by_size) & set(before.by_size)
         settings = {key: value for key, value in wanted.settings.items() if key not in by_size}
-        refuse(work.parent, settings_that_differ(before["settings"], settings))
-    changes = inputs_that_differ(before["inputs"], inputs)
-    begun = _units_of(before, wanted) if before.get("version") == VERSION else {}
+        refuse(work.parent, settings_that_differ(before.settings, settings))
+    changes = inputs_that_differ(before.inputs, inputs)
+    begun = _units_of(before.named, wanted)
     units = {n: parts for n, parts in begun.items() if parts and not any(part.file.name in changes for part in parts)}
     kept = {(part.file.name, part.start) for parts in units.values() for part in parts}
     if changes:
@@ -90,11 +93,10 @@ def go_on(work: pathlib.Path, wanted: Wanted, say: Callable[[str], None]) -> Uni
     new = wanted.group([part for part in wanted.parts if (part.file.name, part.start) not in kept])
     if new or len(units) < len(begun) or not begun:
         _remove_all_but(work, units)
-    number = before.get("next", 0)
-    units |= {number + i: tuple(parts) for i, parts in enumerate(new)}
+    units |= {before.next + i: tuple(parts) for i, parts in enumerate(new)}
     named = {n: [[part.file.name, part.start, part.stop] for part in parts] for n, parts in units.items()}
     plan = {"version": VERSION, "settings": wanted.settings, "by_size": wanted.by_size, "inputs": inputs}
-    atomic.write_bytes(path, json.dumps({**plan, "units": named, "next": number + len(new)}).encode())
+    atomic.write_bytes(path, json.dumps({**plan, "units": named, "next": before.next + len(new)}).encode())
     return units
 
 
@@ -102,9 +104,17 @@ def try_skipped_again(work: pathlib.Path, units: Units) -> None:
     """A file that could not be read may be readable by now: its unit counts as not done. Nobody else may be at work."""
     for number in units:
         done = marker(unit_file(work, number))
-        if done.exists() and json.loads(done.read_bytes())["counts"]["skipped"]:
+        if done.exists() and _skipped_some(done):
             done.unlink()
             _remove_shards(work)
+
+
+def _skipped_some(done: pathlib.Path) -> bool:
+    """What a damaged marker says is not known: its unit is done again."""
+    try:
+        return bool(strict_json.read(done).object("counts").object("skipped").values)
+    except UserError:
+        return True
 
 
 def wait_for_workers(work: pathlib.Path) -> None:
@@ -135,13 +145,48 @@ def refuse(output: pathlib.Path, lines: Sequence[str]) -> None:
         )
 
 
-def _units_of(plan: Mapping[str, Any], wanted: Wanted) -> Units:
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """What plan.json says. named: number of a unit -> name, start and stop of each part."""
+
+    settings: Mapping[str, Any] | None
+    by_size: Sequence[str]
+    inputs: Mapping[str, Any]
+    named: Mapping[int, list[tuple[str, int, int]]]
+    next: int
+
+
+def _read(path: pathlib.Path) -> _Begun:
+    """Raises: UserError for a plan.json that is damaged."""
+    try:
+        plan = strict_json.read(path, _LONGEST)
+        units = plan.object("units") if plan.integer("version", 0) == VERSION else Fields({}, plan.file)
+        return _Begun(
+            settings=plan.object("settings").values if plan.has("settings") else None,
+            by_size=plan.texts("by_size", ()),
+            inputs=plan.object("inputs").values,
+            named=dict(_unit(units, number) for number in units.values),
+            next=plan.integer("next", 0),
+        )
+    except UserError as error:
+        raise UserError(f"{error}\nRemove {path.parent}, and start again.") from error
+
+
+def _unit(units: Fields, number: str) -> tuple[int, list[tuple[str, int, int]]]:
+    parts = units.items(number)
+    whole = all(isinstance(part, list) and [type(value) for value in part] == [str, int, int] for part in parts)
+    if not whole or not re.fullmatch("[0-9]{1,9}", number):
+        raise units.refusal(number, "a number, and parts of files: a name, and where they begin and end")
+    return int(number), [tuple(part) for part in parts]
+
+
+def _units_of(begun: Mapping[int, list[tuple[str, int, int]]], wanted: Wanted) -> Units:
     """Those of plan.json; () for one whose parts are not in the input, or are cut otherwise, by now."""
     parts = {(part.file.name, part.start, part.stop): part for part in wanted.parts}
     found = {}
-    for number, named in plan["units"].items():
-        of_unit = [parts.get(tuple(name)) for name in named]
-        found[int(number)] = tuple(of_unit) if all(of_unit) else ()
+    for number, named in begun.items():
+        of_unit = [parts.get(name) for name in named]
+        found[number] = tuple(of_unit) if all(of_unit) else ()
     return found
 
 

@@ -22,17 +22,17 @@ MAX_PATTERN = 100_000  # slots: the pattern is kept in memory, and no share need
 class Source:
     """One entry of a mixture: a shard folder, its share in rows, and how often it may be repeated."""
 
-    path: str = ""
-    weight: int = 1
-    max_epochs: int | None = None
+    path: str = ""  # a folder of shards
+    weight: int = 1  # its share in rows, beside the weights of the others
+    max_epochs: int | None = None  # how often it may be read; None: without end
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """A stretch of steps with one shape and one mixture. Changing either later means adding a phase."""
 
-    steps: int = 0
-    sequence_length: int = 0
+    steps: int = 0  # optimizer steps
+    sequence_length: int = 0  # T, tokens of a row; a multiple of the shards' block
     global_batch_size: int = 0  # rows a step
     mixture: tuple[Source, ...] = ()
 

@@ -9,10 +9,14 @@ from typing import Any
 from etils import epath
 
 from phijax.errors import UserError
+from phijax.storage import strict_json
+from phijax.storage.strict_json import Fields
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "phijax token shards"
 VERSION = 1
+_LONGEST = 1 << 26  # bytes; 100,000 shards have half of it
+_MOST = 1 << 62
 DTYPES = {"uint16": 1 << 16, "uint32": 1 << 31}  # and how many ids each can hold (tokens become int32)
 
 
@@ -92,24 +96,71 @@ def read_manifest(folder: epath.Path) -> Manifest:
     if not path.exists():
         raise UserError(_no_shards(folder))
     try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}). Prepare the shards again, or copy them again.") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise UserError(f"{path} is not the manifest of token shards: its format is not {FORMAT!r}.")
-    if found.get("version") != VERSION:
-        raise UserError(f"{path} has version {found.get('version')}; this phijax reads version {VERSION}.")
-    try:
-        later = {"documents_dropped_at": {}, "files_skipped": {}}
-        values = {field.name: (later | found)[field.name] for field in dataclasses.fields(Manifest)}
-        values["shards"] = tuple(ShardEntry(**entry) for entry in values["shards"])
-        values["inputs"] = tuple(InputEntry(**entry) for entry in values["inputs"])
-        values["ignored_files"] = tuple(values["ignored_files"])
-        manifest = Manifest(**values)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}. Prepare the shards again, or copy them again.") from error
-    _check(manifest, path)
-    return manifest
+        return _manifest(strict_json.read(path, _LONGEST))
+    except UserError as error:
+        raise UserError(f"{error} Prepare the shards again, or copy them again.") from error
+
+
+def _manifest(found: Fields) -> Manifest:
+    """What reading relies on is checked; a manifest may come from anybody. Raises: UserError."""
+    if found.text("format", "") != FORMAT:
+        raise UserError(f"{found.file} is not the manifest of token shards: its format is not {FORMAT!r}.")
+    if (version := found.integer("version")) != VERSION:
+        raise UserError(f"{found.file} has version {version}; this phijax reads version {VERSION}.")
+    dtype = found.text("dtype")
+    if dtype not in DTYPES:
+        raise found.refusal("dtype", f"one of {', '.join(DTYPES)}")
+    counts = ("documents_read", "documents_kept", "documents_in_other_split", "unknown_tokens")
+    vocab_size = found.integer("vocab_size", least=1, most=DTYPES[dtype])
+    shards = tuple(map(_shard, found.objects("shards")))
+    if len({shard.file for shard in shards}) < len(shards):
+        raise UserError(f"{found.file}: a shard is named twice.")
+    return Manifest(
+        block=found.integer("block", least=1),
+        dtype=dtype,
+        seed=found.integer("seed", least=-_MOST, most=_MOST),
+        split=found.text("split"),
+        tokenizer_fingerprint=found.text("tokenizer_fingerprint"),
+        vocab_size=vocab_size,
+        end_of_text=found.integer("end_of_text", most=vocab_size - 1),
+        shards=shards,
+        inputs=tuple(InputEntry(e.text("file"), e.integer("bytes", most=_MOST)) for e in found.objects("inputs")),
+        ignored_files=tuple(found.texts("ignored_files")),
+        documents_dropped=_counts(found.object("documents_dropped")),
+        settings=dict(found.object("settings").values),
+        documents_dropped_at=_places(found.object("documents_dropped_at", Fields({}, found.file))),
+        files_skipped=_texts(found.object("files_skipped", Fields({}, found.file))),
+        **{name: found.integer(name, most=_MOST) for name in counts},
+    )
+
+
+def _shard(entry: Fields) -> ShardEntry:
+    # A name with a path in it could point at any file of the reader's.
+    if not re.fullmatch(r"[\w-][\w.-]*", entry.text("file")):
+        raise entry.refusal("file", "the name of a file in this folder")
+    numbers = ("records", "tokens", "tail_tokens", "documents", "bytes")
+    counts = {name: entry.integer(name, most=_MOST) for name in numbers}
+    entry.only(*(field.name for field in dataclasses.fields(ShardEntry)))
+    return ShardEntry(entry.text("file"), sha256=entry.text("sha256"), **counts)
+
+
+def _counts(found: Fields) -> dict[str, int]:
+    return {name: found.integer(name, most=_MOST) for name in found.values}
+
+
+def _texts(found: Fields) -> dict[str, str]:
+    return {name: found.text(name) for name in found.values}
+
+
+def _places(found: Fields) -> dict[str, Any]:
+    """As `Manifest.documents_dropped_at` has them, a place at least for each reason."""
+    for reason in map(found.object, found.values):
+        _counts(reason.object("files"))
+        if not (first := reason.objects("first")):
+            raise reason.refusal("first", "a list of places")
+        for place in first:
+            place.text("file"), place.integer("line", None, most=_MOST)
+    return dict(found.values)
 
 
 def _no_shards(folder: epath.Path) -> str:
@@ -122,44 +173,3 @@ def _no_shards(folder: epath.Path) -> str:
         f"No shards at {folder}: it has no {MANIFEST_FILE}, which `python -m phijax.prepare` writes last. "
         "If a preparation was stopped, start the same command again."
     )
-
-
-def _check(manifest: Manifest, path: epath.Path) -> None:
-    """What reading relies on; a manifest may come from anybody."""
-    problems = []
-    for field in dataclasses.fields(Manifest):
-        if field.type is int and type(getattr(manifest, field.name)) is not int:
-            problems.append(f"{field.name} is not a whole number")
-    if not problems and manifest.block < 1:
-        problems.append(f"block is {manifest.block}")
-    if not _are_places(manifest.documents_dropped_at):
-        problems.append("documents_dropped_at is no list of places")
-    if manifest.dtype not in DTYPES:
-        problems.append(f"dtype is {manifest.dtype!r}")
-    elif not problems and not 0 < manifest.vocab_size <= DTYPES[manifest.dtype]:
-        problems.append(f"vocab_size is {manifest.vocab_size}, which {manifest.dtype} does not hold")
-    names = [shard.file for shard in manifest.shards]
-    if len(set(map(str, names))) < len(names):
-        problems.append("a shard is named twice")
-    for shard in manifest.shards:
-        # A name with a path in it could point at any file of the reader's.
-        if type(shard.file) is not str or not re.fullmatch(r"[\w-][\w.-]*", shard.file):
-            problems.append(f"{shard.file!r} is no name of a shard")
-        counts = (shard.records, shard.tokens, shard.tail_tokens, shard.documents, shard.bytes)
-        if not all(type(count) is int and count >= 0 for count in counts):
-            problems.append(f"the counts of {shard.file!r} are not whole numbers")
-    if problems:
-        raise UserError(f"{path} is damaged: {'; '.join(problems[:3])}. Prepare the shards again, or copy them again.")
-
-
-def _are_places(found: Any) -> bool:
-    """As `Manifest.documents_dropped_at` has them, a place at least for each reason."""
-    if not isinstance(found, dict) or not all(isinstance(of_reason, dict) for of_reason in found.values()):
-        return False
-    for of_reason in found.values():
-        first, files = of_reason.get("first"), of_reason.get("files")
-        if not isinstance(files, dict) or not isinstance(first, list) or not first:
-            return False
-        if not all(isinstance(place, dict) and isinstance(place.get("file"), str) for place in first):
-            return False
-    return True

@@ -21,6 +21,7 @@ from phijax.data import verification
 from phijax.data.shard_manifest import DTYPES, Manifest, ShardEntry, read_manifest
 from phijax.data.verification import ShardFile
 from phijax.errors import UserError
+from phijax.storage.regular_files import size_of
 from phijax.text.open import open_tokenizer
 from phijax.text.tokenizer import TextTokenizer
 
@@ -180,7 +181,7 @@ class Shards:
             file = folder / shard.file
             if not file.exists():
                 raise UserError(f"The shard {file} is missing; {folder}'s manifest names it. Copy or prepare it again.")
-            if (size := file.stat().length) != shard.bytes:
+            if (size := size_of(file)) != shard.bytes:
                 raise UserError(
                     f"The shard {file} has {size} bytes; the manifest says {shard.bytes}. Copy or prepare it again."
                 )

@@ -16,12 +16,15 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from etils import epath
 
 from phijax.errors import RunFailure, UserError
-from phijax.storage import atomic
+from phijax.storage import atomic, strict_json
+from phijax.storage.strict_json import Fields
 
 FOLDER = "data_checked"  # beside the run
 FORMAT = "phijax checked shards"
 SIZES = "data: contents are not compared with the manifests, sizes alone are (data.verify=False)"
 _PIECE = 1 << 20
+_LONGEST = 1 << 26  # bytes of what is remembered
+_MOST = 1 << 64  # of an inode, a time in nanoseconds
 _EDGE = 1 << 16  # of an ArrayRecord file the last 64 KiB hold its footer
 _NICE = 10  # what trains comes first
 
@@ -218,12 +221,16 @@ def recall(folder: epath.Path) -> set[Checked]:
     """What the processes of earlier starts have written. What cannot be understood is not believed, but read again."""
     found: set[Checked] = set()
     for path in folder.glob("*.json") if folder.exists() else ():
-        with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
-            content = json.loads(path.read_bytes())
-            if content["format"] == FORMAT:
-                entries = [(e["path"], e["sha256"], tuple(e["identity"]), e["edges"]) for e in content["files"]]
-                found |= {Checked(*entry) for entry in entries}
+        with contextlib.suppress(UserError):
+            content = strict_json.read(path, _LONGEST)
+            if content.text("format") == FORMAT:
+                found |= set(map(_checked, content.objects("files")))
     return found
+
+
+def _checked(entry: Fields) -> Checked:
+    identity = entry.integers("identity", least=-_MOST, most=_MOST)
+    return Checked(entry.text("path"), entry.text("sha256"), tuple(identity), entry.text("edges"))
 
 
 def remember(folder: epath.Path, process: int, checked: Iterable[Checked]) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from etils import epath
 
+from phijax.storage.strict_json import Fields
+
 # Facts that stay true of weights that are written out again, or trained on with the same tokenizer.
 TRAVELLING = ("architecture", "bos_id", "eos_id", "pad_id", "generation")
 
@@ -44,7 +46,15 @@ class Facts:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def carried(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts in what a manifest of ours keeps of an earlier checkpoint; the rest of it is not of this class."""
-    names = ("name", "scores", *TRAVELLING)
-    return {name: manifest[name] for name in names if manifest.get(name) is not None}
+def carried(kept: Fields) -> dict[str, Any]:
+    """The facts in what a manifest of ours keeps of an earlier checkpoint; the rest of it is not of this class.
+
+    Raises: UserError for a fact of another type.
+    """
+    facts = {name: kept.text(name, None) for name in ("name", "architecture")}
+    facts |= {name: kept.integer(name, None) for name in ("bos_id", "eos_id", "pad_id")}
+    facts |= {name: kept.object(name).values for name in ("generation", "scores") if kept.has(name)}
+    for name, score in facts.get("scores", {}).items():
+        if not (isinstance(score, list) and [type(value) for value in score] == [int, float]):
+            raise kept.object("scores").refusal(name, "a step and a loss")
+    return {name: value for name, value in facts.items() if value is not None}

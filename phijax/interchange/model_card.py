@@ -2,18 +2,20 @@
 
 import json
 import math
+import warnings
 from typing import Any
 
 from etils import epath
 
+from phijax.errors import UserError
 from phijax.interchange import quantization_card
 from phijax.interchange.facts import TRAVELLING
 from phijax.interchange.native.source import is_step_of_run
 from phijax.interchange.opened import Opened
 from phijax.model import params
 from phijax.model.config import ModelConfig
-from phijax.report.plot import HELD_OUT_LOSS
-from phijax.report.writers import read_metrics
+from phijax.report.writers import HELD_OUT_LOSS, read_metrics
+from phijax.storage.strict_json import Fields
 
 FILE = "README.md"
 
@@ -36,8 +38,8 @@ USES = {
 }
 
 
-def render(opened: Opened, layout: str, format: str = "hf", tokenizer: str = "") -> str:
-    """The card's text. `layout`: as which class it is written. `format`: a key of USES.
+def render(opened: Opened, class_name: str, format: str = "hf", tokenizer: str = "") -> str:
+    """The card's text. `class_name`: transformers' name of what it is written as. `format`: a key of USES.
 
     `tokenizer`: how its files were checked.
     """
@@ -46,7 +48,7 @@ def render(opened: Opened, layout: str, format: str = "hf", tokenizer: str = "")
     parts = [
         f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- phijax\n---",
         f"# {name}",
-        _what(opened, layout),
+        _what(opened, class_name),
         f"## Use\n{use}",
         quantization_card.section(opened),
         _data(opened),
@@ -63,10 +65,10 @@ def _source_name(opened: Opened) -> str:
     return opened.path.parent.parent.name if of_run else opened.path.stem
 
 
-def _what(opened: Opened, layout: str) -> str:
+def _what(opened: Opened, class_name: str) -> str:
     c = opened.model
     rows = {
-        "class": f"{layout.capitalize()}ForCausalLM",
+        "class": class_name,
         "parameters": f"{params.count(c):,}",
         "layers": c.num_layers,
         "width": c.model_dim,
@@ -88,21 +90,22 @@ def _positions(c: ModelConfig) -> str:
 
 
 def _data(opened: Opened) -> str:
-    data = (opened.facts.identity or {}).get("data") or {}
+    data = Fields(opened.facts.identity or {}, str(opened.path)).object("data", Fields({}, ""))
     lines = []
-    for number, phase in enumerate(data.get("phases", [])):
-        tokens = phase["steps"] * phase["sequence_length"] * phase["global_batch_size"]
+    for number, phase in enumerate(data.objects("phases", [])):
+        steps, length, rows = (phase.integer(name) for name in ("steps", "sequence_length", "global_batch_size"))
+        tokens = steps * length * rows
         mixture = ", ".join(
-            f"{epath.Path(source['path']).name} x {source['weight']} (digest {source['digest'][:12]})"
-            for source in phase["mixture"]
+            f"{epath.Path(source.text('path')).name} x {source.integer('weight')} (digest {source.text('digest')[:12]})"
+            for source in phase.objects("mixture")
         )
         lines.append(
-            f"- phase {number}: {phase['steps']:,} steps of {phase['global_batch_size']:,} rows of "
-            f"{phase['sequence_length']:,} tokens, {tokens:,} tokens in all; {mixture}"
+            f"- phase {number}: {steps:,} steps of {rows:,} rows of {length:,} tokens, {tokens:,} tokens in all; "
+            f"{mixture}"
         )
     if not lines:
         return ""
-    return f"## Data\nWhat the run was set to read, seed {data['seed']}:\n\n" + "\n".join(lines)
+    return f"## Data\nWhat the run was set to read, seed {data.integer('seed', None)}:\n\n" + "\n".join(lines)
 
 
 def _scores(opened: Opened) -> str:
@@ -124,11 +127,12 @@ def scores(opened: Opened) -> dict[str, list]:
     path = opened.path.parent.parent / "metrics.jsonl"
     try:
         rows = read_metrics(path) if path.exists() else []
-    except ValueError:
+    except UserError as error:
+        warnings.warn(f"{error} No scores are taken from it.", stacklevel=2)
         return {}
     last: dict[str, list] = {}
     for row in rows:
-        if row["step"] < opened.facts.step:
+        if row.get("step", opened.facts.step) < opened.facts.step:
             named = {k: v for k, v in row.items() if k == "loss" or k.startswith(HELD_OUT_LOSS)}
             last |= {name: [row["step"], value] for name, value in named.items() if isinstance(value, float)}
     return last

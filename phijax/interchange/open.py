@@ -9,6 +9,7 @@ from phijax.interchange.huggingface.source import is_huggingface, open_huggingfa
 from phijax.interchange.native.source import is_native, open_native
 from phijax.interchange.opened import Opened
 from phijax.storage.named import named
+from phijax.storage.regular_files import begins_with
 
 
 def open_checkpoint(path: epath.PathLike, *, verify: bool = True) -> Opened:
@@ -25,7 +26,7 @@ def open_checkpoint(path: epath.PathLike, *, verify: bool = True) -> Opened:
             + (" phijax downloads nothing: give a folder that you have." if hub else "")
         )
     if not path.is_dir():
-        if path.suffix == ".gguf" or _begins_as_gguf(path):  # a blob of Ollama's has no suffix
+        if path.suffix == ".gguf" or begins_with(path, b"GGUF"):  # a blob of Ollama's has no suffix
             from phijax.interchange.gguf.open import open_gguf  # the format's package is an extra
 
             return open_gguf(path)
@@ -52,11 +53,6 @@ def _refuse_other_kind(path: epath.Path) -> None:
         if (path / name).exists():
             what = f"a {CHECKPOINTS_FOLDER}/ of a run" if (path / CHECKPOINTS_FOLDER).exists() else "a step of a run"
             raise UserError(f"{path} is two checkpoints: {what}, and {name}. Move one of them out of the folder.")
-
-
-def _begins_as_gguf(path: epath.Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
 
 
 LOOKED_FOR = (

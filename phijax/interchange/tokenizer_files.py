@@ -8,24 +8,28 @@ from etils import epath
 
 from phijax.errors import UserError
 from phijax.interchange.opened import Opened
-from phijax.storage import atomic
+from phijax.storage import atomic, strict_json
+from phijax.storage.regular_files import read_bounded
 from phijax.text.beginning import read_beginning, write_beginning
 from phijax.text.chat_formats import BOS, PHI3, stops_by_names
 from phijax.text.huggingface_files import take_as_it_is
+from phijax.text.pieces import load_pieces
+from phijax.text.special_files import JSON_FILE, read_folder_tokens
 from phijax.text.tokenizer import ADDED_TOKENS_FILE, MODEL_FILE, TextTokenizer
+from phijax.text.tokenizer_bounds import LONGEST_FILE
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+_TEXTS = ("merges.txt", "chat_template.jinja")
 # All files by which some tokenizer of transformers is described; copied as they are, whatever is in them.
 FILES = (
     MODEL_FILE,
     ADDED_TOKENS_FILE,
     TOKENIZER_CONFIG_FILE,
-    "tokenizer.json",
+    JSON_FILE,
     "special_tokens_map.json",
     "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+    *_TEXTS,
     GENERATION_FILE,
     # Not of the tokenizer, but whoever passes weights on passes these on.
     "LICENSE",
@@ -74,6 +78,32 @@ def ids_of(opened: Opened, tokenizer: TextTokenizer | None) -> Ids:
 def has_huggingface_files(folder: epath.Path | None) -> bool:
     """Whether a tokenizer's folder is as transformers writes one, to be copied; ours holds two files alone."""
     return folder is not None and (folder / TOKENIZER_CONFIG_FILE).exists()
+
+
+def check(opened: Opened) -> None:
+    """Opens what would be copied, before anything is written. Raises: UserError naming the file that is damaged.
+
+    A tokenizer of a kind that is not read here is none: others read it.
+    """
+    folder = opened.facts.tokenizer_folder
+    if not has_huggingface_files(folder):
+        return
+    read_folder_tokens(folder)
+    read_beginning(folder, opened.facts.bos_id)
+    for name in FILES:
+        path = folder / name
+        if not path.exists():
+            continue
+        if name.endswith(".json"):
+            strict_json.read(path, LONGEST_FILE)
+        elif name in _TEXTS:
+            strict_json.read_text(path, LONGEST_FILE)
+        else:
+            data = read_bounded(path, LONGEST_FILE)
+            if name == MODEL_FILE:
+                load_pieces(data, str(path))
+    if (folder / JSON_FILE).exists():
+        strict_json.read(folder / JSON_FILE, LONGEST_FILE).object("model")
 
 
 def copy(folder: epath.Path, output: epath.Path) -> list[str]:

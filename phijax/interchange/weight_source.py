@@ -16,6 +16,7 @@ from phijax.quantization.policy import Scheme
 Index = tuple[slice, ...]
 
 
+LEAST_OF_A_LAYER = 4  # tensors: the fewest that any file has for one; layers are counted before they are named
 NOT_QUANTIZED: Mapping[str, Scheme] = MappingProxyType({})  # the schemes of a source that stores floats alone
 
 

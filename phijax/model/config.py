@@ -1,18 +1,24 @@
 """What a model is (ModelConfig), what a user may say about it (ModelSection), and how the two meet."""
 
 import dataclasses
-import json
 import math
-from collections.abc import Mapping
+import typing
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from etils import epath
 
 from phijax.errors import UserError, nearest_name
 from phijax.model.mask import Mask
+from phijax.storage import strict_json
+from phijax.storage.strict_json import Fields, shown
 
 VOCAB_MULTIPLE = 1024  # 8 rows on each of 128 chips; fixed, so that shapes never depend on the mesh
 CHECKPOINT = "checkpoint"  # the preset that is the model of the run's start weights
+
+Positions = Literal["rotary", "learned"]
+Norm = Literal["rms", "layer"]
+Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +53,11 @@ class ModelConfig:
     norm_eps: float = 1e-5
     long_rope: LongRope | None = None
     requires_long_rope: bool = False  # a 128K preset whose lists come with its checkpoint
+    positions: Positions = "rotary"  # learned: a table of max_position rows, added to the embedding
+    norm: Norm = "rms"
+    bias: bool = False  # of every projection of a block; the head has none
+    activation: Activation = "silu"
+    gated: bool = True  # f(x gate) * (x up); without: f(x up)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -55,7 +66,8 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        return int(self.head_dim * self.partial_rotary_factor)
+        """R: dimensions of a head that rotate."""
+        return 0 if self.positions == "learned" else int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def attention_scale(self) -> float:
@@ -76,8 +88,12 @@ class ModelConfig:
         for name in ("vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)} must be at least 1.")
+        for name, known in (("positions", Positions), ("norm", Norm), ("activation", Activation)):
+            if getattr(self, name) not in typing.get_args(known):
+                raise UserError(f"model.{name}={getattr(self, name)!r} must be {' or '.join(typing.get_args(known))}.")
         if self.num_heads % self.num_kv_heads:
-            fits = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            most = min(self.num_heads, 1 << 10)  # of a file's two billion heads the divisors are not looked for
+            fits = [n for n in range(1, most + 1) if self.num_heads % n == 0]
             raise UserError(
                 f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}. "
                 f"Sizes that do: {', '.join(map(str, fits))}."
@@ -85,7 +101,12 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps", "partial_rotary_factor"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"model.{name}={getattr(self, name)} must be a number above 0.")
-        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+        if self.positions == "learned" and self.long_rope:
+            raise UserError(
+                "model.positions=learned: nothing rotates, so there is nothing that LongRoPE's lists would change.\n"
+                "Leave long_rope_from out, or take rotary positions."
+            )
+        if self.positions == "rotary" and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
             raise UserError(
                 f"model: {self.rotary_dim} rotated dimensions of {self.head_dim}: must be even, > 0, no more."
             )
@@ -114,26 +135,32 @@ FIRST_LONG_ROPE_FIELDS = frozenset(("short_factor", "long_factor", "original_max
 class ModelSection:
     """Section `model`: a preset, what differs from it ("preset" keeps its number), and how it is computed."""
 
-    preset: str = "tiny"  # of model/presets.py, or "checkpoint": the model of init_from
-    vocab_size: int | Preset = "preset"
-    model_dim: int | Preset = "preset"
-    num_layers: int | Preset = "preset"
-    num_heads: int | Preset = "preset"
-    num_kv_heads: int | Preset = "preset"
-    head_dim: int | Preset = "preset"
-    ffn_dim: int | Preset = "preset"
-    max_position: int | Preset = "preset"
-    rope_theta: float | Preset = "preset"
-    partial_rotary_factor: float | Preset = "preset"
-    sliding_window: int | Preset | None = "preset"
-    tied_head: bool | Preset = "preset"
-    norm_eps: float | Preset = "preset"
+    preset: str = "tiny"  # a name of model/presets.py, or "checkpoint": the model of init_from
+    vocab_size: int | Preset = "preset"  # V; weights are padded to a multiple of 1024
+    model_dim: int | Preset = "preset"  # D
+    num_layers: int | Preset = "preset"  # L
+    num_heads: int | Preset = "preset"  # N, query heads
+    num_kv_heads: int | Preset = "preset"  # K, heads of keys and values; divides N
+    head_dim: int | Preset = "preset"  # H
+    ffn_dim: int | Preset = "preset"  # F, width of the feed-forward layer
+    max_position: int | Preset = "preset"  # longest text that the model is made for, in tokens
+    rope_theta: float | Preset = "preset"  # base of the rotary frequencies
+    partial_rotary_factor: float | Preset = "preset"  # share of each head's dimensions that rotate
+    sliding_window: int | Preset | None = "preset"  # W: a query sees W keys, itself included; None: all before it
+    tied_head: bool | Preset = "preset"  # whether the head is the embedding
+    norm_eps: float | Preset = "preset"  # added to the mean square in each norm
+    positions: Positions | Preset = "preset"  # rotary, or learned: a table of max_position rows
+    norm: Norm | Preset = "preset"  # rms, or layer: LayerNorm with factors and biases
+    bias: bool | Preset = "preset"  # whether each projection of a block has one
+    activation: Activation | Preset = "preset"  # of the feed-forward layer
+    gated: bool | Preset = "preset"  # f(x gate) * (x up), else f(x up)
     long_rope_from: str | None = None  # a preset, or a Hugging Face config.json, whose LongRoPE lists are taken
+    # The path that computes attention; auto: splash on TPU, cudnn on GPU where it can, blocked on CPU.
     attention: Literal["auto", "dense", "blocked", "splash", "cudnn"] = "auto"
-    remat: str = "auto"  # what the backward pass finds saved: model/decoder.py REMAT_POLICIES
-    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    mlp_products: Literal["float", "int8"] = "float"  # model/int8_products.py
-    layers: Literal["auto", "scan", "unroll"] = "auto"
+    remat: str = "auto"  # what the backward pass finds saved: a name of decoder.REMAT_POLICIES, or names joined by "+"
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: float32 on CPU, else bfloat16
+    mlp_products: Literal["float", "int8"] = "float"  # of the feed-forward layers in training
+    layers: Literal["auto", "scan", "unroll"] = "auto"  # auto: unrolled on CPU, else one loop
 
 
 def resolve_model(section: ModelSection, presets: Mapping[str, ModelConfig]) -> ModelConfig:
@@ -186,13 +213,12 @@ def read_long_rope(path: str) -> LongRope:
     file = epath.Path(path)
     if not file.exists():
         raise UserError(f"model.long_rope_from={path}: no such file, and no preset.")
-    try:
-        data = json.loads(file.read_text())
-        rope = data.get("rope_scaling") or data["rope_parameters"]
-        original = data.get("original_max_position_embeddings") or rope["original_max_position_embeddings"]
-        return LongRope(tuple(rope["short_factor"]), tuple(rope["long_factor"]), int(original))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"model.long_rope_from={path}: no LongRoPE lists found in it ({error!r}).") from error
+    data = strict_json.read(file)
+    rope = data.object("rope_scaling", None) or data.object("rope_parameters")
+    beside = data.has("original_max_position_embeddings")
+    original = (data if beside else rope).integer("original_max_position_embeddings", least=2)
+    lists = [tuple(rope.numbers(name, above=0)) for name in ("short_factor", "long_factor")]
+    return LongRope(*lists, original_max_position=original)
 
 
 def model_to_dict(model: ModelConfig) -> dict[str, Any]:
@@ -211,31 +237,45 @@ def fields_version(data: Mapping[str, Any]) -> int:
     return 1 if set(data) <= FIRST_FIELDS and set(rope) <= FIRST_LONG_ROPE_FIELDS else 2
 
 
-def model_from_dict(data: Mapping[str, Any]) -> ModelConfig:
+def model_from_dict(data: Mapping[str, Any], file: str = "the model") -> ModelConfig:
     """The inverse of `model_to_dict`, also after a way through JSON. What an older file does not say is at its default.
 
-    Raises: UserError naming fields that are not known here or are missing; what the values are is not checked.
+    Args: file: what messages call the file that it stands in.
+    Raises: UserError naming fields that are not known here, are missing, of another type, or describe no model.
     """
-    fields = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    _refuse_unknown(data, fields, "model")
-    if missing := [name for name, default in fields.items() if default is dataclasses.MISSING and name not in data]:
-        raise UserError(f"model.{missing[0]} is missing.")
-    rope = data.get("long_rope")
-    if rope is not None:
-        names = [field.name for field in dataclasses.fields(LongRope)]
-        _refuse_unknown(rope, names, "model.long_rope")
-        if missing := [name for name in names if name not in rope]:
-            raise UserError(f"model.long_rope.{missing[0]} is missing.")
-        lists = {name: tuple(rope[name]) for name in ("short_factor", "long_factor")}
-        rope = LongRope(**lists, original_max_position=rope["original_max_position"])
-    return ModelConfig(**{**data, "long_rope": rope})
+    model = _read(ModelConfig, Fields(data, file, "model"))
+    try:
+        model.check()
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    return model
 
 
-def _refuse_unknown(data: Any, known: Any, where: str) -> None:
-    if not isinstance(data, Mapping):
-        raise UserError(f"{where} is no object of names and values.")
-    if unknown := [name for name in data if name not in known]:
+def _read(kind: type, fields: Fields) -> Any:
+    """A dataclass of the types that the fields of one are declared with."""
+    hints, declared = typing.get_type_hints(kind), dataclasses.fields(kind)
+    if unknown := [name for name in fields.values if name not in hints]:
+        what = f"{fields.place}.{strict_json.named(unknown[0])}={shown(fields.values[unknown[0]])}"
         raise UserError(
-            f"{where}.{unknown[0]}={str(data[unknown[0]])[:60]} is not known to this version of phijax, which would "
-            "compute something else. A newer one wrote it: take that."
+            f"{fields.file}: {what} is not known to this version of phijax, which would compute something else. "
+            "A newer one wrote it: take that."
         )
+    given = [field for field in declared if fields.has(field.name) or field.default is dataclasses.MISSING]
+    return kind(**{field.name: _field(hints[field.name], fields, field.name) for field in given})
+
+
+def _field(hint: Any, fields: Fields, name: str) -> Any:
+    if typing.get_origin(hint) is Literal:
+        if fields.text(name) not in typing.get_args(hint):
+            raise fields.refusal(name, f"one of {', '.join(typing.get_args(hint))}")
+        return fields.values[name]
+    kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
+    readers: dict[Any, Callable[[], Any]] = {
+        int: lambda: fields.integer(name, least=1),
+        float: lambda: fields.number(name, above=0),
+        bool: lambda: fields.boolean(name),
+        LongRope: lambda: _read(LongRope, fields.object(name)),
+    }
+    if typing.get_origin(hint) is tuple:
+        return tuple(fields.numbers(name, above=0))
+    return readers[kinds[0]]()

@@ -15,12 +15,15 @@ from phijax.errors import UserError
 from phijax.model.kernels.dense import MASKED
 from phijax.parallel import sharding
 
+NLL = "nll"  # as metrics call the plain negative log-likelihood, in nats
 CHUNK = 2048  # tokens at most
 CHUNK_BYTES = 512 << 20  # of float32 logits at once; each chunk also reads and writes the whole gradient of the head
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
+    """Section `loss`."""
+
     z_loss: float = 0.0  # weight of logsumexp^2; keeps logits from drifting (1e-4 is usual). PaLM, section 5
     label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
 

@@ -17,9 +17,9 @@ def inverse_frequencies(c: ModelConfig, length: int) -> tuple[np.ndarray, float]
     The list is a static property of the program: long if and only if `length` exceeds the original length. Choosing
     by position instead would mix two rotations in one sequence.
 
-    Returns: (R/2,) float32, radians per token; the factor.
+    Returns: (R/2,) float32, radians per token, none of a model without a rotation; the factor.
     """
-    exponent = np.arange(0, c.rotary_dim, 2, dtype=np.float64) / c.rotary_dim
+    exponent = np.arange(0, c.rotary_dim, 2, dtype=np.float64) / max(c.rotary_dim, 1)
     frequencies = c.rope_theta**exponent
     if c.long_rope is None:
         return (1.0 / frequencies).astype(np.float32), 1.0
@@ -67,6 +67,8 @@ def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array], c: ModelConfig,
       x: (B, N, T, H).
     Returns: (B, N, T, H) in x.dtype.
     """
+    if not c.rotary_dim:
+        return x
     cos, sin = table
     half = c.rotary_dim // 2
     if by_matmul:

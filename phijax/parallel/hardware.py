@@ -67,7 +67,7 @@ NO_PROFILE = "none"
 class CompilerConfig:
     """Section `compiler`."""
 
-    profile: str = NO_PROFILE  # a name of COMPILER_PROFILES, for the generation of the run's devices
+    profile: str = NO_PROFILE  # options of the TPU compiler: a name of hardware.COMPILER_PROFILES
 
 
 def generation(device_kind: str) -> str | None:

@@ -19,8 +19,8 @@ class MeshConfig:
 
     data: int = 1  # replicas; over DCN between slices, and inside a slice where fsdp would leave too few rows a chip
     fsdp: int = -1  # parameters, gradients and optimizer state are split over it, gathered when used
-    context: int = 1  # sequence length
-    tensor: int = 1  # heads and ffn
+    context: int = 1  # rows are cut along their length
+    tensor: int = 1  # heads, feed-forward layer and vocabulary are cut over it
     slices: int = 1  # TPU slices joined over DCN; divides data
 
 

@@ -10,11 +10,11 @@ class LoggingConfig:
     """What a run tells about itself. metrics.jsonl and events.jsonl are always written."""
 
     every_steps: int = 10  # a line in metrics.jsonl and on the screen; evaluations always get one
-    tensorboard: bool = True
+    tensorboard: bool = True  # event files under WORKDIR/tensorboard
     wandb_project: str | None = None  # None: W&B is not even imported
     plot: bool = True  # loss.png in the workdir when the run ends
     profile_start: int | None = None  # first step of a jax.profiler trace, kept under WORKDIR/profile
-    profile_steps: int = 3
+    profile_steps: int = 3  # steps that the trace covers
 
 
 def check(config: LoggingConfig, total_steps: int) -> None:

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
-from phijax.report.writers import read_metrics
-
-HELD_OUT_LOSS = "heldout_loss/"  # + the data set's name: the metric of an evaluation that is drawn and shown
+from phijax.report.writers import HELD_OUT_LOSS, read_metrics
 
 INK, GREY = "#1f2328", "#8c959f"
 TRAINING, HELD_OUT = "#0969da", ("#cf222e", "#1a7f37", "#8250df", "#bc4c00", "#0a7ea4")

@@ -11,7 +11,7 @@ from phijax.report.writers import read_metrics
 
 def summarise(metrics_path: epath.PathLike, baselines: Mapping[str, float]) -> list[str]:
     """The first and last training loss, the last held-out losses, the baselines; nats and perplexity."""
-    lines = [line for line in read_metrics(metrics_path) if "loss" in line]
+    lines = [line for line in read_metrics(metrics_path) if line.get("loss") is not None]
     if not lines:
         return []
     shown = {
@@ -20,7 +20,9 @@ def summarise(metrics_path: epath.PathLike, baselines: Mapping[str, float]) -> l
     }
     for line in lines:
         found = {
-            name.removeprefix(HELD_OUT_LOSS): value for name, value in line.items() if name.startswith(HELD_OUT_LOSS)
+            name.removeprefix(HELD_OUT_LOSS): value
+            for name, value in line.items()
+            if name.startswith(HELD_OUT_LOSS) and value is not None
         }
         shown |= {f"held-out loss, {name}": value for name, value in found.items()}
     shown |= {f"guessing, {name}": value for name, value in baselines.items()}

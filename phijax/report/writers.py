@@ -19,10 +19,12 @@ from etils import epath
 
 from phijax.distribution import install_hint
 from phijax.errors import RunFailure, UserError
-from phijax.storage import atomic, durable
+from phijax.storage import atomic, durable, strict_json
 
 REMOTE_SECONDS = 60.0
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+HELD_OUT_LOSS = "heldout_loss/"  # + the data set's name: the metric of an evaluation that is drawn and shown
+_MOST_STEPS = 1 << 62
 
 Values = Mapping[str, float | int | str | None]
 
@@ -48,36 +50,44 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _parse(line: bytes) -> dict | None:
-    try:
-        values = json.loads(line)
-    except ValueError:
-        return None
-    return values if isinstance(values, dict) else None
+def _parse(line: bytes, where: str) -> dict:
+    """Raises: UserError for what is no line of metrics or events: the fields that are computed with must be numbers."""
+    fields = strict_json.parse(line, where)
+    row = dict(fields.values)
+    for name in ("loss", *(name for name in row if name.startswith(HELD_OUT_LOSS))):
+        if row.get(name) not in NOT_FINITE:
+            fields.number(name, None)
+    fields.integer("step", None, most=_MOST_STEPS)
+    if fields.text("event", None) in ("start", "progress"):
+        fields.integer("step", most=_MOST_STEPS), fields.number("time")
+    if row.get("event") == "progress":
+        fields.number("useful_seconds")
+    return row
 
 
 def read_metrics(path: epath.PathLike) -> list[dict]:
     """The lines of a metrics.jsonl or events.jsonl, in file order, NaN and infinities as floats.
 
-    The last line is left out when it is torn, as SIGKILL leaves it and as a run that is writing shows it. Raises
-    ValueError, naming the line, when any other is not a JSON object.
+    The last line is left out when it is torn, as SIGKILL leaves it and as a run that is writing shows it.
+    Raises: UserError, naming the line, when any other is not a JSON object, or what must be a number in it is none.
     """
     rows = []
     lines = epath.Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line:
             continue
-        values = _parse(line)
-        if values is None:
+        try:
+            values = _parse(line, f"{path}, line {number},")
+        except UserError:
             if number == len(lines):  # no newline after it
                 continue
-            raise ValueError(f"{path}, line {number}, is not a JSON object: {line[:80]!r}")
-        rows.append({key: float(value) if value in NOT_FINITE else value for key, value in values.items()})
+            raise
+        rows.append({k: float(v) if isinstance(v, str) and v in NOT_FINITE else v for k, v in values.items()})
     return rows
 
 
 def rewind(path: epath.Path, keep: Callable[[dict], bool]) -> int:
-    """Takes out of a file of JSON lines what `keep` refuses and what is torn; returns how many lines that were.
+    """Takes out of a file of JSON lines what `keep` refuses and what is torn or no line of ours; returns how many.
 
     They are not lost: NAME.superseded.jsonl gets them, byte for byte, before the file itself is replaced at once.
     """
@@ -86,8 +96,11 @@ def rewind(path: epath.Path, keep: Callable[[dict], bool]) -> int:
     kept, cut = [], []
     data = path.read_bytes()
     for line in data.splitlines():
-        values = _parse(line)
-        (kept if values is not None and keep(values) else cut).append(line + b"\n")
+        try:
+            wanted = keep(_parse(line, ""))
+        except UserError:
+            wanted = False
+        (kept if wanted else cut).append(line + b"\n")
     if cut:
         superseded = path.with_suffix(".superseded.jsonl")
         before = superseded.read_bytes() if superseded.exists() else b""

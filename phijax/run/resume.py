@@ -10,15 +10,15 @@ from etils import epath
 from phijax import config as configs
 from phijax.config import Config
 from phijax.data import loader
-from phijax.data.rows import Plan
+from phijax.data.row_source import RowSource
 from phijax.errors import UserError
 from phijax.interchange.native.source import model_of
 from phijax.interchange.opened import Opened
 from phijax.run import start
-from phijax.storage import atomic
+from phijax.storage import atomic, strict_json
 
 
-def begin_of(plan: Plan, before: dict[str, Any] | None, opened: Opened | None) -> int | None:
+def begin_of(rows: RowSource, before: dict[str, Any] | None, opened: Opened | None) -> int | None:
     """The id that segments begin with (rows.make_row): as the run's own steps say, else as texts of `opened` begin.
 
     Where neither says anything it is end-of-text.
@@ -28,9 +28,9 @@ def begin_of(plan: Plan, before: dict[str, Any] | None, opened: Opened | None) -
         return before["data"].get("begin")
     if opened is not None and len(opened.begin) == 1:
         with contextlib.suppress(UserError):  # a checkpoint without a tokenizer has no say in what its ids mean
-            if next(iter(plan.sources.values())).made_with(opened.tokenizer()):
+            if next(iter(rows.shards.values())).made_with(opened.tokenizer()):
                 return opened.begin[0]
-    return plan.begin
+    return rows.begin
 
 
 def check_identity(before: dict[str, Any], now: dict[str, Any], step: int) -> None:
@@ -70,10 +70,10 @@ def changes(config: Config, workdir: epath.Path) -> dict[str, tuple[Any, Any]] |
     A key that an older version did not know was at its default.
     """
     try:
-        before = json.loads((workdir / "config.json").read_text())
-    except (OSError, ValueError):
+        before = dict(strict_json.read(workdir / "config.json").values)
+    except UserError:
         return None
-    return configs.differences(configs.filled(before), configs.to_dict(config)) if isinstance(before, dict) else None
+    return configs.differences(configs.filled(before), configs.to_dict(config))
 
 
 def note_going_back(workdir: epath.Path, went_back: list[dict], fields: dict) -> None:
@@ -85,4 +85,4 @@ def note_going_back(workdir: epath.Path, went_back: list[dict], fields: dict) ->
 def add_to_history(workdir: epath.Path, fields: dict) -> None:
     history = workdir / "config_history.jsonl"
     line = json.dumps({"time": time.time(), **fields}) + "\n"
-    history.write_text((history.read_text() if history.exists() else "") + line)
+    history.write_bytes((history.read_bytes() if history.exists() else b"") + line.encode())

@@ -1,14 +1,15 @@
-"""A folder that appears whole or not at all: written under a temporary name, made durable, renamed."""
+"""A folder, or a large file, that appears whole or not at all: written under another name, made durable, renamed."""
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 
 from etils import epath
 
 from phijax.errors import UserError
-from phijax.storage import durable, leaving
+from phijax.storage import atomic, durable, leaving
 
 UNFINISHED = ".unfinished"
 
@@ -19,6 +20,11 @@ def check_output(output: epath.Path, nbytes: int) -> None:
         raise UserError(f"--output={output}: exports are written to a local disk; copy the folder from there.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output={output} is there already. Nothing is overwritten: give a new name, or remove it.")
+    check_room(output, nbytes)
+
+
+def check_room(output: epath.Path, nbytes: int) -> None:
+    """Raises: UserError if the disk that `output` is to lie on has no room for `nbytes`."""
     parent = output
     while not parent.exists():
         parent = parent.parent
@@ -71,3 +77,53 @@ def staged(output: epath.Path, *, resumable: bool = False) -> Iterator[epath.Pat
         if folder.exists() and not (resumable and isinstance(error, KeyboardInterrupt)):
             folder.rmtree()
         raise
+
+
+@contextlib.contextmanager
+def staged_file(path: epath.Path) -> Iterator[epath.Path]:
+    """Gives a temporary name beside `path`; what lies there at the end is made durable and becomes `path`.
+
+    After an exception, Ctrl-C and SIGTERM nothing is left, nor a folder that was made for it; what a killed process has
+    left, the next one removes. Raises: UserError for a disk that is full or fails.
+    """
+    path = durable.absolute(path)
+    made = [folder for folder in path.parents if not folder.exists()]  # the deepest first
+
+    def remove_folders() -> None:
+        for folder in made:
+            with contextlib.suppress(OSError):  # others have put something into it
+                os.rmdir(os.fspath(folder))
+
+    def tidy(temporary: epath.Path) -> None:
+        temporary.unlink(missing_ok=True)
+        remove_folders()
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        with atomic.replaced(path) as temporary, leaving.tidied(lambda: tidy(temporary)):
+            yield temporary
+    except BaseException as error:
+        remove_folders()
+        if isinstance(error, OSError):
+            said = error.strerror or error
+            raise UserError(f"{path} could not be written: {said}. Nothing is left of it.") from error
+        raise
+
+
+def _sweep(path: epath.Path) -> None:
+    """Removes temporary files that processes, dead by now, have left beside `path`."""
+    left = re.compile(rf"\.+{re.escape(path.name)}\.(?:exact-)?([0-9]+)\.(?:tmp|gguf)(?:\.[0-9]+\.tmp)?")
+    for file in path.parent.iterdir():
+        if (match := left.fullmatch(file.name)) and not _lives(int(match[1])):
+            file.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +11,8 @@ from etils import epath
 
 from phijax.distribution import install_hint
 from phijax.errors import UserError
+from phijax.storage import strict_json
+from phijax.storage.strict_json import Fields, shown
 from phijax.text import tokenizer_trial
 from phijax.text.bpe_arrays import spec_of_arrays
 from phijax.text.byte_level import bytes_of_token
@@ -29,9 +30,6 @@ _END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 _DECIDING = (
     "dropout unk_token continuing_subword_prefix end_of_word_suffix fuse_unk byte_fallback ignore_merges".split()
 )
-
-
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BpeTokenizer:
@@ -62,8 +60,6 @@ class BpeTokenizer:
             if token.get("content") in control:
                 token["special"] = True
         self._spec = _canonical(parsed)
-        if (lone := _LONE_SURROGATE.search(self._spec)) is not None:
-            raise UserError(f"{where} holds {lone[0]!r}, half of a character. The file is damaged.")
         self._byte_level = _is_byte_level(parsed, where)
         self._dummy_space = "never" if self._byte_level else dummy_space_of(parsed)
         self.specials, self.symbols = _added(parsed, where, end_of_text)
@@ -151,7 +147,9 @@ class BpeTokenizer:
         given = {self._plain.token_to_id(name): i for name, i in self.symbols.ids.items()}
         changed = {theirs: i for theirs, i in given.items() if theirs != i}
         if clash := [i for theirs, i in changed.items() if theirs in self._tokens]:
-            raise UserError(f"{where}: the added token {self.symbols.names[clash[0]]!r} cannot have the id {clash[0]}.")
+            raise UserError(
+                f"{where}: the added token {shown(self.symbols.names[clash[0]])} cannot have the id {clash[0]}."
+            )
         return changed
 
     def encode_with_specials(self, text: str) -> list[int]:
@@ -258,7 +256,9 @@ class BpeTokenizer:
         full = _load(json.loads(self._spec), self._where)
         for name, i in self.added_tokens.items():
             if full.token_to_id(name) != i:
-                raise UserError(f"{self._where}: the special token {name!r} has id {i}, but ids before it are missing.")
+                raise UserError(
+                    f"{self._where}: the special token {shown(name)} has id {i}, but ids before it are missing."
+                )
         return full
 
     @functools.cached_property
@@ -292,11 +292,8 @@ def _check_text(text: str) -> None:
 def _parse(spec: str, where: str) -> dict[str, Any]:
     if len(spec) > LONGEST_FILE:
         raise UserError(f"{where} has {len(spec):,} characters; read are tokenizers of up to {LONGEST_FILE:,}.")
-    try:
-        parsed = json.loads(spec)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
-    model = parsed.get("model") if isinstance(parsed, dict) else None
+    parsed = dict(strict_json.parse(spec.encode(errors="surrogatepass"), where).values)
+    model = parsed.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
         kind = model.get("type") if isinstance(model, dict) else None
         raise UserError(
@@ -327,17 +324,18 @@ def _added(parsed: dict[str, Any], where: str, end_of_text: str | None) -> tuple
     ids: dict[str, int] = {}
     flagged: dict[str, set[str]] = {flag: set() for flag in ("rstrip", "lstrip", "single_word", "normalized")}
     symbols, taken = set(), set()
-    for token in parsed.get("added_tokens") or ():
-        name, i = token.get("content"), token.get("id")
-        if not isinstance(name, str) or not name or type(i) is not int or i < 0:
-            raise UserError(f"{where}: an added token needs content and id, but one is {token}.")
+    for token in Fields(parsed, where).objects("added_tokens", []):
+        name, i = token.text("content"), token.integer("id")
+        if not name:
+            raise token.refusal("content", "the token's text")
         if name in ids or i in taken:
-            raise UserError(f"{where}: the added token {name!r} or its id {i} is there twice.")
+            raise UserError(f"{where}: the added token {shown(name)} or its id {i} is there twice.")
         ids[name] = i
         taken.add(i)
-        symbols |= {name} if is_symbol(name, token) and name != end_of_text else set()
+        special = {"special": token.boolean("special", False)}
+        symbols |= {name} if is_symbol(name, special) and name != end_of_text else set()
         for flag, names in flagged.items():
-            names |= {name} if token.get(flag) else set()
+            names |= {name} if token.boolean(flag, False) else set()
     both = Specials(MappingProxyType(ids), *map(frozenset, flagged.values()))
     special, found = ({name: name for name in ids if (name in symbols) == which} for which in (False, True))
     return both.renamed(special), both.renamed(found)

@@ -9,7 +9,7 @@ from etils import epath
 
 from phijax.errors import UserError
 from phijax.text.sentencepiece_model import Piece, PieceKind, take_apart
-from phijax.text.special_files import CONFIG_FILE, JSON_FILE
+from phijax.text.special_files import CONFIG_FILE, JSON_FILE, read_object
 from phijax.text.specials import SPACE_MARK, DummySpace, Specials
 
 _NONE = Specials({})
@@ -74,7 +74,7 @@ def take_as_it_is(folder: str | epath.PathLike, spec: Mapping[str, Any] | None) 
     """
     folder, changed = epath.Path(folder), []
     path, whole = folder / CONFIG_FILE, folder / JSON_FILE
-    there = json.loads(whole.read_bytes()) if whole.exists() else None
+    there = read_object(whole)
     if spec is not None:
         spec = {**spec, "post_processor": (there or {}).get("post_processor")}
         if spec != there:
@@ -82,7 +82,7 @@ def take_as_it_is(folder: str | epath.PathLike, spec: Mapping[str, Any] | None) 
             changed.append(JSON_FILE)
     elif there is None:
         return []
-    config = json.loads(path.read_bytes())
+    config = read_object(path) or {}
     new = {key: value for key, value in config.items() if key not in _REMAKES} | {"tokenizer_class": _GENERIC}
     if spec is not None:
         entries = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in spec["added_tokens"]}

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 import sentencepiece
 
 from phijax.errors import UserError
+from phijax.storage.strict_json import shown
 from phijax.text.sentencepiece_model import charsmap
 from phijax.text.special_files import ADDED_TOKENS_FILE
 from phijax.text.tokenizer_bounds import charsmap_growth, check_growth
@@ -43,7 +44,7 @@ def load_pieces(model: bytes, where: str) -> sentencepiece.SentencePieceProcesso
     try:
         # An empty model loads without an error and then prints one at every call.
         pieces = sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
-    except RuntimeError:
+    except (RuntimeError, UnicodeDecodeError):  # the second: of its message, which may quote a damaged piece
         pieces = None
     if pieces is None or pieces.get_piece_size() == 0:
         raise UserError(
@@ -72,14 +73,14 @@ def check_added_tokens(
     num_pieces, seen = pieces.get_piece_size(), {}
     for text, i in added_tokens.items():
         if i in seen:
-            raise UserError(f"{where}: the added tokens {seen[i]!r} and {text!r} have the same id {i}.")
+            raise UserError(f"{where}: the added tokens {shown(seen[i])} and {shown(text)} have the same id {i}.")
         seen[i] = text
         if i < 0 or (i < num_pieces and pieces.id_to_piece(i) != text):
             raise UserError(
-                f"{where}: the added token {text!r} has id {i}, which is a piece of the model ({num_pieces} pieces).\n"
+                f"{where}: the added token {shown(text)} has id {i}, a piece of the model, which has {num_pieces}.\n"
                 f"{ADDED_TOKENS_FILE} belongs to another model."
             )
         piece = pieces.piece_to_id(text)
         if text not in symbols and piece != pieces.unk_id() and not pieces.is_control(piece):
             # A document about chat models would then hold control tokens.
-            raise UserError(f"{where}: the model itself takes {text!r} out of plain text. Train or give another model.")
+            raise UserError(f"{where}: the model takes {shown(text)} out of plain text. Train or give another one.")

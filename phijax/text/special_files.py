@@ -5,14 +5,15 @@ that speaks of an id decides its name and flags.
 """
 
 import dataclasses
-import json
-import stat
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
 
 from etils import epath
 
 from phijax.errors import UserError
+from phijax.storage import strict_json
+from phijax.storage.strict_json import Fields, shown
 from phijax.text.specials import DummySpace, looks_like_control
 from phijax.text.tokenizer_bounds import LONGEST_FILE, check_spec
 
@@ -51,30 +52,18 @@ class FolderTokens:
 
 def read_folder_tokens(folder: epath.Path) -> FolderTokens | None:
     """None where the folder says nothing at all of special tokens. Raises UserError for files that cannot be meant."""
-    added = read_object(folder / ADDED_TOKENS_FILE)
-    config = read_object(folder / CONFIG_FILE)
-    whole = read_object(folder / JSON_FILE)
+    added, config = _fields(folder / ADDED_TOKENS_FILE), _fields(folder / CONFIG_FILE)
+    whole, ours = _fields(folder / JSON_FILE), _fields(folder / OURS_FILE)
     if whole is not None:
-        check_spec(whole, str(folder / JSON_FILE))
-    ours = read_object(folder / OURS_FILE)
+        check_spec(whole.values, whole.file)
     if added is None and config is None and whole is None:
         return None
-    names: dict[int, str] = {}
-    flags: dict[str, dict[str, Any]] = {}
-    for name, i in (added or {}).items():
-        _name(names, folder / ADDED_TOKENS_FILE, name, i)
-    if added and len(names) != len(added):
-        i, name = next((i, name) for name, i in added.items() if names[i] != name)
-        raise UserError(f"{folder / ADDED_TOKENS_FILE}: {name!r} and {names[i]!r} have the same id {i}.")
-    decoder = (config or {}).get("added_tokens_decoder") or {}
-    if not isinstance(decoder, dict):
-        raise UserError(f"{folder / CONFIG_FILE}: added_tokens_decoder must be an object of ids.")
-    for i, entry in decoder.items():
-        _entry(names, flags, folder / CONFIG_FILE, int(i) if str(i).isdecimal() else i, entry)
-    for entry in (whole or {}).get("added_tokens") or ():
-        _entry(names, flags, folder / JSON_FILE, entry.get("id") if isinstance(entry, dict) else None, entry)
-    end = _end(config or {})
-    control = _named(config) | _named(read_object(folder / MAP_FILE)) | {end}
+    names, flags = _added(added) if added is not None else {}, {}
+    for i, entry in [*_decoder(config), *((entry.integer("id"), entry) for entry in _tokens(whole))]:
+        names[i] = _content(entry)
+        flags[names[i]] = {flag: entry.boolean(flag, False) for flag in _FLAGS}
+    end = _token(config, "eos_token")
+    control = _named(config) | _named(_fields(folder / MAP_FILE)) | {end}
     # added_tokens.json alone has no flags: in a folder of ours all are control tokens, elsewhere none.
     unflagged: dict[str, Any] = {"special": config is None and whole is None}
     symbols = frozenset(
@@ -84,15 +73,51 @@ def read_folder_tokens(folder: epath.Path) -> FolderTokens | None:
     words, normalized = _flagged(flags, "single_word"), _flagged(flags, "normalized") & symbols
     said = bool(flags) or config is not None
     # Without tokenizer.json each segment has one: so it is in phi-3's, although its `legacy` is false.
-    dummy_space = dummy_space_of(whole) if whole else "each"
+    dummy_space = dummy_space_of(whole.values) if whole else "each"
     if ours is not None:
-        right, said = frozenset(ours.get("strips_right", ())), True
-        left = frozenset(ours.get("strips_left", ()))
-        symbols, words, normalized = (frozenset(ours.get(k, ())) for k in ("symbols", "whole_words", "normalized"))
-        end, dummy_space = ours.get("end_of_text", end), ours.get("dummy_space", dummy_space)
+        right, said = frozenset(ours.texts("strips_right", [])), True
+        left = frozenset(ours.texts("strips_left", []))
+        symbols, words, normalized = (frozenset(ours.texts(k, [])) for k in ("symbols", "whole_words", "normalized"))
+        end, dummy_space = ours.text("end_of_text", end), ours.text("dummy_space", dummy_space)
+        if dummy_space not in get_args(DummySpace):
+            raise ours.refusal("dummy_space", f"one of {', '.join(get_args(DummySpace))}")
     right_said = right if said else None
-    size = _vocab_size(whole)
+    size = _vocab_size(whole.values if whole else None)
     return FolderTokens(names, right_said, left, end, dummy_space, size, symbols, words, normalized)
+
+
+def _fields(path: epath.Path) -> Fields | None:
+    return strict_json.read(path, LONGEST_FILE) if path.exists() else None
+
+
+def _added(added: Fields) -> dict[int, str]:
+    """Id -> name, of added_tokens.json."""
+    names: dict[int, str] = {}
+    for name in added.values:
+        i = added.integer(name)
+        if i in names:
+            raise UserError(f"{added.file}: {shown(name)} and {shown(names[i])} have the same id {i}.")
+        names[i] = name
+    return names
+
+
+def _decoder(config: Fields | None) -> Iterator[tuple[int, Fields]]:
+    """Id and entry of each added token that tokenizer_config.json names."""
+    decoder = config.object("added_tokens_decoder", None) if config is not None else None
+    for i in decoder.values if decoder is not None else ():
+        if not re.fullmatch("[0-9]{1,9}", i):
+            raise UserError(f"{config.file}: added_tokens_decoder must be an object of ids, not {shown(i)}.")
+        yield int(i), decoder.object(i)
+
+
+def _tokens(whole: Fields | None) -> list[Fields]:
+    return whole.objects("added_tokens", []) if whole is not None else []
+
+
+def _content(token: Fields) -> str:
+    if not (name := token.text("content")):
+        raise token.refusal("content", "the token's text")
+    return name
 
 
 def is_symbol(name: str, entry: Mapping[str, Any]) -> bool:
@@ -101,72 +126,40 @@ def is_symbol(name: str, entry: Mapping[str, Any]) -> bool:
 
 
 def _flagged(flags: Mapping[str, Mapping[str, Any]], flag: str) -> frozenset[str]:
-    return frozenset(name for name, entry in flags.items() if entry.get(flag) is True)
+    return frozenset(name for name, entry in flags.items() if entry[flag])
 
 
+_FLAGS = ("special", "rstrip", "lstrip", "single_word", "normalized")
 _KINDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def control_names(folder: epath.Path) -> frozenset[str]:
     """Tokens that a folder's settings name, as eos_token: transformers makes them special, whatever their flags."""
-    return _named(read_object(folder / CONFIG_FILE)) | _named(read_object(folder / MAP_FILE))
+    return _named(_fields(folder / CONFIG_FILE)) | _named(_fields(folder / MAP_FILE))
 
 
-def _named(settings: Mapping[str, Any] | None) -> frozenset[str]:
-    found = [(settings or {}).get(kind) for kind in _KINDS]
+def _named(settings: Fields | None) -> frozenset[str]:
+    if settings is None:
+        return frozenset()
+    found = [_token(settings, kind) for kind in _KINDS]
     for kind in ("additional_special_tokens", "extra_special_tokens"):
-        more = (settings or {}).get(kind) or ()
-        found += more.values() if isinstance(more, dict) else more if isinstance(more, list) else ()
-    texts = (entry.get("content") if isinstance(entry, dict) else entry for entry in found)
-    return frozenset(text for text in texts if isinstance(text, str))
+        more = settings.values.get(kind)  # a list, or an object whose names are ours to choose
+        listed = more if isinstance(more, list) else list(settings.object(kind, Fields({}, "")).values.values())
+        entries = Fields({f"{kind}[{i}]": entry for i, entry in enumerate(listed)}, settings.file)
+        found += [_token(entries, name) for name in entries.values]
+    return frozenset(name for name in found if name is not None)
+
+
+def _token(settings: Fields | None, name: str) -> str | None:
+    """A token that stands as text, or as an object with its flags; None where there is none."""
+    if settings is None or not isinstance(settings.values.get(name), Mapping):
+        return settings.text(name, None) if settings is not None else None
+    return settings.object(name).text("content")
 
 
 def read_object(path: epath.Path) -> dict[str, Any] | None:
     """None where there is no such file. Raises: UserError for what is not one object of JSON."""
-    if not path.exists():
-        return None
-    try:
-        parsed = json.loads(read_bounded(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise UserError(f"{path} must hold one object of names and values.")
-    return parsed
-
-
-def size_of(path: epath.Path) -> int:
-    """Bytes of a file. Raises: UserError for what is no regular file, as a pipe, or a device without end."""
-    found = path.stat()
-    if found.is_directory or (found.mode is not None and not stat.S_ISREG(found.mode)):
-        raise UserError(f"{path} is no regular file.")
-    return found.length
-
-
-def read_bounded(path: epath.Path) -> bytes:
-    """Raises: UserError as `size_of`, and for a file that is larger than any need be."""
-    if (size := size_of(path)) > LONGEST_FILE:
-        raise UserError(f"{path} has {size:,} bytes; read are tokenizer files of up to {LONGEST_FILE:,}.")
-    return path.read_bytes()
-
-
-def _name(names: dict[int, str], path: epath.Path, name: Any, i: Any) -> None:
-    if not isinstance(name, str) or not name or type(i) is not int or i < 0:
-        raise UserError(f'{path} must give names and ids, as {{"<|endoftext|>": 32000}}, but has {name!r}: {i!r}.')
-    names[i] = name
-
-
-def _entry(names: dict[int, str], flags: dict[str, dict[str, Any]], path: epath.Path, i: Any, entry: Any) -> None:
-    if not isinstance(entry, dict):
-        raise UserError(f"{path}: the added token {i!r} must be an object with its content, but is {entry!r}.")
-    name = entry.get("content")
-    _name(names, path, name, i)
-    flags[name] = entry
-
-
-def _end(config: dict[str, Any]) -> str | None:
-    end = config.get("eos_token")
-    end = end.get("content") if isinstance(end, dict) else end
-    return end if isinstance(end, str) else None
+    return dict(strict_json.read(path, LONGEST_FILE).values) if path.exists() else None
 
 
 def dummy_space_of(spec: dict[str, Any]) -> DummySpace:

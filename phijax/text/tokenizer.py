@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 
 from phijax.errors import UserError
+from phijax.storage.regular_files import read_bounded
 from phijax.text.decoding import decode_text
 from phijax.text.huggingface_files import name_of_special, spec_of_model, write_sentencepiece
 from phijax.text.pieces import (
@@ -21,9 +22,10 @@ from phijax.text.pieces import (
     phi3_strips_right,
 )
 from phijax.text.sentencepiece_model import interchangeable, user_defined, with_control
-from phijax.text.special_files import ADDED_TOKENS_FILE, JSON_FILE, OURS_FILE, read_bounded, read_folder_tokens
+from phijax.text.special_files import ADDED_TOKENS_FILE, JSON_FILE, OURS_FILE, read_folder_tokens
 from phijax.text.specials import SPACE_MARK, DummySpace, Specials, looks_like_control
 from phijax.text.text_tokenizer import TextTokenizer
+from phijax.text.tokenizer_bounds import LONGEST_FILE
 
 __all__ = [
     "ADDED_TOKENS_FILE",
@@ -128,8 +130,8 @@ class Tokenizer:
             )
         said = read_folder_tokens(path) if path.is_dir() else None
         if said is None:
-            return cls(read_bounded(model_path), where=str(model_path))
-        model = read_bounded(model_path)
+            return cls(read_bounded(model_path, LONGEST_FILE), where=str(model_path))
+        model = read_bounded(model_path, LONGEST_FILE)
         own = own_specials(load_pieces(model, str(model_path)))
         added = {name: i for name, i in said.ids().items() if own.get(name) != i}
         named, symbols = {*own, *added}, said.symbols - own.keys()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from phijax.errors import UserError
+from phijax.storage.strict_json import shown
 
 LONGEST_FILE = 64 << 20  # bytes; Gemma 3's, of 262,144 tokens, has 33 million
 _MOST_TOKENS = 1 << 21
@@ -61,7 +62,7 @@ def check_model(model: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where} has {len(merges):,} merges; its vocabulary has room for {possible:,} at most.")
     for key in _TEXTS:
         if not isinstance(model.get(key), str | None) or len(model.get(key) or "") > _LONGEST_ADDITION:
-            raise UserError(f"{where}: {key} must be a short text or null, but is {str(model[key])[:80]}.")
+            raise UserError(f"{where}: {key} must be a short text or null, but is {shown(model[key])}.")
 
 
 def _steps(whole: Any, part: str, where: str) -> list[Mapping[str, Any]]:
@@ -70,11 +71,11 @@ def _steps(whole: Any, part: str, where: str) -> list[Mapping[str, Any]]:
     while waiting:
         step, depth = waiting.pop()
         if not isinstance(step, dict) or not isinstance(step.get("type"), str):
-            raise UserError(f'{where}: a step of its {part} must be an object with "type", not {str(step)[:80]}.')
+            raise UserError(f'{where}: a step of its {part} must be an object with "type", not {shown(step)}.')
         for key in _INNER:
             inner = step.get(key, [])
             if not isinstance(inner, list):
-                raise UserError(f"{where}: {key} must be a list, not {str(inner)[:80]}.")
+                raise UserError(f"{where}: {key} must be a list, not {shown(inner)}.")
             waiting += [(each, depth + 1) for each in reversed(inner)]
         steps.append(step)
         if len(steps) + len(waiting) > _MOST_STEPS or depth > _DEEPEST:
@@ -89,7 +90,7 @@ def _check_pattern(step: Mapping[str, Any], part: str, where: str) -> None:
         if not isinstance(text, str) or len(text) > _LONGEST_PATTERN:
             raise UserError(
                 f"{where}: a pattern of its {part} must be text of up to {_LONGEST_PATTERN:,} characters, but is "
-                f"{f'one of {len(text):,}' if isinstance(text, str) else str(text)[:80]}."
+                f"{f'one of {len(text):,}' if isinstance(text, str) else shown(text)}."
             )
 
 
@@ -110,7 +111,7 @@ def _growth(step: Mapping[str, Any], where: str) -> float:
     if kind == "Replace":
         content, pattern = step.get("content"), step.get("pattern")
         if not isinstance(content, str):
-            raise UserError(f"{where}: content of a Replace must be text, not {str(content)[:80]}.")
+            raise UserError(f"{where}: content of a Replace must be text, not {shown(content)}.")
         if isinstance(pattern, dict) and pattern.get("String"):
             return max(1.0, len(content) / len(pattern["String"]))
         regex = pattern.get("Regex") if isinstance(pattern, dict) else None

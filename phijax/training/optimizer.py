@@ -19,12 +19,12 @@ class OptimizerConfig:
 
     learning_rate: float = 3e-4  # the peak
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"  # after the warmup
-    warmup_steps: int = 2000
+    warmup_steps: int = 2000  # in which the rate grows linearly from 0
     decay_fraction: float = 0.1  # wsd: share of all steps that the final linear decay takes
     final_fraction: float = 0.1  # of the peak, reached at the last step (wsd and linear usually 0)
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    b1: float = 0.9  # decay of AdamW's first moment
+    b2: float = 0.95  # and of its second
+    eps: float = 1e-8  # added to the root of the second
     weight_decay: float = 0.1  # decoupled, on matrices
     clip_norm: float | None = 1.0  # of the whole gradient
     max_skipped_steps: int = 10  # not finite, in a row: then the run stops

@@ -255,15 +255,18 @@ def test_another_tokenizer_is_refused(folder, tokenizer):
     [
         (lambda m: m.update(version=99), "has version 99"),
         (lambda m: m.update(format="other"), "is not the manifest of token shards"),
-        (lambda m: m.pop("block"), "is damaged"),
-        (lambda m: m.update(block="8"), "block is not a whole number"),
-        (lambda m: m.update(block=0), "block is 0"),
+        (lambda m: m.pop("block"), "block is missing.*Prepare the shards again"),
+        (lambda m: m.update(block="8"), "block='8' must be a whole number"),
+        (lambda m: m.update(block=0), "block=0 must be a whole number from 1"),
         (lambda m: m.update(dtype="float32"), "dtype"),
-        (lambda m: m.update(vocab_size=70_000), "which uint16 does not hold"),
-        (lambda m: m["shards"][0].update(file="../other.arrayrecord"), "is no name of a shard"),
+        (lambda m: m.update(vocab_size=70_000), "vocab_size=70000 must be a whole number from 1 to 65,536"),
+        (
+            lambda m: m["shards"][0].update(file="../other.arrayrecord"),
+            "must be the name of a file in this",
+        ),
         (lambda m: m["shards"][0].update(file=m["shards"][1]["file"]), "named twice"),
-        (lambda m: m["shards"][0].update(records=-1), "counts of"),
-        (lambda m: m["shards"][0].pop("sha256"), "is damaged"),
+        (lambda m: m["shards"][0].update(records=-1), r"shards\[0\].records=-1 must be"),
+        (lambda m: m["shards"][0].pop("sha256"), r"shards\[0\].sha256 is missing"),
     ],
 )
 def test_damaged_manifests_are_refused(folder, edit, message):

@@ -58,3 +58,12 @@ def test_a_batch_switches_each_row_at_its_own_length():
     sampling = Sampling(temperature=0, max_tokens=12)
     together = ours.generate(prompts, sampling)
     assert together == [ours.generate([prompt], sampling)[0] for prompt in prompts]
+
+
+def test_the_page_has_every_case_and_takes_new_columns():
+    page = parity.PAGE.read_text()
+    rows = [line.split(" | ")[0].strip("| ") for line in page.splitlines() if line.startswith("| ")]
+    assert rows[2:] == list(parity.CASES)
+    written = parity.with_columns(page, {"phijax": dict.fromkeys(parity.CASES, "7.0e-07")})
+    assert written.count("| 7.0e-07 |") == len(parity.CASES) and written.count("| EasyDeL ") == page.count("| EasyDeL ")
+    assert parity.with_columns(page, {}) == page

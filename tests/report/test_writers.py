@@ -103,7 +103,7 @@ def test_reading_tells_a_torn_end_from_damage(workdir):
     path.write_bytes(b'{"step": 0}\n{"step": 1, "lo')
     assert steps_in(path) == [0]
     path.write_bytes(b'{"step": 0}\n{"step": 1, "lo\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2, is not a JSON object"):
+    with pytest.raises(UserError, match="line 2, is not JSON"):
         read_metrics(path)
 
 

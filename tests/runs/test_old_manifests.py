@@ -151,10 +151,10 @@ def test_a_manifest_is_version_2_where_it_must_be(unbroken, tmp_path, version, a
     [
         ({"format": 3}, r"has format 3; this version of phijax reads 1 to 2"),
         ({"format": True}, r"has format True"),
-        ({"model": {"activation": "gelu"}}, r"model\.activation=gelu is not known to this version"),
+        ({"model": {"activation": "gelu"}}, r"model\.activation='gelu' is not known to this version"),
         ({"model": {"long_rope": {"scale": 2}}}, r"model\.long_rope\.scale=2 is not known"),
         ({"model": {"long_rope": {"short_factor": []}}}, r"model\.long_rope\.long_factor is missing"),
-        ({"model": {"long_rope": 5}}, r"model\.long_rope is no object"),
+        ({"model": {"long_rope": 5}}, r"model\.long_rope=5 must be an object"),
     ],
     ids=str,
 )

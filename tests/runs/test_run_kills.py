@@ -1,7 +1,6 @@
 """Killed at any instant and started again, a run is the run that nobody killed: every logged number, bit for bit."""
 
 import json
-import os
 import pathlib
 import random
 import shutil
@@ -122,11 +121,11 @@ def stopped_at_its_start(process, is_there, name: str) -> None:
 
 
 def test_sigterm_while_the_start_weights_are_opened(runs, tmp_path):
-    """Their config is a pipe that nobody writes into: it waits there for as long as the test likes."""
-    workdir, weights = tmp_path / "run", tmp_path / "weights"
-    weights.mkdir()
-    os.mkfifo(weights / "config.json")
-    with runs.started(workdir, f"--config.init_from={weights}") as process:
+    """An experiment file is Python: this one makes their opening take for ever."""
+    workdir, slow = tmp_path / "run", tmp_path / "slow.py"
+    waits = "import time\nfrom phijax.run import start\nstart.open_checkpoint = lambda *a, **k: time.sleep(600)\n"
+    slow.write_text(runs.experiment.read_text() + waits)
+    with runs.started(workdir, f"--config.init_from={tmp_path}", config=slow) as process:
         stopped_at_its_start(process, (workdir / "writer.lock").exists, "at work")
     assert not (workdir / "writer.lock").exists() and saved_steps(workdir) == [] and last_step(workdir) == -1
 

@@ -243,7 +243,7 @@ def test_wrong_ids_and_text(byte_level):
         ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "decoder": {"type": "WordPiece"}}', "WordPiece"),
         (
             '{"model": {"vocab": {"a": 0}, "merges": []}, "decoder": {"type": "ByteLevel"}, "added_tokens": [{}]}',
-            "names and ids",
+            r"added_tokens\[0\].id is missing",
         ),
         ('{"model": {"vocab": {"a": 0}, "merges": ["a b"]}, "decoder": {"type": "ByteLevel"}}', "can read"),
     ],

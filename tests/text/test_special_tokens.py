@@ -222,9 +222,17 @@ def test_saved_by_an_earlier_version_opens_alike(pieces, tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "must be an object of ids"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<|a|>"}}}, "names and ids"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"1489": "<|a|>"}}, "must be an object with its content"),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "added_tokens_decoder=.* must be an object"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"x": {"content": "<|a|>"}}},
+            "an object of ids, not 'x'",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"1489": "<|a|>"}},
+            "decoder.1489=.* must be an object",
+        ),
         ("tokenizer.json", {"model": {"vocab": {"a": 0}}, "added_tokens": []}, "holds two tokenizers that differ"),
         ("tokenizer.json", [], "must hold one object"),
         ("special_tokens.json", "x", "must hold one object"),

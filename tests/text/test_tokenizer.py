@@ -170,7 +170,7 @@ def test_what_ends_the_texts_ends_the_training():
         ('{"<|user|>": 989}', "have no <|endoftext|>"),
         ('{"<|endoftext|>": 5}', "which is a piece of the model"),
         ('{"<|endoftext|>": 989, "<|end|>": 989}', "the same id 989"),
-        ('{"<|endoftext|>": "989"}', "names and ids"),
+        ('{"<|endoftext|>": "989"}', "<|endoftext|>='989' must be a whole number"),
         ("{", "is not JSON"),
         ('{"<|endoftext|>": 989, "the": 990}', "takes 'the' out of plain text"),
     ],
@@ -184,6 +184,15 @@ def test_wrong_added_tokens_are_refused(tokenizer, tmp_path, added_tokens, messa
     with pytest.raises(UserError) as error:
         Tokenizer.open(tmp_path)
     assert message in str(error.value)
+
+
+def test_a_model_whose_damage_shows_in_the_librarys_own_message(tokenizer, tmp_path):
+    """A flipped bit: the piece's bytes are no UTF-8, nor is the message of the library, which quotes them."""
+    tokenizer.save(tmp_path)
+    data = (tmp_path / "tokenizer.model").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(data.replace(b"<0x00>", b"<\xf8x00>", 1))
+    with pytest.raises(UserError, match="is not a SentencePiece model"):
+        Tokenizer.open(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b'{"model": {"type": "BPE"}}'])

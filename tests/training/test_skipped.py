@@ -107,6 +107,13 @@ def test_a_run_of_steps_without_tokens_ends_with_a_message():
     assert run(Skipping(empty=range(5)), short).step == 6
 
 
+def test_what_is_counted_has_the_name_that_the_objective_gives_it():
+    recorded = Skipping(empty={2, 3, 4, 5})
+    with pytest.raises(NothingLearned, match="up to step 5"):
+        run(recorded, LONG, counted="pairs")
+    assert "add 0 loss pairs skipped_steps skipped_in_a_row" in recorded.events
+
+
 def test_many_rows_of_them_do_not_fill_the_screen():
     pace = dataclasses.replace(LONG, total_steps=60)
     recorded = Skipping(empty=range(0, 60, 2))

@@ -28,6 +28,10 @@ class Recorded:
         if self._fail_in and event.startswith(self._fail_in):
             raise OSError(f"{event} failed")
 
+    def batch_of(self, step, state):
+        assert int(state.step) == step
+        return f"batch {step}"
+
     def program_of(self, step):
         def program(state, batch):
             assert batch == f"batch {step}" and int(state.step) == step
@@ -90,14 +94,15 @@ class Recorded:
         return {"heldout_loss": 1.0}
 
 
-def run(recorded: Recorded, pace: Pace = PACE, first: int = 0, evaluators: int = 1):
+def run(recorded: Recorded, pace: Pace = PACE, first: int = 0, evaluators: int = 1, counted: str = "predicted_tokens"):
     zero = jnp.int32(0)
     state = TrainState(jnp.int32(first), "params", "frozen", "opt_state", zero, zero)
     return train(
         state,
-        ((step, f"batch {step}") for step in range(first, pace.total_steps)),
+        recorded.batch_of,
         recorded.program_of,
         pace,
+        counted=counted,
         evaluators=[recorded.evaluator] * evaluators,
         report=recorded,
         checkpoints=recorded,

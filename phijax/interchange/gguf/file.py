@@ -20,6 +20,7 @@ from etils import epath
 from phijax.distribution import install_hint
 from phijax.errors import UserError
 from phijax.storage.durable import is_local
+from phijax.storage.regular_files import size_of
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -84,9 +85,7 @@ def read_file(path: epath.PathLike) -> GgufFile:
     path = epath.Path(path)
     if not is_local(path):
         raise UserError(f"{path}: a GGUF file is mapped into memory, so it must lie on a local disk. Copy it first.")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file.")
-    size = os.path.getsize(os.fspath(path))
+    size = size_of(path)
     if size < _FIXED:
         raise UserError(f"{path} is not a GGUF file: {size} bytes.")
     with open(os.fspath(path), "rb") as file:

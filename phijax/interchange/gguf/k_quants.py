@@ -11,9 +11,9 @@ from etils import epath
 
 from phijax.distribution import install_hint
 from phijax.errors import UserError
-from phijax.interchange.gguf.write import finished, output_path, write_gguf
+from phijax.interchange.gguf.write import output_path, write_gguf
 from phijax.interchange.opened import Opened
-from phijax.storage import leaving
+from phijax.storage import leaving, staging
 
 KINDS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
 _ERROR = 3  # ggml.h: GGML_LOG_LEVEL_ERROR
@@ -36,13 +36,13 @@ def write_k_quants(
         say(f"warning: {opened.path} is quantised already; {kind} rounds a second time")
     path = output_path(epath.Path(output), opened, kind, overwrite=False)
     exact = path.parent / f".{path.name}.exact-{os.getpid()}.gguf"
-    try:
-        with leaving.tidied(lambda: exact.unlink(missing_ok=True)):
-            write_gguf(opened, exact, kind=_without_loss(opened), keep_integers=False, say=say)
-            with finished(path) as temporary:
+    with staging.staged_file(path) as temporary:
+        try:
+            with leaving.tidied(lambda: exact.unlink(missing_ok=True)):
+                write_gguf(opened, exact, kind=_without_loss(opened), keep_integers=False, say=say)
                 _quantize(library, exact, temporary, kind)
-    finally:
-        exact.unlink(missing_ok=True)
+        finally:
+            exact.unlink(missing_ok=True)
     return path
 
 

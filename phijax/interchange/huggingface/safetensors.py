@@ -18,20 +18,25 @@ import numpy as np
 from etils import epath
 
 from phijax.errors import UserError
-from phijax.storage import atomic, durable
+from phijax.storage import atomic, durable, strict_json
+from phijax.storage.regular_files import size_of
+from phijax.storage.strict_json import Fields, shown
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # Of peft and of mlx-lm.
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors"}
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-LONGEST_HEADER = 16_000_000  # bytes: 100,000 tensors; headers of real models have some ten thousand bytes
+LONGEST_HEADER = 2_000_000  # bytes: 15,000 tensors; headers of real models have some ten thousand bytes
 LONGEST_INDEX = 16_000_000
+_MOST = 1 << 62  # of a size or an offset; what a file holds is asked next
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 # Written, not read: integers of the formats for quantised weights.
 INTEGERS = {"I32": np.dtype(np.int32), "U32": np.dtype(np.uint32), "I64": np.dtype(np.int64)}
 NAMES = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
+# The last two are indexed, never read: masks that old files carry beside their weights.
+READ = DTYPES | {"BOOL": np.dtype(np.bool_), "U8": np.dtype(np.uint8)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,18 +92,18 @@ def open_folder(folder: epath.Path) -> dict[str, Stored]:
             raise UserError(f"{folder / INDEX_FILE} names {name}, which is not there: the download is incomplete.")
         for tensor, stored in read_header(file).items():
             if tensor in found:
-                raise UserError(f"{folder}: tensor {_shown(tensor)} lies in {found[tensor].file.name} and in {name}.")
+                raise UserError(f"{folder}: tensor {shown(tensor)} lies in {found[tensor].file.name} and in {name}.")
             found[tensor] = stored
     for tensor, name in index.items():
         if tensor not in found or found[tensor].file.name != name:
-            raise UserError(f"{folder / INDEX_FILE} says that {_shown(tensor)} is in {name}; it is not.")
+            raise UserError(f"{folder / INDEX_FILE} says that {shown(tensor)} is in {name}; it is not.")
     _refuse_second_set(folder, names, INDEX_FILE, set(index.values()))
     return found
 
 
 def read_header(path: epath.Path) -> dict[str, Stored]:
     """Tensors of one file. Raises: UserError, in time and memory bounded by LONGEST_HEADER."""
-    size = path.stat().length
+    size = size_of(path)
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
@@ -108,64 +113,44 @@ def read_header(path: epath.Path) -> dict[str, Stored]:
                 f"(headers have at most {LONGEST_HEADER:,})."
             )
         text = file.read(length)
-    header = _parse(path, text)
-    header.pop("__metadata__", None)
-    found = {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    header = Fields(strict_json.parse(text, f"{path}: its header").values, str(path))
+    names = [name for name in header.values if name != "__metadata__"]
+    found = {name: _entry(path, name, header.object(name), 8 + length, size) for name in names}
     end = 8 + length
     for name, stored in sorted(found.items(), key=lambda item: (item[1].offset, math.prod(item[1].shape))):
         if stored.offset != end:
-            raise UserError(f"{path}: the bytes of {_shown(name)} overlap others, or leave a gap before them.")
+            raise UserError(f"{path}: the bytes of {shown(name)} overlap others, or leave a gap before them.")
         end += math.prod(stored.shape) * stored.dtype.itemsize
     if end != size:
         raise UserError(f"{path} has {size:,} bytes; its header describes {end:,}.")
     return found
 
 
-def _parse(path: epath.Path, text: bytes) -> dict[str, Any]:
-    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise UserError(f"{path}: {_shown(next(n for n in names if names.count(n) > 1))} stands twice.")
-        return table
-
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=without_repeats)
-    except (ValueError, RecursionError) as error:
+def _entry(path: epath.Path, name: str, entry: Fields, data: int, size: int) -> Stored:
+    where = f"{path}: tensor {shown(name)}"
+    kind, shape = entry.text("dtype"), entry.integers("shape", most=_MOST)
+    offsets = entry.integers("data_offsets", most=_MOST)
+    if len(offsets) != 2:
+        raise entry.refusal("data_offsets", "two numbers, where its bytes begin and end")
+    if len(shape) > 8:
+        raise entry.refusal("shape", "of at most 8 dimensions")
+    begin, end = offsets
+    if kind not in READ:
         raise UserError(
-            f"{path} is no whole safetensors file: its header is not JSON ({type(error).__name__})."
-        ) from error
-    if not isinstance(header, dict):
-        raise UserError(f"{path} is no whole safetensors file: its header is not a table of tensors.")
-    return header
-
-
-def _entry(path: epath.Path, name: str, entry: Any, data: int, size: int) -> Stored:
-    where = f"{path}: tensor {_shown(name)}"
-    try:
-        kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = [*shape, begin, end]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where} has no dtype, shape and data_offsets.") from error
-    if kind not in DTYPES:
-        raise UserError(f"{where} is stored as {kind!r}. Weights can be read as {', '.join(DTYPES)}: dequantise first.")
-    if not all(type(number) is int and number >= 0 for number in numbers) or len(shape) > 8:
-        raise UserError(f"{where} has shape {str(shape)[:80]} and bytes {begin} to {end}.")
-    dtype = DTYPES[kind]
+            f"{where} is stored as {shown(kind)}. Weights can be read as {', '.join(DTYPES)}: dequantise first."
+        )
+    dtype = READ[kind]
     if math.prod(shape) * dtype.itemsize != end - begin or data + end > size:
         raise UserError(
-            f"{where}, {kind} {str(tuple(shape))[:80]}, lies in bytes {begin:,} to {end:,} of {size - data:,}: "
+            f"{where}, {kind} {shown(tuple(shape))}, lies in bytes {begin:,} to {end:,} of {size - data:,}: "
             + ("the file is cut off." if data + end > size else "they do not hold it.")
         )
     return Stored(path, data + begin, tuple(shape), dtype)
 
 
 def _weight_map(path: epath.Path) -> dict[str, str]:
-    if path.stat().length > LONGEST_INDEX:
-        raise UserError(f"{path} has {path.stat().length:,} bytes, which is no index of tensors.")
-    index = _parse(path, path.read_bytes()).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-        raise UserError(f"{path} has no weight_map of tensor names and file names.")
+    weight_map = strict_json.read(path, LONGEST_INDEX).object("weight_map")
+    index = {tensor: weight_map.text(tensor) for tensor in weight_map.values}
     for name in set(index.values()):
         if (
             name != os.path.basename(name)
@@ -173,7 +158,7 @@ def _weight_map(path: epath.Path) -> dict[str, str]:
             or name in ("", ".", "..")
             or not name.endswith(".safetensors")
         ):
-            raise UserError(f"{path} names the file {_shown(name)}, which is no safetensors file of this folder.")
+            raise UserError(f"{path} names the file {shown(name)}, which is no safetensors file of this folder.")
     return index
 
 
@@ -208,10 +193,6 @@ def _no_weights(folder: epath.Path, names: set[str]) -> str:
     other = ending(".h5", ".msgpack", ".npz", ".onnx")
     beside = f" ({other[0]} is of a kind that is not read)" if other else ""
     return f"{folder} has config.json but no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there{beside}."
-
-
-def _shown(name: str) -> str:
-    return repr(name if len(name) <= 80 else name[:77] + "...")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Opens a Hugging Face folder: config.json, weights in safetensors, tokenizer and chat template beside them."""
 
 import functools
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -9,15 +8,18 @@ from etils import epath
 from phijax.errors import UserError, nearest_name
 from phijax.interchange.facts import Facts
 from phijax.interchange.huggingface import config as huggingface_config
-from phijax.interchange.huggingface.config import ARCHITECTURES, CONFIG_FILE, read_json
-from phijax.interchange.huggingface.names import Part, Tensor, tensors
-from phijax.interchange.huggingface.safetensors import Stored, open_folder
+from phijax.interchange.huggingface.config import CONFIG_FILE
+from phijax.interchange.huggingface.families.family import Family
+from phijax.interchange.huggingface.safetensors import DTYPES, Stored, open_folder
 from phijax.interchange.opened import Opened
-from phijax.interchange.weight_source import NOT_QUANTIZED, Index, check_finite, model_shapes
+from phijax.interchange.tensors import Part, Tensor, tensors
+from phijax.interchange.weight_source import LEAST_OF_A_LAYER, NOT_QUANTIZED, Index, check_finite, model_shapes
 from phijax.model.config import ModelConfig
+from phijax.storage import strict_json
+from phijax.storage.regular_files import size_of
+from phijax.storage.strict_json import Fields
 from phijax.text.beginning import read_beginning
 from phijax.text.open import open_tokenizer
-from phijax.text.special_files import size_of
 from phijax.text.tokenizer import TextTokenizer
 
 GENERATION_FILE = "generation_config.json"
@@ -25,8 +27,8 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"  # since transformers 4.48; in tokenizer_config.json before
 LONGEST_TEMPLATE = 1_000_000
 
-# Tensors that old files carry and that follow from the config.
-DERIVED_SUFFIX = ".rotary_emb.inv_freq"
+_SHOWN = 8  # of the differences between a config and its tensors
+_MOST_COMPARED = 1000  # names: each comparison takes some 20 us
 
 
 class HuggingFaceSource:
@@ -37,17 +39,17 @@ class HuggingFaceSource:
     def __init__(self, model: ModelConfig, files: dict[str, Stored], wanted: list[Tensor]):
         self._files = files
         self._shapes = model_shapes(model)
-        self._places: dict[str, list[tuple[str, Part]]] = {path: [] for path in self._shapes}  # by layer
+        self._places: dict[str, list[tuple[Tensor, Part]]] = {path: [] for path in self._shapes}  # by layer
         for tensor in wanted:
             for part in tensor.parts:
-                self._places[part.leaf].append((tensor.name, part))
+                self._places[part.leaf].append((tensor, part))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
 
     def dtype(self, path: str) -> np.dtype:
         """float32 where the layers of one leaf are stored in several."""
-        stored = {self._files[name].dtype for name, _ in self._places[path]}
+        stored = {self._files[tensor.name].dtype for tensor, _ in self._places[path]}
         return stored.pop() if len(stored) == 1 else np.dtype(np.float32)
 
     def read(self, path: str, index: Index) -> np.ndarray:
@@ -62,15 +64,11 @@ class HuggingFaceSource:
             out[i] = self._read_part(*places[layer], tuple(inside))
         return out
 
-    def _read_part(self, name: str, part: Part, index: Index) -> np.ndarray:
-        stored = self._files[name]
-        if part.transposed:
-            values = stored.read(index[::-1]).T
-        else:
-            start, stop, _ = index[0].indices(part.rows)
-            values = stored.read((slice(part.start + start, part.start + stop), *index[1:]))
-        check_finite(values, f"{stored.file}: {name}")
-        return values
+    def _read_part(self, tensor: Tensor, part: Part, index: Index) -> np.ndarray:
+        stored = self._files[tensor.name]
+        values = stored.read(tensor.index(part, index))
+        check_finite(values, f"{stored.file}: {tensor.name}")
+        return values.T if tensor.turned(part) else values
 
 
 def is_huggingface(path: epath.Path) -> bool:
@@ -84,23 +82,27 @@ def open_huggingface(folder: epath.Path) -> Opened:
     Raises: UserError, before any weight is read, for an architecture or a key that is not known, files that are cut
       off or missing, and tensors that are missing, surplus or of the wrong shape.
     """
-    where = str(folder / CONFIG_FILE)
-    config = read_json(folder / CONFIG_FILE)
-    model, architecture = huggingface_config.parse(config, where)
-    files = open_folder(folder)
-    wanted = tensors(model, ARCHITECTURES[architecture])
-    _check_tensors(folder, model, files, wanted)
-    generation = read_json(folder / GENERATION_FILE) if (folder / GENERATION_FILE).exists() else {}
-    tokenizer_config = read_json(folder / TOKENIZER_CONFIG_FILE) if (folder / TOKENIZER_CONFIG_FILE).exists() else {}
-    ids = {name: generation.get(name, config.get(name)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    stops = _ids(ids["eos_token_id"], where)
+    config = strict_json.read(folder / CONFIG_FILE)
+    model, family = huggingface_config.parse(config.values, config.file)
+    files = _with_prefix(open_folder(folder), family)
+    if model.num_layers * LEAST_OF_A_LAYER > len(files):
+        raise UserError(
+            f"{folder}: {CONFIG_FILE} says {model.num_layers:,} layers; its files hold {len(files)} tensors."
+        )
+    wanted = tensors(model, family.rows)
+    _check_tensors(folder, model, family, files, wanted)
+    generation = strict_json.read_if_there(folder / GENERATION_FILE)
+    ids = {
+        name: _ids(generation if name in generation.values else config, name)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     facts = Facts(
-        architecture=architecture,
+        architecture=family.class_name,
         tokenizer_folder=folder,
-        bos_id=next(iter(_ids(ids["bos_token_id"], where)), None),
-        eos_id=next(iter(_ids(config.get("eos_token_id"), where) or stops), None),
-        pad_id=next(iter(_ids(ids["pad_token_id"], where)), None),
-        generation=generation or None,
+        bos_id=next(iter(ids["bos_token_id"]), None),
+        eos_id=next(iter(_ids(config, "eos_token_id") or ids["eos_token_id"]), None),
+        pad_id=next(iter(ids["pad_token_id"]), None),
+        generation=generation.values or None,
     )
     return Opened(
         path=folder,
@@ -108,9 +110,9 @@ def open_huggingface(folder: epath.Path) -> Opened:
         model=model,
         weights=HuggingFaceSource(model, files, wanted),
         tokenizer=functools.partial(_tokenizer, folder),
-        chat_template=_template(folder, tokenizer_config),
+        chat_template=_template(folder),
         begin=read_beginning(folder, facts.bos_id),
-        stop_ids=stops,
+        stop_ids=ids["eos_token_id"],
         facts=facts,
     )
 
@@ -119,16 +121,25 @@ def _tokenizer(folder: epath.Path) -> TextTokenizer:
     return open_tokenizer(folder)
 
 
-def _check_tensors(folder: epath.Path, model: ModelConfig, files: dict[str, Stored], wanted: list[Tensor]) -> None:
+def _with_prefix(files: dict[str, Stored], family: Family) -> dict[str, Stored]:
+    """Under the names that the class with a head has, also where the file is of the class without."""
+    if any(name.startswith(family.prefix) for name in files):
+        return files
+    return {name if name == family.head_name else family.prefix + name: stored for name, stored in files.items()}
+
+
+def _check_tensors(
+    folder: epath.Path, model: ModelConfig, family: Family, files: dict[str, Stored], wanted: list[Tensor]
+) -> None:
     shapes = {tensor.name: tensor.shape for tensor in wanted}
-    present = {name: stored for name, stored in files.items() if not name.endswith(DERIVED_SUFFIX)}
+    present = {name: stored for name, stored in files.items() if not family.derived(name, stored.shape, model)}
     if model.tied_head:
-        present.pop("lm_head.weight", None)  # some writers store the embedding twice
+        present.pop(family.head_name, None)  # some writers store the embedding twice
     missing = [name for name in shapes if name not in present]
     surplus = [name for name in present if name not in shapes]
     lines = []
-    for name in missing:
-        near = nearest_name(name, surplus)
+    for i, name in enumerate(missing):
+        near = nearest_name(name, surplus) if i < _SHOWN and len(surplus) <= _MOST_COMPARED else None
         lines.append(f"{name} is missing" + (f" (there is {near})" if near else ""))
     lines += [f"{name} belongs to no weight of this model" for name in surplus]
     lines += [
@@ -136,29 +147,32 @@ def _check_tensors(folder: epath.Path, model: ModelConfig, files: dict[str, Stor
         for name, shape in shapes.items()
         if name in present and present[name].shape != shape
     ]
+    lines += [
+        f"{name} is stored as {present[name].dtype.name}. Weights can be read as {', '.join(DTYPES)}: dequantise first"
+        for name in shapes
+        if name in present and present[name].dtype not in DTYPES.values()
+    ]
     if lines:
-        more = f"\n  and {len(lines) - 8} more" if len(lines) > 8 else ""
+        more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
         raise UserError(
             f"{folder}: the weights are not those that {CONFIG_FILE} describes: {len(lines)} differences, of "
-            f"{len(shapes)} tensors.\n  " + "\n  ".join(lines[:8]) + more
+            f"{len(shapes)} tensors.\n  " + "\n  ".join(lines[:_SHOWN]) + more
         )
 
 
-def _ids(value: Any, where: str) -> tuple[int, ...]:
+def _ids(config: Fields, name: str) -> tuple[int, ...]:
     """One id, a list or null."""
-    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-    if not all(type(i) is int for i in ids):
-        raise UserError(f"{where}: token ids must be whole numbers, not {str(value)[:80]}.")
-    # Some tools write -1 for "none".
-    return tuple(i for i in ids if i >= 0)
+    several = isinstance(config.values.get(name), list)
+    ids = config.integers(name, least=-1) if several else [config.integer(name, -1, least=-1)]
+    return tuple(i for i in ids if i >= 0)  # some tools write -1 for "none"
 
 
-def _template(folder: epath.Path, tokenizer_config: dict[str, Any]) -> str | None:
+def _template(folder: epath.Path) -> str | None:
     file = folder / TEMPLATE_FILE
     if file.exists() and size_of(file) <= LONGEST_TEMPLATE:
-        return file.read_text()
-    template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        return strict_json.read_text(file, LONGEST_TEMPLATE)
+    config = strict_json.read_if_there(folder / TOKENIZER_CONFIG_FILE)
+    if not isinstance(config.values.get("chat_template"), list):
+        return config.text("chat_template", None)
+    named = {entry.text("name"): entry.text("template") for entry in config.objects("chat_template")}
+    return named.get("default")

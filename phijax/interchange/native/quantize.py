@@ -26,7 +26,8 @@ from phijax.model import params
 from phijax.quantization import packing, policy
 from phijax.quantization.policy import Scheme
 from phijax.quantization.rounding import Quantize, round_to_nearest
-from phijax.storage import durable, leaving, staging
+from phijax.storage import durable, leaving, staging, strict_json
+from phijax.storage.strict_json import Fields
 
 PROGRESS_FILE = "progress.jsonl"  # a line a piece that lies on disk; gone when all do
 VOCABULARY_BYTES = 64 << 20  # bytes of float32 of an embedding or a head that are quantised at once
@@ -226,11 +227,9 @@ def _taken_up(folder: epath.Path, identity: str, say: Callable[[str], None]) -> 
     if lines and lines[0] == identity:
         done = {}
         for line in lines[1:]:
-            try:
-                found = json.loads(line)
-            except ValueError:  # cut off by the kill
-                continue
-            done[found["piece"]] = found["squared"]
+            with contextlib.suppress(UserError):  # cut off by the kill
+                found = strict_json.parse(line.encode(), str(path))
+                done[found.text("piece")] = _pair(found)
         say(f"goes on in {folder}: {len(done)} pieces are there")
         path.write_text(
             "\n".join([identity, *(json.dumps({"piece": k, "squared": v}) for k, v in done.items())]) + "\n"
@@ -241,6 +240,14 @@ def _taken_up(folder: epath.Path, identity: str, say: Callable[[str], None]) -> 
         (folder / manifest.STATE_FOLDER).rmtree()
     path.write_text(identity + "\n")
     return {}
+
+
+def _pair(found: Fields) -> tuple[float, float] | None:
+    """Raises: UserError for what is no two numbers, nor null."""
+    squared = found.numbers("squared", None, least=0)
+    if squared is not None and len(squared) != 2:
+        raise found.refusal("squared", "two numbers")
+    return None if squared is None else (squared[0], squared[1])
 
 
 def errors_of(output: epath.Path, opened: Opened, assigned: Mapping[str, Scheme], method: str) -> dict | None:

@@ -1,9 +1,9 @@
 """Opens a checkpoint of ours, a run's or an exported one, to read its weights alone. Takes no lock, changes nothing."""
 
 import functools
+import math
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +23,7 @@ from phijax.model.config import ModelConfig, model_from_dict
 from phijax.quantization import packing, policy
 from phijax.quantization.policy import Scheme
 from phijax.storage import durable
+from phijax.storage.strict_json import Fields
 from phijax.text.open import open_tokenizer
 from phijax.text.tokenizer import TextTokenizer
 
@@ -31,11 +32,13 @@ PARAMS = "params/"
 START = "start"  # in a run's identity: what its start weights brought with them (run/start.py)
 QUANTIZATION = "quantization"  # in the manifest's extra: the schemes by leaf, the method, the errors
 QUALITY_FILE, PLOT_FILE = "quality.json", "error_by_layer.png"  # what it cost; beside the weights
+DTYPES = ("float32", "bfloat16", "float16")
 VALUES, SCALES = "values", "scales"  # of four bits: two to a byte, see quantization/packing.py
 
 # A chunk that several reads share is decoded once while it lies here. Chunks of one layer fit; those of checkpoints
 # written before the chunk size was bounded (run_state.CHUNK_BYTES) may not, and are then decoded for each layer.
 CACHE_BYTES = 256 << 20
+_MOST_SHRUNK = 64  # times: weights of a model shrink by a tenth, zeros wholly
 
 
 class NativeSource:
@@ -63,10 +66,11 @@ class NativeSource:
         known = {leaf["path"] for leaf in wanted}
         extra = [path for path in stored if path.startswith(PARAMS) and path not in known]
         manifest.refuse_differences(folder, lines + [f"{path}: only in the checkpoint" for path in extra], len(stored))
-        self._dtypes = {
-            path: jnp.dtype(jnp.float32 if path in self.schemes else stored[PARAMS + path]["dtype"])
-            for path in self._shapes
-        }
+        names = {path: "float32" if path in self.schemes else stored[PARAMS + path]["dtype"] for path in self._shapes}
+        if unknown := next((path for path, name in names.items() if name not in DTYPES), None):
+            raise UserError(f"{folder}: {unknown} is stored as {names[unknown]}; weights are {', '.join(DTYPES)}.")
+        self._dtypes = {path: jnp.dtype(name) for path, name in names.items()}
+        self._said = {leaf["path"]: (tuple(leaf["shape"]), leaf["dtype"]) for leaf in leaves}
         self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
         self._arrays: dict[str, tensorstore.TensorStore] = {}
 
@@ -112,7 +116,13 @@ class NativeSource:
     def _array(self, path: str) -> tensorstore.TensorStore:
         if path not in self._arrays:
             spec = array_spec(self._folder / manifest.STATE_FOLDER, PARAMS + path)
-            self._arrays[path] = tensorstore.open(spec, context=self._context, open=True, read=True).result()
+            found = tensorstore.open(spec, context=self._context, open=True, read=True).result()
+            if (found.shape, found.dtype.name) != (said := self._said[PARAMS + path]):
+                raise UserError(
+                    f"{self._folder}: {path} is {found.dtype.name} {found.shape}, but {manifest.MANIFEST_FILE} says "
+                    f"{said[1]} {said[0]}."
+                )
+            self._arrays[path] = found
         return self._arrays[path]
 
 
@@ -153,34 +163,47 @@ def open_native(path: epath.Path, *, verify: bool = True) -> Opened:
         folder = _newest_step(path)
     content = reading.read_manifest(folder)
     model = model_of(folder, content["identity"])
-    extra = dict(content["extra"])
+    _refuse_empty_promises(folder, content)
+    said = Fields(content, f"{folder}: {manifest.MANIFEST_FILE}")
+    extra, identity = said.object("extra"), said.object("identity")
     # What an export of another kind of checkpoint wrote down; of a run, what its start weights brought with them.
-    before = extra.get("weights_only") or content["identity"].get(START) or {}
+    before = extra.object("weights_only", None) or identity.object(START, Fields({}, said.file))
     tokenizer = _tokenizer_folder(folder)
     return Opened(
         path=folder,
         kind="phijax",
         model=model,
-        weights=NativeSource(folder, model, content["leaves"], _schemes_of(folder, extra)),
-        tokenizer=functools.partial(_open_tokenizer, folder, tokenizer),
-        chat_template=before.get("chat_template"),
-        begin=_begin(content["identity"], before),
-        stop_ids=tuple(before.get("stop_ids", ())),
+        weights=NativeSource(folder, model, content["leaves"], _schemes_of(extra)),
+        tokenizer=functools.partial(_open_tokenizer, folder, tokenizer, _fingerprint(identity, before)),
+        chat_template=before.text("chat_template", None),
+        begin=_begin(identity, before),
+        stop_ids=tuple(before.integers("stop_ids", ())),
         facts=Facts(
             step=content["step"],
             identity=content["identity"],
             tokenizer_folder=tokenizer,
-            quantization=extra.get(QUANTIZATION),
+            quantization=extra.object(QUANTIZATION).values if extra.has(QUANTIZATION) else None,
             **carried(before),
         ),
     )
 
 
-def _begin(identity: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[int, ...]:
+def _refuse_empty_promises(folder: epath.Path, content: dict) -> None:
+    """Raises: UserError for weights that the step's files cannot hold: chunks that are missing read as zeros."""
+    weights = [leaf for leaf in content["leaves"] if leaf["path"].startswith(PARAMS)]
+    said = sum(math.prod(leaf["shape"]) for leaf in weights)  # a byte each at least
+    held = sum(entry["bytes"] for entry in content["files"])
+    if said > _MOST_SHRUNK * held + CACHE_BYTES:
+        raise UserError(
+            f"{folder / manifest.MANIFEST_FILE} describes {said:,} numbers; the step's files have {held:,} bytes."
+        )
+
+
+def _begin(identity: Fields, before: Fields) -> tuple[int, ...]:
     """Of a run: as its rows' segments begin. Of an export: as the checkpoint that it was made of."""
-    if "begin" in before:
-        return tuple(before["begin"])
-    begin = (identity.get("data") or {}).get("begin")
+    if before.has("begin"):
+        return tuple(before.integers("begin"))
+    begin = identity.object("data", Fields({}, "")).integer("begin", None)
     return () if begin is None else (begin,)
 
 
@@ -190,15 +213,16 @@ def _whole_step(path: epath.Path) -> epath.Path:
             raise UserError(manifest.damage(path, problems))
         return path
     folder = path / CHECKPOINTS_FOLDER
-    saved, damaged, passed, not_good = steps.list_folders(folder).steps, [], [], None
+    listing = steps.list_folders(folder)
+    saved, damaged, not_good = listing.steps, [], None
+    passed = [f"{folder / name} is no step: it {why}." for name, why in steps.later_without_manifest(listing).items()]
     for step in reversed(saved):
         problems = manifest.verify(folder / str(step))
         if not problems and manifest.called_good(manifest.read(folder / str(step))) is False:
             not_good = not_good or folder / str(step)
             passed.append(f"Step {step} is not called good: the updates before it were not finite.")
         elif not problems:
-            for text in passed:
-                warnings.warn(f"{text}\nUsing step {step} instead.", stacklevel=2)
+            _warn(passed, step)
             return folder / str(step)
         else:
             passed.append(manifest.damage(folder / str(step), problems))
@@ -212,27 +236,35 @@ def _whole_step(path: epath.Path) -> epath.Path:
 def _newest_step(path: epath.Path) -> epath.Path:
     if (path / manifest.MANIFEST_FILE).exists():
         return path
-    saved = steps.list_folders(path / CHECKPOINTS_FOLDER).steps
-    if not saved:
+    folder = path / CHECKPOINTS_FOLDER
+    listing = steps.list_folders(folder)
+    if not listing.steps:
         raise UserError(f"{path} holds no whole checkpoint.")
-    return path / CHECKPOINTS_FOLDER / str(saved[-1])
+    later = steps.later_without_manifest(listing)
+    _warn([f"{folder / name} is no step: it {why}." for name, why in later.items()], listing.steps[-1])
+    return folder / str(listing.steps[-1])
 
 
-def _schemes_of(folder: epath.Path, extra: dict) -> dict[str, Scheme]:
+def _warn(passed: Sequence[str], step: int) -> None:
+    for text in passed:
+        warnings.warn(f"{text}\nUsing step {step} instead.", stacklevel=3)
+
+
+def _schemes_of(extra: Fields) -> dict[str, Scheme]:
     """Leaf path -> scheme of what is stored quantised."""
-    names = extra.get(QUANTIZATION, {}).get("schemes", {})
-    if unknown := sorted(set(names.values()) - set(policy.SCHEMES)):
-        raise UserError(f"{folder} is quantised as {unknown[0]}; this version of phijax knows {list(policy.SCHEMES)}.")
+    if not extra.has(QUANTIZATION):
+        return {}
+    schemes = extra.object(QUANTIZATION).object("schemes")
+    names = {path: schemes.text(path) for path in schemes.values}
+    if unknown := next((path for path, name in names.items() if name not in policy.SCHEMES), None):
+        raise schemes.refusal(unknown, f"one of {', '.join(policy.SCHEMES)}, which this version of phijax knows")
     return {path: policy.SCHEMES[name] for path, name in names.items()}
 
 
 def model_of(folder: epath.Path | str, identity: dict) -> ModelConfig:
     """The model of a manifest's identity. Raises: UserError for what is none, or is of a newer version."""
-    try:
-        return model_from_dict(identity["model"])
-    except (KeyError, TypeError, UserError) as error:
-        why = error if isinstance(error, UserError) else repr(error)
-        raise UserError(f"{folder}: {manifest.MANIFEST_FILE} does not say which model it is of: {why}") from error
+    where = f"{folder}: {manifest.MANIFEST_FILE}"
+    return model_from_dict(Fields(identity, where).object("model").values, where)
 
 
 def _tokenizer_folder(folder: epath.Path) -> epath.Path | None:
@@ -243,7 +275,18 @@ def _tokenizer_folder(folder: epath.Path) -> epath.Path | None:
     return next((candidate for candidate in candidates if candidate.is_dir()), None)
 
 
-def _open_tokenizer(folder: epath.Path, tokenizer: epath.Path | None) -> TextTokenizer:
+def _fingerprint(identity: Fields, before: Fields) -> str | None:
+    """Of the tokenizer that the step was saved with; None where an older phijax wrote down none."""
+    return before.text(TOKENIZER_FOLDER, None) or identity.object("data", Fields({}, "")).text("tokenizer", None)
+
+
+def _open_tokenizer(folder: epath.Path, tokenizer: epath.Path | None, fingerprint: str | None) -> TextTokenizer:
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer: neither in it nor in its run's workdir is a {TOKENIZER_FOLDER}/.")
-    return open_tokenizer(tokenizer)
+    opened = open_tokenizer(tokenizer)
+    if fingerprint not in (None, opened.fingerprint):
+        raise UserError(
+            f"{tokenizer} is damaged, or not the tokenizer of {folder}: its fingerprint is {opened.fingerprint[:12]}, "
+            f"the manifest says {fingerprint[:12]}. Copy the tokenizer's folder again from where it came."
+        )
+    return opened

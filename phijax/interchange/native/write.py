@@ -17,6 +17,7 @@ from phijax.interchange.weight_source import Index, blocks, check_finite
 from phijax.model import params
 from phijax.model.config import fields_version, model_to_dict
 from phijax.storage import staging
+from phijax.text.open import open_tokenizer
 
 LARGEST_CHUNK = 64 << 20  # bytes: what a reader decodes at least
 
@@ -62,6 +63,7 @@ def write(
     Args: dtype: None: as stored, small weights in their integers and scales; else these are what they stand for.
     Raises: UserError for an output that is there, a full disk, weights that are NaN or do not fit into `dtype`.
     """
+    tokenizer_files.check(opened)
     staging.check_output(output, nbytes(opened, dtype))
     with staging.staged(output) as folder:
         leaves = []
@@ -77,6 +79,8 @@ def write_manifest(folder: epath.Path, opened: Opened, leaves: list[dict], extra
     """What the folder is, with what `opened` says of itself. extra: more of the manifest's."""
     facts = model_card.kept(opened)
     step, before, model = facts.pop("step", 0), facts.pop("identity", {}), model_to_dict(opened.model)
+    if (folder / TOKENIZER_FOLDER).exists():  # the digests above are of the weights alone
+        facts[TOKENIZER_FOLDER] = open_tokenizer(folder / TOKENIZER_FOLDER).fingerprint
     manifest.write(
         folder,
         step=step,

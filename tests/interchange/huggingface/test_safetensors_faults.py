@@ -14,6 +14,7 @@ from phijax.errors import UserError
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
 from phijax.interchange.huggingface import safetensors as safetensors_files
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.interchange.native import write as native_write
 from phijax.interchange.open import open_checkpoint
 from phijax.interchange.weight_source import check_finite
@@ -84,15 +85,15 @@ def test_a_header_of_absurd_length(single, length):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda h: "[" * 100_000, "header is not JSON"),
+        (lambda h: "[" * 100_000, "its header is not read: it has more than 32 objects"),
         (lambda h: '{"a": ', "header is not JSON"),
-        (lambda h: "[1, 2]", "not a table of tensors"),
+        (lambda h: "[1, 2]", "its header must hold one object"),
         (lambda h: json.dumps(h)[:-1] + ',"lm_head.weight":' + json.dumps(h["lm_head.weight"]) + "}", "stands twice"),
-        (lambda h: h | {"lm_head.weight": 3}, "no dtype, shape and data_offsets"),
+        (lambda h: h | {"lm_head.weight": 3}, "lm_head.weight=3 must be an object"),
         (lambda h: h | {"lm_head.weight": {**h["lm_head.weight"], "dtype": "I64"}}, "stored as 'I64'"),
         (lambda h: h | {"lm_head.weight": {**h["lm_head.weight"], "dtype": "F8_E4M3"}}, "dequantise first"),
         (lambda h: h | {"lm_head.weight": {**h["lm_head.weight"], "shape": [1 << 62, 1 << 62]}}, "do not hold it"),
-        (lambda h: h | {"lm_head.weight": {**h["lm_head.weight"], "shape": [-300, -64]}}, "has shape"),
+        (lambda h: h | {"lm_head.weight": {**h["lm_head.weight"], "shape": [-300, -64]}}, r"shape\[0\]=-300 must be"),
         (lambda h: h | {"lm_head.weight": {**h["lm_head.weight"], "shape": [64, 300]}}, r"\(64, 300\).*asks for"),
         (
             lambda h: h | {"model.norm.weight": {**h["model.norm.weight"], "data_offsets": [0, 256]}},
@@ -186,7 +187,7 @@ def test_weights_that_are_not_finite_end_an_export_without_a_trace(saved, tmp_pa
     (folder / WEIGHTS).write_bytes(data)
     opened = open_checkpoint(folder)
     with pytest.raises(UserError, match=r"down_proj.* NaN or infinite"):
-        huggingface_folder.write(opened, tmp_path / "hf", huggingface_export.folder(opened, "phi3", None))
+        huggingface_folder.write(opened, tmp_path / "hf", huggingface_export.folder(opened, FAMILIES["phi3"], None))
     with pytest.raises(UserError, match=r"down_proj.* NaN or infinite"):
         native_write.write(opened, tmp_path / "ours", dtype=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["poisoned"]
@@ -221,7 +222,7 @@ def test_values_too_large_for_half_precision_are_refused(saved, tmp_path):
     data[stored.offset : stored.offset + 4] = np.float32(70000.0).tobytes()
     (folder / WEIGHTS).write_bytes(data)
     opened = open_checkpoint(folder)
-    half = huggingface_export.folder(opened, "phi3", huggingface_export.DTYPES["float16"])
+    half = huggingface_export.folder(opened, FAMILIES["phi3"], huggingface_export.DTYPES["float16"])
     with pytest.raises(UserError, match=r"model.norm.weight, as float16, .*infinite.*beyond the 65,504"):
         huggingface_folder.write(opened, tmp_path / "o", half)
     assert not (tmp_path / "o").exists()
@@ -231,8 +232,9 @@ def test_an_output_that_is_there_is_never_touched(saved, tmp_path):
     opened = open_checkpoint(saved("phi3"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
+    folder = huggingface_export.folder(opened, FAMILIES["phi3"], None)
     for write in (
-        lambda: huggingface_folder.write(opened, tmp_path / "out", huggingface_export.folder(opened, "phi3", None)),
+        lambda: huggingface_folder.write(opened, tmp_path / "out", folder),
         lambda: native_write.write(opened, tmp_path / "out", dtype=None),
     ):
         with pytest.raises(UserError, match="is there already"):
