@@ -110,7 +110,7 @@ def readers(folder: pathlib.Path) -> dict[str, Reader]:
 
 
 def _huggingface(folder: pathlib.Path, opened: Opened) -> dict[str, Reader]:
-    written = huggingface_export.folder(opened, "phi3", None)
+    written = huggingface_export.folder(opened, huggingface_export.choose_family(opened, "hf"), None)
     huggingface_folder.write(opened, epath.Path(folder), written, max_shard_bytes=100_000)
     generation = {"do_sample": True, "temperature": 0.7, "top_k": 40, "eos_token_id": [310, 311], "bos_token_id": 1}
     (folder / "generation_config.json").write_text(json.dumps(generation))
