@@ -29,8 +29,10 @@ from phijax.data.shard_manifest import InputEntry, Manifest, read_manifest
 from phijax.data.shards import ShardWriter
 from phijax.interchange import model_card, tokenizer_files
 from phijax.interchange.gguf.write import write_gguf
+from phijax.interchange.huggingface import config as huggingface_config
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.interchange.open import open_checkpoint
 from phijax.interchange.opened import Opened
 from phijax.interchange.weight_source import NOT_QUANTIZED, Index, model_shapes
@@ -41,6 +43,7 @@ from phijax.report.report import EventLog
 from phijax.report.summary import summarise
 from phijax.report.writers import JsonLines, encode, read_metrics
 from phijax.run import resume
+from phijax.storage import strict_json
 from phijax.text.open import open_tokenizer
 from phijax.text.tokenizer import Tokenizer
 from phijax.text.train_tokenizer import train_tokenizer
@@ -102,6 +105,7 @@ def readers(folder: pathlib.Path) -> dict[str, Reader]:
     )
     return {
         **_huggingface(folder / "hf", opened),
+        **_configs(folder),
         **_tokenizers(folder, tokenizer),
         **_gguf(folder / "gguf", opened),
         **_run(folder / "run", model, tokenizer),
@@ -123,6 +127,29 @@ def _huggingface(folder: pathlib.Path, opened: Opened) -> dict[str, Reader]:
         "model.safetensors.index.json": Reader(folder / "model.safetensors.index.json", _open),
         "*.safetensors": Reader(shard, _open, "safetensors"),
     }
+
+
+def _configs(folder: pathlib.Path) -> dict[str, Reader]:
+    """config.json of the other classes, whose weights are laid out otherwise."""
+    gpt2 = {"positions": "learned", "norm": "layer", "bias": True, "activation": "gelu_tanh", "gated": False}
+    plain = dataclasses.replace(MODEL, long_rope=None)
+    models = {
+        "llama": plain,
+        "mistral": dataclasses.replace(plain, sliding_window=16),
+        "gpt2": dataclasses.replace(plain, num_kv_heads=plain.num_heads, tied_head=True, **gpt2),
+    }
+    found = {}
+    for name, model in models.items():
+        path = folder / name / "config.json"
+        path.parent.mkdir()
+        config = huggingface_config.render(model, FAMILIES[name], dtype="float32", ids={"eos_token_id": 2})
+        path.write_text(json.dumps(config))
+        found[f"config.json ({name})"] = Reader(path, _parse)
+    return found
+
+
+def _parse(path: pathlib.Path) -> None:
+    huggingface_config.parse(strict_json.read(path).values, str(path))
 
 
 def _tokenizers(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Reader]:
