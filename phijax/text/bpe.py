@@ -75,7 +75,8 @@ class BpeTokenizer:
         if self._end_of_text not in self.specials.ids:
             raise UserError(
                 f"{where} has no token {named(end_of_text or 'that ends a document')} among its special tokens: "
-                f"{', '.join(map(named, self.specials.ids)) or 'it has none'}.\nSet eos_token in tokenizer_config.json beside it."
+                f"{', '.join(map(named, self.specials.ids)) or 'it has none'}.\n"
+                "Set eos_token in tokenizer_config.json beside it."
             )
         self.end_of_text: int = self.specials.ids[self._end_of_text]
         unknown = parsed["model"].get("unk_token")

@@ -67,8 +67,8 @@ def check_added_tokens(
     if end_of_text not in added_tokens and end_of_text not in own:
         raise UserError(
             f"The added tokens of {where} have no {named(end_of_text)}, which must end every document.\n"
-            f"They are: {', '.join(map(named, added_tokens)) or 'none'}. Add it to {ADDED_TOKENS_FILE} beside the model; "
-            "without that file phi-3's eleven tokens are put behind the model's pieces."
+            f"They are: {', '.join(map(named, added_tokens)) or 'none'}. Add it to {ADDED_TOKENS_FILE} beside the "
+            "model; without that file phi-3's eleven tokens are put behind the model's pieces."
         )
     num_pieces, seen = pieces.get_piece_size(), {}
     for text, i in added_tokens.items():
