@@ -27,6 +27,7 @@ from phijax.curation.jobs import run as run_tasks
 from phijax.data import verification
 from phijax.data.shard_manifest import InputEntry, Manifest, read_manifest
 from phijax.data.shards import ShardWriter
+from phijax.errors import UserError
 from phijax.interchange import model_card, tokenizer_files
 from phijax.interchange.gguf.write import write_gguf
 from phijax.interchange.huggingface import config as huggingface_config
@@ -212,7 +213,10 @@ def _run(workdir: pathlib.Path, model: ModelConfig, tokenizer: Tokenizer) -> dic
         best(epath.Path(workdir) / "checkpoints", [9], "heldout_loss/a")
         restored_step(epath.Path(step))
         manifest.verify(epath.Path(step))
-        resume.check_identity(reading.newest_identity(workdir / "checkpoints") or identity, identity, 9)
+        try:
+            resume.check_identity(reading.newest_identity(workdir / "checkpoints") or identity, identity, 9)
+        except UserError as error:  # of a run that is named in the line before it
+            raise UserError(f"{path}: {error}") from error
 
     def metrics(copy: pathlib.Path) -> None:
         JsonLines(epath.Path(copy.parent), 5).close()
