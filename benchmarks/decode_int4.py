@@ -33,8 +33,9 @@ import numpy as np
 from phijax.inference.generator import Generator
 from phijax.inference.model import load
 from phijax.inference.sampling import Sampling
-from phijax.interchange.gguf import names as gguf_names
 from phijax.interchange.gguf.config import keys_of
+from phijax.interchange.gguf.families import FAMILIES
+from phijax.interchange.tensors import tensors
 from phijax.model import params
 from phijax.model.config import ModelConfig
 from phijax.model.kernels import cpu_int4, cpu_int4_library
@@ -199,14 +200,15 @@ def write_random(path: pathlib.Path, c: ModelConfig) -> None:
     """A GGUF of random Q4_0 blocks: views of one buffer, so it is made as fast as it is written."""
     import gguf
 
-    writer = gguf.GGUFWriter(path, "phi3")
-    for key, value in keys_of(c, "phi3").items():
+    family = FAMILIES["phi3"]
+    writer = gguf.GGUFWriter(path, family.architecture)
+    for key, value in keys_of(c, family).items():
         kind = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}[type(value)]
-        writer.add_key_value(f"phi3.{key}", value, gguf.GGUFValueType[kind])
+        writer.add_key_value(key, value, gguf.GGUFValueType[kind])
     writer.add_tokenizer_model("no_vocab")
     blocks = np.random.default_rng(0).integers(0, 256, (8 << 20, 18), np.uint8)
     blocks[:, :2] = np.full(1, c.model_dim**-0.5 / 4.6, np.float16).view(np.uint8)
-    for tensor in gguf_names.tensors("phi3", c):
+    for tensor in tensors(c, family.rows):
         if len(tensor.shape) == 1:
             writer.add_tensor(tensor.name, np.ones(tensor.shape, np.float32))
         else:

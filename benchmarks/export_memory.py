@@ -77,15 +77,16 @@ def in_process(act, *arguments):
 def make(folder: pathlib.Path, preset: str) -> int:
     """A Hugging Face folder of random weights, streamed. -> bytes of its largest tensor."""
     from phijax.interchange.huggingface import config as huggingface_config
-    from phijax.interchange.huggingface import names
     from phijax.interchange.huggingface import safetensors as safetensors_files
+    from phijax.interchange.huggingface.families import FAMILIES
+    from phijax.interchange.tensors import tensors
     from phijax.model.presets import PRESETS
     from phijax.storage import atomic
     from phijax.text.train_tokenizer import train_tokenizer
 
     model = PRESETS[preset]
     half = np.dtype(ml_dtypes.bfloat16)
-    shapes = [safetensors_files.Shape(t.name, t.shape, half) for t in names.tensors(model, "phi3")]
+    shapes = [safetensors_files.Shape(t.name, t.shape, half) for t in tensors(model, FAMILIES["phi3"].rows)]
     random = np.random.default_rng(0)
     # Sign and seven bits of mantissa are random, so that it does not compress; the size is that of a weight.
     block = ((random.integers(0, 256, 1 << 25, dtype=np.uint16) & 0x80FF) | 0x3C00).astype(np.uint16).view(half)
@@ -100,7 +101,7 @@ def make(folder: pathlib.Path, preset: str) -> int:
         safetensors_files.write_file(epath.Path(folder) / name, group, pieces)
     safetensors_files.write_index(epath.Path(folder) / safetensors_files.INDEX_FILE, files)
     ids = {"bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000}
-    config = huggingface_config.render(model, "phi3", dtype="bfloat16", ids=ids)
+    config = huggingface_config.render(model, FAMILIES["phi3"], dtype="bfloat16", ids=ids)
     atomic.write_json(epath.Path(folder) / "config.json", config)
     train_tokenizer(topics.values(), 2048).save_huggingface(folder)
     return max(shape.nbytes for shape in shapes)

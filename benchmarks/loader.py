@@ -18,9 +18,10 @@ hardware.prepare_cpu()
 import jax
 import numpy as np
 
+from phijax.data.batch import TEXT_KEYS
 from phijax.data.loader import DataConfig, Loader
 from phijax.data.mixture import Phase, Source
-from phijax.data.rows import Plan
+from phijax.data.rows import ShardRows
 from phijax.data.shard_manifest import Manifest
 from phijax.data.shards import Shards, ShardWriter
 from phijax.parallel.mesh import MeshConfig, make_mesh
@@ -75,12 +76,13 @@ def main(_) -> None:
         folder = pathlib.Path(temporary)
         write(folder)
         phase = Phase(FLAGS.steps + 3, FLAGS.length, FLAGS.batch_size, (Source(str(folder)),))
-        plan = Plan([phase], {str(folder): Shards.open(folder)}, seed=0, begin=None)
+        rows = ShardRows([phase], {str(folder): Shards.open(folder)}, seed=0, begin=None)
         config = DataConfig((phase,), read_threads=FLAGS.threads, read_ahead=2 * FLAGS.threads)
-        loader = Loader(plan, config, make_mesh(MeshConfig(), jax.devices()[:1]))
+        loader = Loader(rows, TEXT_KEYS, config, make_mesh(MeshConfig(), jax.devices()[:1]))
         seconds, before = [], time.perf_counter()
-        for step, batch in loader.starting_at(0):
-            jax.block_until_ready(batch)
+        batch_of = loader.starting_at(0)
+        for step in range(phase.steps):
+            jax.block_until_ready(batch_of(step, None))
             now = time.perf_counter()
             if step >= 3:
                 seconds.append(now - before)

@@ -13,13 +13,15 @@ import numpy as np
 from etils import epath
 
 from phijax.interchange.gguf import integers as gguf_integers
-from phijax.interchange.gguf import names as gguf_names
+from phijax.interchange.gguf.families import FAMILIES as GGUF_FAMILIES
 from phijax.interchange.gguf.file import gguf_library
 from phijax.interchange.huggingface import compressed_tensors as compressed_tensors_export
 from phijax.interchange.huggingface import mlx as mlx_export
+from phijax.interchange.huggingface.families import FAMILIES as HF_FAMILIES
 from phijax.interchange.native import quantize as native_quantize
 from phijax.interchange.native.source import NativeSource
 from phijax.interchange.opened import Opened
+from phijax.interchange.tensors import Tensor, tensors
 from phijax.interchange.weight_source import model_shapes
 from phijax.model.config import ModelConfig
 from phijax.model.presets import PRESETS
@@ -45,17 +47,17 @@ def sizes(c: ModelConfig, scheme: str) -> dict[str, int]:
     opened = Opened(epath.Path("/none"), "phijax", c, Planned(c, assigned), lambda: None)
 
     def of_folder(export) -> int:
-        return sum(tensor.nbytes for tensor in export.folder(opened, "phi3", None).tensors)
+        return sum(tensor.nbytes for tensor in export.folder(opened, HF_FAMILIES["phi3"], None).tensors)
 
     return {
         "ours": sum(native_quantize.nbytes(opened, assigned).values()),
-        "GGUF": sum(of_gguf(tensor, assigned) for tensor in gguf_names.tensors(gguf_names.PHI3, c)),
+        "GGUF": sum(of_gguf(tensor, assigned) for tensor in tensors(c, GGUF_FAMILIES["phi3"].rows)),
         "MLX": of_folder(mlx_export),
         "compressed-tensors": of_folder(compressed_tensors_export),
     }
 
 
-def of_gguf(tensor: gguf_names.Tensor, assigned: dict[str, policy.Scheme]) -> int:
+def of_gguf(tensor: Tensor, assigned: dict[str, policy.Scheme]) -> int:
     library, kind = gguf_library(), gguf_integers.kind_of(assigned, tensor) or "F32"  # norms
     per_block, block = library.GGML_QUANT_SIZES[library.GGMLQuantizationType[kind]]
     return math.prod(tensor.shape) // per_block * block

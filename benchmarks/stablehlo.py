@@ -24,7 +24,6 @@ import jax.numpy as jnp
 jax.config.update("jax_traceback_in_locations_limit", 0)  # kernels carry their locations in their bytes
 
 from phijax.inference import placement, programs
-from phijax.inference.sampling import Sampling, Settings
 from phijax.model import cached, params
 from phijax.model.backend import CHOICES
 from phijax.model.config import LongRope
@@ -74,7 +73,7 @@ def train_programs(name, c):
             sizes = dict(mesh.shape)
             if c.num_kv_heads % sizes["tensor"] or c.num_heads % sizes["tensor"]:
                 continue
-            length = 512 if platform == "cpu" else 8192 if c.long_rope else 4096
+            length = min(c.max_position, 512 if platform == "cpu" else 8192 if c.long_rope else 4096)
             rows = max(1, sizes["data"] * sizes["fsdp"])
             for variant, backend in variants.items():
                 recipe = Recipe(c, backend, OptimizerConfig(), LossConfig(z_loss=1e-4), 100, 0)
@@ -101,37 +100,35 @@ def tpu_programs(c):
 def host_programs(c, kind: str, tensor: int, weights_kind: str, cache_dtype: str):
     """On CPU devices, as a CPU or a GPU would be given them."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=tensor), jax.devices()[:tensor])
-    path = placement.choose_path(c, CHOICES[kind], mesh, cache_dtype)
-    weights = jax.eval_shape(lambda: resident_like(c, path, weights_kind))
+    layout = placement.choose_layout(c, CHOICES[kind], mesh, cache_dtype)
+    weights = jax.eval_shape(lambda: resident_like(c, layout, weights_kind))
 
     def struct(shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    lengths, sampling = programs.piece_lengths(600), Sampling(temperature=0.7, top_p=0.9)
+    lengths = programs.piece_lengths(600)
     half = c.rotary_dim // 2
     for rows, count in ((2, struct(())), (8, struct(())), (8, None)):
-        cache = jax.eval_shape(lambda n=rows: cached.empty_cache(c, path, n, lengths))
-        settings = jax.tree.map(lambda a: struct((), a.dtype), Settings.of(sampling))
-        held = programs.Rows(*(struct((rows,)) for _ in range(4)), None)
+        cache = jax.eval_shape(lambda n=rows: cached.empty_cache(c, layout, n, lengths))
         yield (
             f"step_{rows}{'_free' if count is None else ''}",
-            lambda k=cache, s=settings, h=held, n=rows, t=count: programs.step.lower(
-                c, path, 1.0, sampling.plan, weights, k, s, h, struct((n, half), jnp.float32), struct((n,)), t
+            lambda k=cache, n=rows, t=count: programs.step.lower(
+                c, layout, 1.0, weights, k, struct((n,)), struct((n,)), struct((n, half), jnp.float32), t
             ),
         )
     for every in (False, True):
-        cache = jax.eval_shape(lambda: cached.empty_cache(c, path, 1, lengths))
+        cache = jax.eval_shape(lambda: cached.empty_cache(c, layout, 1, lengths))
         yield (
             f"prefill{'_every' if every else ''}",
             lambda k=cache, e=every: programs.prefill.lower(
-                c, path, 1.0, e, weights, k, struct((64,)), struct(()), struct(()), struct((half,), jnp.float32)
+                c, layout, 1.0, e, weights, k, struct((64,)), struct(()), struct(()), struct((half,), jnp.float32)
             ),
         )
 
 
-def resident_like(c, path, kind: str):
+def resident_like(c, layout, kind: str):
     """Weights of zeros as `resident.place` lays them; under eval_shape."""
-    flat = {name: jnp.zeros(shape, path.dtype) for name, shape in params.shapes(c).items()}
+    flat = {name: jnp.zeros(shape, layout.dtype) for name, shape in params.shapes(c).items()}
     if kind != "float":
         for name, scheme in policy.assign(c, policy.parse("int4_g32")).items():
             shape, axis = params.shapes(c)[name], policy.summed_axis(name)
@@ -139,9 +136,10 @@ def resident_like(c, path, kind: str):
             layers = [jax.tree.map(lambda a, i=i: a[i], w) for i in range(c.num_layers)] if len(shape) == 3 else [w]
             made = tuple(tiled_like(w, axis) for w in layers) if kind == "tiled" else layers
             flat[name] = (tuple(made) if len(shape) == 3 else made[0]) if kind == "tiled" else w
-    weights = params.nested(flat)
-    weights = cached.layered(weights, c.num_layers) if path.unrolled else weights
-    return cached.transposed(weights) if path.transposed else weights
+    if layout.transposed and c.tied_head:
+        flat[cached.HEAD] = flat["embedding"]
+    laid_out = {path: cached.laid_out(layout, path, leaf, c.num_layers) for path, leaf in flat.items()}
+    return cached.assembled(layout, laid_out, c.num_layers)
 
 
 def tiled_like(w: Quantized, axis: int) -> cpu_int4.Tiled:

@@ -28,6 +28,7 @@ from phijax.parallel.mesh import MeshConfig
 from phijax.parallel.processes import ProcessConfig
 from phijax.report.config import LoggingConfig
 from phijax.storage.named import named
+from phijax.tasks import TASKS
 from phijax.training.optimizer import OptimizerConfig
 
 # Keys that name files and folders; `~` is the home folder in them.
@@ -38,7 +39,7 @@ PATHS = ("init_from", "model.long_rope_from", "data.phases[].mixture[].path", "e
 class Config:
     """All of a run. Written, resolved, to config.json of its workdir."""
 
-    task: Literal["pretrain"] = "pretrain"  # what is trained, and on which rows
+    task: Literal[*TASKS] = "pretrain"  # what is trained, and on which rows
     seed: int = 0  # of start values and of the order of rows; 0 to 2**32 - 1
     init_from: str | None = None  # start weights: any checkpoint that `phijax show` knows; all else begins anew
     init_from_other_tokenizer: bool = False  # whether they may train on shards of another tokenizer than theirs

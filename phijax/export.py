@@ -1,7 +1,7 @@
 """Writes any checkpoint in any format: phijax export --checkpoint=ANY --format=hf --output=DIR
 
 --checkpoint is the workdir of a run, the folder of one of its steps, a Hugging Face folder or a GGUF file. Formats:
-  hf       Hugging Face, in the class that the weights came from; Phi3 for those trained here
+  hf       Hugging Face, in the class that the weights came from; Phi3 or GPT-2 for those trained here
   llama    Hugging Face, LlamaForCausalLM: for runtimes that do not know Phi3
   mistral  Hugging Face, MistralForCausalLM: the same with a sliding window
   phijax   ours, weights alone: --config.init_from reads it
@@ -93,15 +93,15 @@ def _write_weights(opened, output, max_shard_bytes: int) -> int:
     small_formats = {compressed_tensors_export.FORMAT: compressed_tensors_export, mlx_export.FORMAT: mlx_export}
     keeps = FLAGS.format in small_formats
     integers = small_matrices.require_quantized(opened, FLAGS.format) if keeps else ()
-    layout = huggingface_export.choose_layout(opened, "hf" if keeps else FLAGS.format)
-    folder = small_formats.get(FLAGS.format, huggingface_export).folder(opened, layout, dtype)
+    family = huggingface_export.choose_family(opened, "hf" if keeps else FLAGS.format)
+    folder = small_formats.get(FLAGS.format, huggingface_export).folder(opened, family, dtype)
     files = folder.files(max_shard_bytes)
     for line in [*_changes(opened, dtype, integers), *_widened({} if keeps else small, dtype), *folder.notes]:
         print(line)
     _check_output(output, sum(tensor.nbytes for tensor in folder.tensors))
     if not FLAGS.dry_run:
         huggingface_folder.write(opened, output, folder, max_shard_bytes=max_shard_bytes, say=_say_warnings)
-    print(f"{_done()} {output}, {layout} layout:")
+    print(f"{_done()} {output}, {family.model_type} layout:")
     for name, tensors in files.items():
         kinds = ", ".join(sorted({tensor.dtype.name for tensor in tensors}))
         print(f"  {name}: {len(tensors)} tensors, {sum(tensor.nbytes for tensor in tensors):,} bytes, {kinds}")

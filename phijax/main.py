@@ -55,8 +55,10 @@ def checked_config(arguments: list[str], overrides: list[tuple[str, str]]):
 
 
 def train(config) -> int:
-    from phijax.parallel import processes
+    from phijax.parallel import hardware, processes
     from phijax.storage import leaving
+
+    hardware.run_in_turn()
 
     def run() -> int:
         from etils import epath
@@ -86,6 +88,7 @@ def dry_run(config) -> int:
     import jax
     from etils import epath
 
+    from phijax import planner
     from phijax.checkpoint import reading
     from phijax.checkpoint.steps import CHECKPOINTS_FOLDER
     from phijax.data import verification
@@ -106,29 +109,25 @@ def dry_run(config) -> int:
     workdir = epath.Path(FLAGS.workdir) if FLAGS.workdir else None
     recipe = recipes.make_recipe(config, sizes, platform, chip, start.resolve(config, workdir))
     shapes = recipes.shapes_by_phase(config)
-    print("\n".join(summary.describe(recipe, sizes, shapes)))
+    process = None
+    if platform == "cpu":
+        process = planner.process_memory(config, recipe, sizes, jax.local_device_count())
+    print("\n".join(summary.describe(recipe, sizes, shapes, process)))
     try:
-        plan = recipes.open_plan(config, recipe.model)
-        sets = recipes.open_evaluation(config, recipe.model, plan, sizes)
-        files = files_of([*plan.sources.values(), *(held_out.shards for held_out in sets)])
+        rows = recipes.open_rows(config, recipe.model)
+        sets = recipes.open_evaluation(config, recipe, rows, sizes)
+        files = files_of([*rows.shards.values(), *(held_out.shards for held_out in sets)])
         checked = verification.look(files, FLAGS.workdir, seconds=60) if config.data.verify else verification.SIZES
     except (UserError, RunFailure) as error:
         print(f"error: data: {error}", file=sys.stderr)
         return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASH
-    for path, epochs in plan.epochs().items():
-        unused = plan.unused_records(path)
-        tails = f"; {unused:,} at the ends of shards fill no row" if unused else ""
-        print(f"data: {path}: {plan.sources[path].num_records:,} records, seen {epochs:.3g} times{tails}")
-    print("\n".join([*(f"warning: {text}" for text in plan.repeats()), checked]))
+    lines = [*(f"data: {text}" for text in rows.summary()), *(f"warning: {text}" for text in rows.warnings()), checked]
+    print("\n".join(lines))
     if config.init_from and not (workdir and reading.newest_identity(workdir / CHECKPOINTS_FOLDER)):
-        for line in start.open_start(config, recipe.model, next(iter(plan.sources.values())), verify=False).lines:
+        for line in start.open_start(config, recipe.model, next(iter(rows.shards.values())), verify=False).lines:
             print(line)
-    phase = plan.phases[0]
-    weight = sum(
-        float(plan.read(plan.place(0, index), phase.sequence_length)["weights"].sum())
-        for index in range(phase.global_batch_size)
-    )
-    print(f"read step 0: {phase.global_batch_size} rows, {weight:,.0f} tokens to predict. Nothing was trained.")
+    read = [float(row["weights"].sum()) for row in recipes.rows_of_step_0(config, recipe, rows)]
+    print(f"read step 0: {len(read)} rows, {sum(read):,.0f} tokens to predict. Nothing was trained.")
     return EXIT_DONE
 
 

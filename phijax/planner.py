@@ -13,7 +13,7 @@ from phijax.errors import UserError
 from phijax.model import params
 from phijax.parallel.hardware import COMPILER_PROFILES, NO_PROFILE, CompilerConfig
 from phijax.parallel.mesh import make_mesh
-from phijax.planning import analytic, compiled, search, topology
+from phijax.planning import analytic, compiled, cpu_process, search, topology
 from phijax.planning.assumptions import chip_of
 from phijax.planning.compiled import Compiled, DoesNotFit
 from phijax.planning.found import Found
@@ -87,6 +87,13 @@ def host_memory(recipe: Recipe, where: analytic.Slice, mesh) -> HostMemory:
     state = abstract_state(recipe, mesh)
     held = (bytes_held_by_save(state, asynchronous=asynchronous) for asynchronous in (True, False))
     return HostMemory(*held, chip.host_bytes, bytes_on_host(state))
+
+
+def process_memory(config: Config, recipe: Recipe, sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+    """Part -> bytes of a training process at its worst, on a CPU, where it has the memory of its `devices` itself."""
+    shapes = [*recipes.shapes_by_phase(config).values()]
+    shapes += [recipes.evaluation_shape(config)] if config.evaluation.sets else []
+    return cpu_process.memory(recipe, sizes, shapes, devices=devices, asynchronous=config.checkpoint.asynchronous)
 
 
 def find(config: Config, slice_name: str, how: How, *, top: int) -> Found:

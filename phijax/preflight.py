@@ -85,7 +85,7 @@ def needs_of(config, workdir=None):
     """What the run of this config takes on this process, and whether mesh and data are right here."""
     import jax
 
-    from phijax.checkpoint.host_memory import bytes_held_by_save, bytes_on_host
+    from phijax import planner
     from phijax.parallel.hardware import generation
     from phijax.parallel.mesh import make_mesh
     from phijax.readiness.agreement import Facts
@@ -109,23 +109,35 @@ def needs_of(config, workdir=None):
     checks = [Check("config", OK, f"mesh {sizes}, attention {recipe.backend.attention}, remat {recipe.backend.remat}")]
     shards, data = 0, Facts()
     try:
-        plan = recipes.open_plan(config, recipe.model)
-        held_out = recipes.open_evaluation(config, recipe.model, plan, dict(mesh.shape))
-        plan.read(plan.place(0, 0), plan.phases[0].sequence_length)
-        data = recipes.data_facts(plan, held_out)
-        shards = sum(len(source.manifest.shards) for source in plan.sources.values())
+        rows = recipes.open_rows(config, recipe.model)
+        held_out = recipes.open_evaluation(config, recipe, rows, dict(mesh.shape))
+        read = "no row read" if next(recipes.rows_of_step_0(config, recipe, rows), None) is None else "a row read"
+        data = recipes.data_facts(rows, held_out)
+        shards = sum(len(folder.manifest.shards) for folder in rows.shards.values())
         shards += sum(len(one.shards.manifest.shards) for one in held_out)
-        checks.append(Check("data", OK, f"folders: {len(plan.sources) + len(held_out)}, shards: {shards}, a row read"))
+        checks.append(Check("data", OK, f"folders: {len(rows.shards) + len(held_out)}, shards: {shards}, {read}"))
     except UserError as error:
         checks.append(Check("data", FAIL, str(error)))
+    if device.platform == "cpu":
+        memory = planner.process_memory(config, recipe, dict(mesh.shape), jax.local_device_count())
+    else:
+        memory = host_memory(config, state)
     return dataclasses.replace(
         needs,
-        memory=bytes_on_host(state) + bytes_held_by_save(state, asynchronous=config.checkpoint.asynchronous),
+        memory=memory,
         state_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         shards=shards,
         checks=tuple(checks),
         data=data,
     )
+
+
+def host_memory(config, state) -> dict[str, int]:
+    """Part -> bytes of this process where devices have memory of their own."""
+    from phijax.checkpoint.host_memory import bytes_held_by_save, bytes_on_host
+
+    save = bytes_held_by_save(state, asynchronous=config.checkpoint.asynchronous)
+    return {"the optimizer's moments": bytes_on_host(state), "a save": save}
 
 
 def entry() -> None:

@@ -42,11 +42,11 @@ def run(command, *arguments: str) -> int:
 
 
 def random_params(c: ModelConfig, seed: int = 0) -> params.Params:
-    """As init, but the norms' factors are not all one."""
+    """As init, but norms' factors are not all one nor biases zero."""
     rng = np.random.default_rng(seed)
     flat = params.flat(jax.jit(lambda: params.init(c, seed), compiler_options=QUICK)())
     for path, value in flat.items():
-        if path.endswith("scale"):
+        if path.endswith(("scale", "bias")):
             flat[path] = value + 0.2 * rng.standard_normal(value.shape, np.float32)
     return params.nested(flat)
 

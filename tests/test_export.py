@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -57,10 +58,12 @@ def workdir(tmp_path_factory) -> pathlib.Path:
     """As a run leaves it: one step, its tokenizer, its losses."""
     folder = tmp_path_factory.mktemp("run") / "my_run"
     text = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
-    train_tokenizer([text, *TEXTS], VOCABULARY).save(folder / "tokenizer")
+    tokenizer = train_tokenizer([text, *TEXTS], VOCABULARY)
+    tokenizer.save(folder / "tokenizer")
     mixture = [{"path": "shards/prose", "weight": 1, "digest": "abcdef0123456789"}]
     phase = {"steps": 9, "sequence_length": 64, "global_batch_size": 8, "mixture": mixture}
-    identity = {"model": dataclasses.asdict(MODEL), "data": {"seed": 4, "tokenizer": "t", "phases": [phase]}}
+    data = {"seed": 4, "tokenizer": tokenizer.fingerprint, "phases": [phase]}
+    identity = {"model": dataclasses.asdict(MODEL), "data": data}
     lines = [{"step": 7, "loss": 3.5}, {"step": 8, "loss": 3.25, "heldout_loss/prose": 3.125}, {"step": 9, "loss": 1.0}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with WriterLock(folder, break_lock=False, log=print) as lock:
@@ -162,6 +165,27 @@ def test_ours_out_of_that_folder_keeps_tokenizer_template_and_stops(exported, tm
     ]
     for name in [*copied, "special_tokens_map.json", "config.json"]:
         assert (tmp_path / "back" / name).read_bytes() == (exported / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("format", ["hf", "phijax"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", b"{}"),
+        ("added_tokens.json", b'{"<|a|>": "1"}'),
+        ("special_tokens_map.json", b'{"eos_token": 1, "eos_token": 2}'),
+        ("vocab.json", b"[]"),
+        ("chat_template.jinja", b"\xff"),
+        ("tokenizer.model", b"no model"),
+    ],
+)
+def test_what_is_copied_is_opened_first(exported, tmp_path, format, name, content):
+    folder = shutil.copytree(exported, tmp_path / "source")
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(name)):
+        run(f"--checkpoint={folder}", f"--format={format}", f"--output={tmp_path / 'new' / 'out'}")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("format, expected", [("hf", r"4 tensors|15 tensors"), ("phijax", "before compression")])

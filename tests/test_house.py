@@ -22,6 +22,7 @@ STEPS = [
     {"planner"},  # what `plan` is made of
     {"run", "command"},  # what commands are made of
     {"config", "planning"},
+    {"tasks"},  # which objectives and rows there are
     {"training", "evaluation", "curation", "readiness"},
     {"inference"},
     {"data", "interchange"},
@@ -99,9 +100,9 @@ def test_every_room_has_its_step_once():
 
 
 def test_the_check_sees_an_upward_import_and_one_along_a_step():
-    turned = [*STEPS[:4], *reversed(STEPS[4:])]
+    turned = [*STEPS[:5], *reversed(STEPS[5:])]
     assert any("phijax/training/program.py" in line for line in violations(FILES, turned))
-    joined = [*STEPS[:5], STEPS[5] | STEPS[6], *STEPS[7:]]  # inference beside data and interchange
+    joined = [*STEPS[:6], STEPS[6] | STEPS[7], *STEPS[8:]]  # inference beside data and interchange
     assert any("phijax/inference/" in line for line in violations(FILES, joined))
 
 
@@ -174,6 +175,27 @@ def test_files_hold_one_subject():
     tests = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "tests").rglob("*.py"))
     long = {file: count_lines(file) for file in [*FILES, *tests] if count_lines(file) > LONGEST}
     assert set(long) == set(LENGTH_EXCEPTIONS), f"past {LONGEST} lines: {long}. Name their subjects and part them."
+
+
+def imported_test_modules(tests: pathlib.Path) -> list[str]:
+    """Where a test module, or a child's program in its text, imports another test module, or itself."""
+    found = []
+    for path in sorted(tests.rglob("*.py")):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            if re.match(r"\s*(from (\w+\.)*test_\w+ import|import (\w+\.)*test_\w+)", line):
+                found.append(f"{path.relative_to(tests).as_posix()}:{number}")
+    return found
+
+
+def test_no_test_imports_a_test():
+    """Its tests would be collected twice, or its fixtures run; what several need is a module of its own beside them."""
+    assert imported_test_modules(REPOSITORY / "tests") == []
+
+
+def test_the_check_sees_a_test_that_imports_a_test(tmp_path):
+    (tmp_path / "test_one.py").write_text('import test_two\nCHILD = """\nfrom room.test_one import CHILD\n"""\n')
+    (tmp_path / "case.py").write_text("from tested import test\nimport real\n")
+    assert imported_test_modules(tmp_path) == ["test_one.py:1", "test_one.py:3"]
 
 
 def test_rooms_are_nouns_with_a_subject():

@@ -8,9 +8,9 @@ from saved_run import CHAT, GREEDY, MODEL, PROMPTS, TEXT, exported, save_run
 from synthetic_shards import small_tokenizer, write_synthetic
 
 import phijax
-from phijax.data.loader import check_resume, fingerprint
+from phijax.data.loader import check_resume
 from phijax.data.mixture import Phase, Source
-from phijax.data.rows import Plan
+from phijax.data.rows import ShardRows
 from phijax.data.shards import Shards
 from phijax.errors import UserError
 from phijax.interchange.open import open_checkpoint
@@ -125,8 +125,8 @@ def test_what_segments_begin_with_is_decided_once(run, tmp_path):
     """By the run's own steps, else by the weights that it starts from, else by the data's end-of-text."""
     folder, end = str(write_synthetic(tmp_path / "shards")), small_tokenizer().end_of_text
     phase = Phase(steps=1, sequence_length=32, global_batch_size=1, mixture=(Source(folder),))
-    plan = Plan([phase], {folder: Shards.open(folder)}, seed=0, begin=end)
-    assert fingerprint(plan)["begin"] == end
+    plan = ShardRows([phase], {folder: Shards.open(folder)}, seed=0, begin=end)
+    assert plan.fingerprint()["begin"] == end
     other = dataclasses.replace(open_checkpoint(run), begin=(1,))
     alike = dataclasses.replace(other, tokenizer=small_tokenizer)
     assert begin_of(plan, None, alike) == 1
@@ -134,6 +134,6 @@ def test_what_segments_begin_with_is_decided_once(run, tmp_path):
     assert begin_of(plan, None, other) == end, "its ids mean something else"
     assert begin_of(plan, {"data": {"begin": end}}, alike) == end
     old = plan.beginning_with(begin_of(plan, {"data": {}}, alike))
-    assert old.begin is None and "begin" not in fingerprint(old)
+    assert old.begin is None and "begin" not in old.fingerprint()
     with pytest.raises(UserError, match="another begin"):
-        check_resume(fingerprint(old), fingerprint(plan), 1)
+        check_resume(old.fingerprint(), plan.fingerprint(), 1)

@@ -121,6 +121,19 @@ def in_the_way(listing: Listing) -> list[str]:
     return [name for name in listing.strays if _is_step_name(name) and int(name) > newest]
 
 
+def later_without_manifest(listing: Listing) -> dict[str, str]:
+    """Folder with the number of a later step than the newest that is one -> why it is none."""
+    kinds = {
+        "is being saved, or its save was cut off": listing.leftovers,
+        "was set aside, damaged": listing.damaged,
+        "was set aside, not good": listing.not_good,
+        f"has no {MANIFEST_FILE}, as an interrupted copy leaves it": listing.strays,
+    }
+    newest = max(listing.steps, default=-1)
+    found = {name: why for why, names in kinds.items() for name in names if _is_step_name(name) and int(name) > newest}
+    return dict(sorted(found.items(), key=lambda item: int(item[0])))
+
+
 def move_aside(folder: epath.Path) -> epath.Path:
     """Renames a folder that is not ours out of the way of a save; returns its new path.
 

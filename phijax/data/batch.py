@@ -1,28 +1,47 @@
-"""A batch: a dict of global arrays (A, B, T), built from the rows that each process's own devices ask for."""
+"""A batch: a dict of global arrays (A, B, T, ...), built from the rows that each process's own devices ask for.
 
+Which arrays there are, an objective declares (training/objectives.py): one `BatchKey` a name.
+"""
+
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from phijax.data.rows import Row
+from phijax.data.row_source import Row
 from phijax.errors import UserError
 from phijax.parallel import sharding
-
-DTYPES = {
-    "tokens": np.int32,
-    "targets": np.int32,
-    "segment_ids": np.int32,
-    "positions": np.int32,
-    "weights": np.float32,
-}
 
 Batch = dict[str, jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchKey:
+    """One array of a batch: (A, B, T, *axes); of a row (T, *axes).
+
+    Micro-batches, rows and time are laid over the mesh as those of every other key; `axes` are whole on each device.
+    padding: its value in rows that only fill a batch; they must count for nothing.
+    """
+
+    dtype: type[np.generic]
+    axes: tuple[int, ...] = ()
+    padding: int | float = 0
+
+
+# What a row of text is made of (rows.make_row). Weights are 0 where nothing is to be predicted.
+TEXT_KEYS = {
+    "tokens": BatchKey(np.int32),
+    "targets": BatchKey(np.int32),
+    "segment_ids": BatchKey(np.int32),
+    "positions": BatchKey(np.int32),
+    "weights": BatchKey(np.float32),
+}
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Micro-batches whole, rows over data and fsdp, time over context."""
+    """Micro-batches whole, rows over data and fsdp, time over context; axes after these whole."""
     return sharding.sharding(mesh, ("micro_batch", "act_batch", "act_time"))
 
 
@@ -73,29 +92,58 @@ def local_rows(shape: Sequence[int], placed: NamedSharding) -> list[int]:
     return sorted(wanted)
 
 
-def assemble(shape: Sequence[int], placed: NamedSharding, rows: Mapping[int, Row]) -> Batch:
-    """Global arrays from this process's rows.
+def assemble(
+    reads: Mapping[str, BatchKey], shape: Sequence[int], placed: NamedSharding, rows: Mapping[int, Row]
+) -> Batch:
+    """Global arrays (A, B, T, ...) from this process's rows.
 
     Right also where `context` or `tensor` spans hosts: every device slices its part from whole rows.
 
     Args:
-      rows: index in the step -> arrays (T,), at least those of `local_rows`.
+      reads: the batch's keys. shape: (A, B, T).
+      rows: index in the step -> arrays (T, ...), at least those of `local_rows`.
+    Raises: UserError as `check_row`.
     """
-    per_micro = shape[1]
+    per_micro, length = shape[1:]
+    for row in rows.values():
+        check_row(row, reads, length)
 
     def part(name: str) -> Callable:
         def values(index) -> np.ndarray:
-            a, b, t = (s.indices(n) for s, n in zip(index, shape, strict=True))
+            a, b, t = (s.indices(n) for s, n in zip(index, shape, strict=False))  # all of the axes after T
             picked = [rows[i * per_micro + j][name][slice(*t)] for i in range(*a) for j in range(*b)]
-            return np.stack(picked).reshape(len(range(*a)), len(range(*b)), -1)
+            return np.stack(picked).reshape(len(range(*a)), len(range(*b)), *picked[0].shape)
 
         return values
 
     return {
-        name: jax.make_array_from_callback(tuple(shape), placed, part(name), dtype=dtype)
-        for name, dtype in DTYPES.items()
+        name: jax.make_array_from_callback((*shape, *key.axes), placed, part(name), dtype=key.dtype)
+        for name, key in reads.items()
     }
 
 
-def abstract_batch(shape: Sequence[int], placed: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=placed) for name, dtype in DTYPES.items()}
+def check_row(row: Row, reads: Mapping[str, BatchKey], length: int) -> None:
+    """Raises: UserError for a row whose arrays are not those that the objective reads; nothing is cast or left out."""
+    found = {name: (array.shape, array.dtype) for name, array in row.items()}
+    asked = {name: ((length, *key.axes), np.dtype(key.dtype)) for name, key in reads.items()}
+    for name in asked | found:
+        if found.get(name) != asked.get(name):
+            raise UserError(
+                f"A row has {_shown(found.get(name))} as {name!r}; the objective reads {_shown(asked.get(name))}. Rows "
+                "and objective of a task belong together (tasks.py)."
+            )
+
+
+def _shown(array: tuple[tuple[int, ...], np.dtype] | None) -> str:
+    return "nothing" if array is None else f"{array[1]} {array[0]}"
+
+
+def padding_row(reads: Mapping[str, BatchKey], length: int) -> Row:
+    """A row that counts for nothing, which fills the last batch of a held-out set."""
+    return {name: np.full((length, *key.axes), key.padding, key.dtype) for name, key in reads.items()}
+
+
+def abstract_batch(
+    reads: Mapping[str, BatchKey], shape: Sequence[int], placed: NamedSharding
+) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct((*shape, *key.axes), key.dtype, sharding=placed) for name, key in reads.items()}

@@ -1,16 +1,18 @@
-"""Batches of a run, read ahead by Grain; and validation batches. Position is the step, nothing else."""
+"""Batches of a run, read ahead by Grain; and those of a held-out set. Position is the step, nothing else."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 from jax.sharding import Mesh
 
 from phijax.data import batch as batches
-from phijax.data import mixture
+from phijax.data.batch import Batch, BatchKey
 from phijax.data.mixture import Phase
-from phijax.data.rows import Plan, Row, RowIndex, padding_row
+from phijax.data.row_source import Row, RowSource
+from phijax.data.rows import RowIndex, ShardRows
 from phijax.data.shards import Shards
 from phijax.errors import UserError
 from phijax.storage.strict_json import Fields
@@ -35,6 +37,16 @@ class DataConfig:
                 f"at least 0: a thread holds the step that it reads.  Try --config.data.read_ahead="
                 f"{2 * max(self.read_threads, 1)}"
             )
+
+
+def open_shard_rows(data: DataConfig, *, vocab_size: int, seed: int) -> ShardRows:
+    """The rows of pretraining, their segments beginning with end-of-text.
+
+    Raises: UserError for what is missing, damaged, too short, or of another tokenizer.
+    """
+    shards = open_sources(data.phases, vocab_size=vocab_size)
+    begin = next(iter(shards.values())).manifest.end_of_text
+    return ShardRows(data.phases, shards, seed=seed, begin=begin)
 
 
 def open_sources(phases: Sequence[Phase], *, vocab_size: int) -> dict[str, Shards]:
@@ -71,96 +83,92 @@ def open_for_model(path: str, *, vocab_size: int) -> Shards:
 class Loader:
     """The batches of a run on this process's devices."""
 
-    def __init__(self, plan: Plan, config: DataConfig, mesh: Mesh):
-        self.plan = plan
+    def __init__(self, source: RowSource, reads: Mapping[str, BatchKey], config: DataConfig, mesh: Mesh):
+        """Args: reads: the keys of a batch, as the objective declares them."""
+        self.source = source
+        self._reads = reads
         self._config = config
         self._placed = batches.batch_sharding(mesh)
         sizes = dict(mesh.shape)
-        for number, phase in enumerate(plan.phases):
+        for number, phase in enumerate(source.phases):
             where = f"data.phases[{number}]"
             batches.check_batch(where, phase.global_batch_size, config.micro_batches, phase.sequence_length, sizes)
+        shapes = {self._shape(phase) for phase in source.phases}
+        self._local = {shape: batches.local_rows(shape, self._placed) for shape in shapes}
 
-    def shape(self, phase: Phase) -> tuple[int, int, int]:
+    def shape_at(self, step: int) -> tuple[int, int, int]:
+        """(A, B, T) of a step's batch."""
+        return self._shape(self.source.phase_at(step))
+
+    def starting_at(self, first: int) -> Callable[[int, Any], Batch]:
+        """-> (step, state) -> its batch: of step `first`, and then of each after it, in turn.
+
+        Rows are read ahead, unless the source needs the weights: it is asked when the step begins, with `state`, the
+        training state before it is donated.
+        """
+        local, due = _LocalRows(self.source, lambda step: self._local[self.shape_at(step)]), itertools.count(first)
+        if self.source.needs_params:
+            read = local.read
+        else:
+            config = self._config
+            options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=config.read_ahead)
+            ahead = iter(grain.MapDataset.source(local)[first:].to_iter_dataset(options))
+
+            def read(step: int, state: Any) -> dict[int, Row]:
+                return next(ahead)
+
+        def batch_of(step: int, state: Any) -> Batch:
+            if step != (expected := next(due)):
+                raise ValueError(f"the batch of step {step} was asked for, that of {expected} is due")
+            return batches.assemble(self._reads, self.shape_at(step), self._placed, read(step, state))
+
+        return batch_of
+
+    def _shape(self, phase: Phase) -> tuple[int, int, int]:
         return batches.batch_shape(phase.global_batch_size, self._config.micro_batches, phase.sequence_length)
-
-    def starting_at(self, step: int) -> Iterator[tuple[int, batches.Batch]]:
-        """(step, batch) from `step` to the last."""
-        rows = grain.MapDataset.source(_LocalRows(self.plan, self._config, self._placed))
-        options = grain.ReadOptions(num_threads=self._config.read_threads, prefetch_buffer_size=self._config.read_ahead)
-        for number, local in enumerate(rows[step:].to_iter_dataset(options), start=step):
-            phase = self.plan.phases[mixture.phase_of_step(self.plan.phases, number)[0]]
-            yield number, batches.assemble(self.shape(phase), self._placed, local)
 
 
 class _LocalRows:
     """Element s: this process's rows of step s, index -> arrays. What Grain reads from."""
 
-    def __init__(self, plan: Plan, config: DataConfig, placed):
-        self._plan = plan
-        self._local = {}
-        for phase in plan.phases:
-            shape = batches.batch_shape(phase.global_batch_size, config.micro_batches, phase.sequence_length)
-            self._local[shape] = batches.local_rows(shape, placed)
-        self._micro_batches = config.micro_batches
+    def __init__(self, source: RowSource, indices: Callable[[int], Sequence[int]]):
+        """Args: indices: step -> which of its rows this process reads."""
+        self._source, self._indices = source, indices
 
     def __len__(self) -> int:
-        return self._plan.total_steps
+        return self._source.total_steps
 
     def __getitem__(self, step: int) -> dict[int, Row]:
-        phase = self._plan.phases[mixture.phase_of_step(self._plan.phases, step)[0]]
-        shape = batches.batch_shape(phase.global_batch_size, self._micro_batches, phase.sequence_length)
-        return {
-            index: self._plan.read(self._plan.place(step, index), phase.sequence_length) for index in self._local[shape]
-        }
+        return self.read(step, None)
+
+    def read(self, step: int, state: Any) -> dict[int, Row]:
+        indices = self._indices(step)
+        rows = self._source.read([self._source.place(step, index) for index in indices], state)
+        return dict(zip(indices, rows, strict=True))
 
 
-def validation_batches(
-    path: str, shards: Shards, *, length: int, batch_size: int, max_rows: int | None, mesh: Mesh, begin: int | None
-) -> Iterator[batches.Batch]:
-    """Rows 0 .. n-1 in file order, once; the last batch is filled with rows of weight 0. Leaves (1, B, T)."""
-    rows = RowIndex(shards, length, "evaluation", path, begin=begin)
+def held_out_batches(
+    rows: RowIndex, reads: Mapping[str, BatchKey], *, length: int, batch_size: int, max_rows: int | None, mesh: Mesh
+) -> Iterator[Batch]:
+    """Rows 0 .. n-1 in file order, once; the last batch is filled with padding. Leaves (1, B, T, ...)."""
     count = len(rows) if max_rows is None else min(max_rows, len(rows))
     placed = batches.batch_sharding(mesh)
     shape = (1, batch_size, length)
-    local = batches.local_rows(shape, placed)
+    local, padding = batches.local_rows(shape, placed), batches.padding_row(reads, length)
     for first in range(0, count, batch_size):
-        yield batches.assemble(
-            shape,
-            placed,
-            {i: rows.read(first + i) if first + i < count else padding_row(length) for i in local},
-        )
-
-
-def fingerprint(plan: Plan) -> dict[str, Any]:
-    """What decides the rows of a run, as JSON: compared when it is resumed."""
-    return {
-        "seed": plan.seed,
-        "tokenizer": next(iter(plan.sources.values())).tokenizer_fingerprint,
-        "phases": [
-            {
-                "steps": phase.steps,
-                "sequence_length": phase.sequence_length,
-                "global_batch_size": phase.global_batch_size,
-                "mixture": [
-                    {"digest": plan.sources[s.path].digest, "path": s.path, "weight": s.weight} for s in phase.mixture
-                ],
-            }
-            for phase in plan.phases
-        ],
-        # Runs that were begun before there was the rule have no such key, and keep theirs.
-        **({} if plan.begin is None else {"begin": plan.begin}),
-    }
+        read = {i: rows.read(first + i) if first + i < count else padding for i in local}
+        yield batches.assemble(reads, shape, placed, read)
 
 
 def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> None:
     """Whether a run that did `step` steps under `before` may go on under `now`.
 
     Phases that have ended must be the same; the one under way may only end elsewhere, not before `step`; what follows
-    is free. Paths may change, contents may not.
+    is free. Paths may change, contents may not. All that is no phase must be the same.
 
     Raises: UserError naming the first difference.
     """
-    for name in ("seed", "tokenizer", "begin"):
+    for name in dict.fromkeys(name for name in (*before, *now) if name != "phases"):
         if before.get(name) != now.get(name):
             raise UserError(
                 f"This run began with another {name} ({before.get(name)}, now {now.get(name)}): its next rows would "

@@ -1,18 +1,18 @@
-"""The plan of a run's rows: (step, index) -> a row of a shard folder, and that row's arrays."""
+"""Rows out of token shards: (step, index) -> a row of a shard folder, and that row's arrays."""
 
 import bisect
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from phijax.data import mixture
 from phijax.data.mixture import Phase
+from phijax.data.row_source import Row
 from phijax.data.shards import Shards
 from phijax.errors import UserError
-
-Row = dict[str, np.ndarray]  # tokens, targets, segment_ids, positions (T,) int32; weights (T,) float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,21 +22,24 @@ class Place:
     path: str
     epoch: int
     row: int
+    length: int
 
 
-class Plan:
-    """All rows of a run, as a pure function of (seed, step, index). Holds open shard folders, no position."""
+class ShardRows:
+    """The row source of pretraining: mixtures of shard folders, by phases and epochs. Holds them open, no position."""
 
-    def __init__(self, phases: Sequence[Phase], sources: Mapping[str, Shards], *, seed: int, begin: int | None):
+    needs_params = False
+
+    def __init__(self, phases: Sequence[Phase], shards: Mapping[str, Shards], *, seed: int, begin: int | None):
         """
         Args:
-          sources: path -> opened shards, for every path that a phase names.
+          shards: path -> opened folder, for every path that a phase names.
           begin: as `make_row` takes it.
         Raises: UserError for a length that is no multiple of the block, a source that is too short or runs out.
         """
         mixture.check_phases(phases)
         self.phases = tuple(phases)
-        self.sources = dict(sources)
+        self.shards = dict(shards)
         self.seed = seed
         self.begin = begin
         self._rows = {}
@@ -45,18 +48,21 @@ class Plan:
                 length = phase.sequence_length
                 where = f"data.phases[{number}]"
                 self._rows[source.path, length] = RowIndex(
-                    self.sources[source.path], length, where, source.path, begin=begin
+                    self.shards[source.path], length, where, source.path, begin=begin
                 )
         self._starts = [self._cursors(number) for number in range(len(self.phases))]
         self._check_epochs()
 
-    def beginning_with(self, begin: int | None) -> "Plan":
-        """The same rows under another rule of where segments begin."""
-        return Plan(self.phases, self.sources, seed=self.seed, begin=begin)
+    def beginning_with(self, begin: int | None) -> "ShardRows":
+        """The same rows under another rule of what segments begin with."""
+        return ShardRows(self.phases, self.shards, seed=self.seed, begin=begin)
 
     @property
     def total_steps(self) -> int:
         return mixture.total_steps(self.phases)
+
+    def phase_at(self, step: int) -> Phase:
+        return self.phases[mixture.phase_of_step(self.phases, step)[0]]
 
     def place(self, step: int, index: int) -> Place:
         """Which row is row `index` of `step`."""
@@ -67,17 +73,48 @@ class Plan:
         path = phase.mixture[which].path
         rows = self._rows[path, phase.sequence_length]
         cursor = self._starts[number][path] + before
-        epoch, row = mixture.shuffled(cursor, len(rows), seed=self.seed, source_key=self.sources[path].digest)
-        return Place(path, epoch, row)
+        epoch, row = mixture.shuffled(cursor, len(rows), seed=self.seed, source_key=self.shards[path].digest)
+        return Place(path, epoch, row, phase.sequence_length)
 
-    def read(self, place: Place, length: int) -> Row:
-        return self._rows[place.path, length].read(place.row)
+    def read(self, places: Sequence[Place], state: Any = None) -> list[Row]:
+        """`state` has no part in them."""
+        return [self._rows[place.path, place.length].read(place.row) for place in places]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the rows, as JSON."""
+        return {
+            "seed": self.seed,
+            "tokenizer": next(iter(self.shards.values())).tokenizer_fingerprint,
+            "phases": [
+                {
+                    "steps": phase.steps,
+                    "sequence_length": phase.sequence_length,
+                    "global_batch_size": phase.global_batch_size,
+                    "mixture": [
+                        {"digest": self.shards[s.path].digest, "path": s.path, "weight": s.weight}
+                        for s in phase.mixture
+                    ],
+                }
+                for phase in self.phases
+            ],
+            # Runs that were begun before there was the rule have no such key, and keep theirs.
+            **({} if self.begin is None else {"begin": self.begin}),
+        }
+
+    def summary(self) -> list[str]:
+        """A line for each source: its size, how often the run sees it, what of it no row takes."""
+        lines = []
+        for path, epochs in self.epochs().items():
+            unused = self.unused_records(path)
+            tails = f"; {unused:,} at the ends of shards fill no row" if unused else ""
+            lines.append(f"{path}: {self.shards[path].num_records:,} records, seen {epochs:.3g} times{tails}")
+        return lines
 
     def unused_records(self, path: str) -> int:
         """Records of a source that no row takes: at the ends of its shards, where they fill none of the longest."""
         return max(rows.unused_records for (source, _), rows in self._rows.items() if source == path)
 
-    def repeats(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """A line for each source of which one batch takes more rows than there are, from a phase's first step on."""
         lines = []
         for number, phase in enumerate(self.phases):
@@ -99,7 +136,7 @@ class Plan:
         """
         phase, cursors = self.phases[number], {}
         for source in phase.mixture:
-            block = self.sources[source.path].block
+            block = self.shards[source.path].block
             records = sum(
                 _rows_of(earlier, source.path) * (earlier.sequence_length // block) for earlier in self.phases[:number]
             )
@@ -205,10 +242,3 @@ def make_row(records: Sequence[tuple[np.ndarray, np.ndarray]], begin: int | None
         "positions": (index - first).astype(np.int32),
         "weights": predicted.astype(np.float32),
     }
-
-
-def padding_row(length: int) -> Row:
-    """A row of weight 0, which fills the last batch of a validation set."""
-    zeros = np.zeros(length, np.int32)
-    row = {name: zeros for name in ("tokens", "targets", "segment_ids", "positions")}
-    return row | {"weights": np.zeros(length, np.float32)}

@@ -1,14 +1,15 @@
-"""Held-out loss and perplexity by data set, in the training loop, on its mesh, without recompiling."""
+"""Held-out scores by data set, in the training loop, on its mesh, without recompiling."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from phijax.errors import UserError
+from phijax.model.cross_entropy import NLL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +45,22 @@ def check_sets(config: EvaluationConfig) -> None:
             raise UserError(f"evaluation.{name}={value} must be at least 1.")
 
 
-def score_name(config: EvaluationConfig, asked: str | None) -> str | None:
-    """The metric that `checkpoint.keep_best` means: of a set's name its loss. None stays None. Raises: UserError."""
+def score_name(config: EvaluationConfig, asked: str | None, score: str) -> str | None:
+    """The metric that `checkpoint.keep_best` means: of a set's name its loss. None stays None.
+
+    Args: score: the objective's, which the loss is the mean of.
+    Raises: UserError.
+    """
     names = [held_out.name for held_out in config.sets]
-    metrics = [f"heldout_{kind}/{name}" for name in names for kind in ("loss", "perplexity")]
+    kinds = ["loss", "perplexity"] if score == NLL else ["loss"]
+    metrics = [f"heldout_{kind}/{name}" for name in names for kind in kinds]
     if asked is None or asked in metrics:
         return asked
     if asked in names:
         return f"heldout_loss/{asked}"
     raise UserError(
         f"checkpoint.keep_best={asked!r} is neither a set of evaluation.sets ({', '.join(names) or 'there is none'}) "
-        f"nor the loss or perplexity of one{f' ({metrics[0]}, say)' if metrics else ''}."
+        f"nor the {' or '.join(kinds)} of one{f' ({metrics[0]}, say)' if metrics else ''}."
     )
 
 
@@ -64,26 +70,35 @@ class HeldOut:
     def __init__(
         self,
         name: str,
-        step: Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]],
+        step: Callable[[Any, Any, Any], tuple[jax.Array, ...]],
         batches: Callable[[], Iterable[Any]],
+        means: Mapping[str, str],
     ):
         """
         Args:
-          step: compiled; (params, frozen, batch) -> sums (nll in nats, weight).
+          step: compiled; (params, frozen, batch) -> the sums of `means`, then the counts of their divisors.
           batches: starts the set anew.
+          means: sum -> divisor, as the objective declares them, the score first (Objective.held_out).
         """
         self._name = name
         self._step = step
         self._batches = batches
+        self._means = dict(means)
 
     def __call__(self, params: Any, frozen: Any) -> dict[str, float]:
-        """Loss in nats a token and perplexity, over all tokens of the set, summed in float64 on the host."""
-        sums = [self._step(params, frozen, batch) for batch in self._batches()]
-        nll = sum(float(jnp.float32(part)) for part, _ in sums)
-        weight = sum(float(jnp.float32(part)) for _, part in sums)
-        loss = nll / weight if weight else math.nan  # of no token: 0 would be the best loss there is
-        return {
-            f"heldout_loss/{self._name}": loss,
-            f"heldout_perplexity/{self._name}": math.exp(min(loss, 700.0)),
-            f"heldout_tokens/{self._name}": weight,
-        }
+        """Means over the whole set, summed in float64 on the host: the score as loss, in nats as perplexity too."""
+        names = [*self._means, *dict.fromkeys(self._means.values())]
+        totals = dict.fromkeys(names, 0.0)
+        parts = [self._step(params, frozen, batch) for batch in self._batches()]
+        for part in parts:  # all steps are dispatched before the first is awaited
+            for name, value in zip(names, part, strict=True):
+                totals[name] += float(jnp.float32(value))
+        score, out = names[0], {}
+        for name, divisor in self._means.items():
+            count = totals[divisor]
+            mean = totals[name] / count if count else math.nan  # of nothing: 0 would be the best loss there is
+            out["loss" if name == score else name] = mean
+            if name == score == NLL:
+                out["perplexity"] = math.exp(min(mean, 700.0))
+        out |= {divisor: totals[divisor] for divisor in self._means.values()}
+        return {f"heldout_{name}/{self._name}": value for name, value in out.items()}

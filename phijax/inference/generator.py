@@ -1,20 +1,23 @@
 """Generator: prompts in, continuations out."""
 
+import copy
 import dataclasses
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phijax.errors import UserError
-from phijax.inference import placement, programs
+from phijax.inference import batch as batches
+from phijax.inference import fitting, placement, programs
+from phijax.inference.batch import Batch, Chosen
 from phijax.inference.prefix_cache import Prefix, PrefixCache
-from phijax.inference.sampling import Sampling, Settings
+from phijax.inference.sampling import Sampling
 from phijax.inference.stopping import Continuation, Result
+from phijax.model import cached
 from phijax.model.backend import CHOICES, Backend
 from phijax.model.config import ModelConfig
 from phijax.model.params import Params
@@ -38,6 +41,17 @@ class Piece:
     logits: np.ndarray | None = None  # (V,) float32, what the token was chosen from; where it was asked for
 
 
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A prompt of a call: `row` is its number there, `limit` how many tokens it may be given."""
+
+    row: int
+    ids: list[int]
+    sampling: Sampling
+    name: int
+    limit: int
+
+
 class Generator:
     """A model whose weights lie ready for inference.
 
@@ -58,8 +72,9 @@ class Generator:
         begin: Sequence[int] = (),
         long_rope: Literal["auto", "declared", "per_sequence"] = "auto",
         cache_dtype: Literal["auto", "int8"] = "auto",
+        owned: bool = False,
     ):
-        """`params` as `checkpoint.open.load_params` gives them; they are copied into the layout of inference.
+        """`params` as `load_params` gives them or as training holds them; they are copied into the layout of inference.
 
         Args:
           tokenizer: None: prompts must be ids, and results have no text.
@@ -71,6 +86,7 @@ class Generator:
             "per_sequence": transformers' rule, the long list once a sequence is longer than the original length, its
             cache then computed anew, once; "auto": by max_length where it is given.
           cache_dtype: of keys and values; "auto": that of computation. In int8 they take half of bfloat16's memory.
+          owned: nobody else uses `params`: arrays that lie as inference wants them are taken, not copied.
         Raises: UserError for a max_length that the model does not have.
         """
         self.model, self.tokenizer = model, tokenizer
@@ -84,18 +100,33 @@ class Generator:
         self._per_sequence = model.long_rope is not None and (
             long_rope == "per_sequence" or (long_rope == "auto" and max_length is None)
         )
-        self._path = placement.choose_path(model, self.backend, self.mesh, cache_dtype)
+        self._layout = placement.choose_layout(model, self.backend, self.mesh, cache_dtype)
         # Of partitioned programs the promise is 1e-5, not bits.
         self._alone = self.mesh.size == 1 and platform == "cpu"
-        form = placement.matrix_format(self.backend, self.mesh)
-        self._weights = placement.place(model, self._path, params, self.mesh, form)
-        self._cache_layout = placement.cache_sharding(model, self._path, self.mesh)
+        self._schemes = fitting.schemes_of(params)
+        self._weights, self._weights_id = self._place(params, owned), object()
+        self._cache_sharding = placement.cache_sharding(model, self._layout, self.mesh)
         _, self._attention_factor = inverse_frequencies(model, self.max_length)
+
+    def with_params(self, params: Params) -> "Generator":
+        """The same with other weights, laid out as at construction and run by the same compiled programs.
+
+        They are a copy: what becomes of `params`, donation included, changes nothing. This generator keeps its own,
+        so besides `params` two copies are held until one of the generators is dropped.
+
+        Args: params: as training holds them or as `load_params` gives them; on any devices, in any float dtype. Where
+          this generator's weights are quantised, floats are rounded to the nearest in the same scheme.
+        Raises: UserError that names the first leaf that is missing, unknown, or of another shape, type or scheme.
+        """
+        other = copy.copy(self)
+        other._weights = self._place(fitting.fitted(self.model, params, self._schemes))
+        other._weights_id = object()
+        return other
 
     def generate(
         self,
         prompts: Sequence[str | Sequence[int]],
-        sampling: Sampling | None = None,
+        sampling: Sampling | Sequence[Sampling] | None = None,
         *,
         names: Sequence[int] = (),
         kept: PrefixCache | None = None,
@@ -103,20 +134,20 @@ class Generator:
         """Continues each prompt.
 
         Args:
-          names: the rows' own numbers, for their draws; default 0, 1, ...
+          sampling: for all, or one for each prompt.
+          names: the rows' own numbers, for their draws; default 0, 1, ... where all have one sampling, 0 where each has
+            its own: an answer is then the one that its prompt gets alone.
           kept: of one prompt: the cache of the last one, for what both begin with; then of this one. It changes no bit.
         Raises: UserError for a prompt that is too long, or settings that mean nothing.
         """
         pieces = self.stream(prompts, sampling, names=names, kept=kept)
         results = {piece.row: piece.result for piece in pieces if piece.result}
-        if sampling is not None and sampling.max_tokens == 0:
-            return [Result("", (), (), "length") for _ in prompts]
-        return [results[row] for row in range(len(prompts))]
+        return [results.get(row, Result("", (), (), "length")) for row in range(len(prompts))]
 
     def stream(
         self,
         prompts: Sequence[str | Sequence[int]],
-        sampling: Sampling | None = None,
+        sampling: Sampling | Sequence[Sampling] | None = None,
         *,
         names: Sequence[int] = (),
         kept: PrefixCache | None = None,
@@ -124,19 +155,23 @@ class Generator:
     ) -> Iterator[Piece]:
         """As `generate`, token by token; joined, a row's texts are its result's. Arguments are checked at the call.
 
-        Of a stream that is not read to its end nothing is kept. With max_tokens=0 there is no piece.
+        Of a stream that is not read to its end nothing is kept. A row with max_tokens=0 has no piece.
         """
-        sampling = sampling or Sampling()
+        alike = sampling is None or isinstance(sampling, Sampling)
+        samplings = [sampling or Sampling()] * len(prompts) if alike else list(sampling)
+        names = list(names) or (list(range(len(prompts))) if alike else [0] * len(prompts))
+        for what, given in (("samplings", samplings), ("names", names)):
+            if len(given) != len(prompts):
+                raise UserError(f"{len(given)} {what} for {len(prompts)} prompts.")
+        assert kept is None or len(prompts) == 1
+        asked = [self._asked(*one) for one in zip(range(len(prompts)), prompts, samplings, names, strict=True)]
+        return self._groups([one for one in asked if one.limit], with_logits, kept or PrefixCache())
+
+    def _asked(self, row: int, prompt: str | Sequence[int], sampling: Sampling, name: int) -> _Asked:
         if sampling.stop and self.tokenizer is None:
             raise UserError("stop texts need a tokenizer, and this checkpoint has none. Give stop_ids.")
-        ids = [self.ids(prompt, room_for=min(1, sampling.max_tokens)) for prompt in prompts]
-        names = list(names) or list(range(len(ids)))
-        if len(names) != len(ids):
-            raise UserError(f"{len(names)} names for {len(ids)} prompts.")
-        assert kept is None or len(ids) == 1
-        if sampling.max_tokens == 0:
-            return iter(())
-        return self._groups(ids, names, sampling, with_logits, kept or PrefixCache())
+        ids = self.ids(prompt, room_for=min(1, sampling.max_tokens))
+        return _Asked(row, ids, sampling, name, min(sampling.max_tokens, self.max_length - len(ids)))
 
     def ids(self, prompt: str | Sequence[int], room_for: int = 1) -> list[int]:
         """Raises: UserError for a prompt that is empty, too long, or has ids that the model lacks.
@@ -187,101 +222,103 @@ class Generator:
         )
         return f"the model takes {self.max_length}.{declared}"
 
-    def _groups(self, ids, names, sampling, with_logits, kept: PrefixCache) -> Iterator[Piece]:
-        for start in range(0, len(ids), LARGEST_BATCH):
-            here = slice(start, start + LARGEST_BATCH)
-            for piece in self._decode(ids[here], names[here], sampling, with_logits, kept):
-                yield dataclasses.replace(piece, row=piece.row + start)
+    def _groups(self, asked: list[_Asked], with_logits: bool, kept: PrefixCache) -> Iterator[Piece]:
+        for start in range(0, len(asked), LARGEST_BATCH):
+            yield from self._decode(asked[start : start + LARGEST_BATCH], with_logits, kept)
 
-    def _decode(
-        self, ids: list[list[int]], names: list[int], sampling: Sampling, with_logits: bool, kept: PrefixCache
-    ) -> Iterator[Piece]:
-        room = [min(sampling.max_tokens, self.max_length - len(i)) for i in ids]
-        texts = [self._continuation(i, n, sampling) for i, n in zip(ids, room, strict=True)]
-        count = len(ids)
-        held = 1 << (count - 1).bit_length()
-        batch = max(self._path.least_rows, held)
-        one_by_one = np.int32(count) if self._alone else None
-        plan, settings = sampling.plan, Settings.of(sampling)
-        length = sum(self._pieces(max(len(i) + n for i, n in zip(ids, room, strict=True))))
-        frequencies = np.stack([self._frequencies(len(i)) for i in ids] + [self._frequencies(1)] * (batch - count))
-        behind, cache, length = self._begun(ids, frequencies, held, length, kept)
-        filled = list(ids)
-        logits = jnp.concatenate(behind + [behind[0]] * (batch - count))
-        rows = self._rows(ids, names, batch, plan.penalises)
-        logprobs, rows = programs.first(plan, settings, logits, rows, one_by_one)
-
-        def step(advance: np.ndarray):
-            return programs.step(
-                self.model,
-                self._path,
-                self._attention_factor,
-                plan,
-                self._weights,
-                cache,
-                settings,
-                rows,
-                frequencies,
-                advance,
-                one_by_one,
-            )
-
+    def _decode(self, asked: list[_Asked], with_logits: bool, kept: PrefixCache) -> Iterator[Piece]:
+        texts, filled = [self._continuation(one) for one in asked], [one.ids for one in asked]
+        batch, chosen, length = self._begun(asked, kept)
         while True:
-            ahead = None
-            going = [text.finish is None and text.count + 1 < n for text, n in zip(texts, room, strict=True)]
-            switch = any(g and self._switches_at(len(i) + t.count) for g, i, t in zip(going, ids, texts, strict=True))
-            if any(going) and not switch:
-                # Begun before the host reads the last one's tokens: a row that these end has gone a place too far.
-                ahead = step(np.array(going + [False] * (batch - count), np.int32))
-            tokens = np.asarray(rows.tokens)
-            values = np.asarray(logprobs)
-            for row, text in enumerate(texts):
+            going = [text.finish is None and text.count + 1 < one.limit for text, one in zip(texts, asked, strict=True)]
+            ahead = any(going) and not any(self._switching(asked, texts, going, after=1))
+            if ahead:  # Begun before the host reads what was chosen: a row that this ends has gone a place too far.
+                batch, later = self._step(batch, going)
+            tokens, logprobs = (np.concatenate([getattr(c, name) for c in chosen]) for name in ("tokens", "logprobs"))
+            for slot, text in enumerate(texts):
                 if text.finish is None:
-                    new = text.add(int(tokens[row]), float(values[row]))
-                    seen = np.asarray(logits[row, : self.model.vocab_size]) if with_logits else None
+                    new = text.add(int(tokens[slot]), float(logprobs[slot]))
+                    seen = self._logits_of(chosen, slot) if with_logits else None
                     result = text.result() if text.finish else None
-                    yield Piece(row, int(tokens[row]), float(values[row]), new, result, seen)
-            advance = np.array([text.finish is None for text in texts] + [False] * (batch - count), np.int32)
-            if not advance.any():
-                if count == 1:
-                    kept.put(Prefix(filled[0], frequencies[0], cache if ahead is None else ahead[-1], length))
+                    yield Piece(asked[slot].row, int(tokens[slot]), float(logprobs[slot]), new, result, seen)
+                    if text.finish and text.ended_by_text:  # what the device cannot know
+                        batch = batches.leave(batch, slot)
+            live = [text.finish is None for text in texts]
+            if not any(live):
+                if len(asked) == 1:
+                    frequencies = np.asarray(batch.rows.frequencies)[0]
+                    kept.put(Prefix(filled[0], frequencies, batch.cache, length, self._weights_id))
                 return
-            if ahead is None:
-                cache = self._with_long_lists(cache, ids, texts, filled, frequencies)
-                ahead = step(advance)
-            logits, logprobs, rows, cache = ahead
+            if not ahead:
+                batch = self._with_long_lists(batch, asked, texts, filled)
+                batch, later = self._step(batch, live)
+            chosen = [later]
 
-    def _with_long_lists(self, cache, ids, texts, filled: list[Sequence[int]], frequencies: np.ndarray):
-        """Where a row's long list takes over, the cache anew, since its keys were rotated by the short one.
+    def _step(self, batch: Batch, live: Sequence[bool]) -> tuple[Batch, Chosen]:
+        """A step of all rows up to the last that is live."""
+        count = max(slot + 1 for slot, one in enumerate(live) if one) if self._alone else None
+        return batches.step(self.model, self._layout, self._attention_factor, self._weights, batch, count)
 
-        Returns: the cache; `filled` and `frequencies` are changed where they are.
+    def _logits_of(self, chosen: list[Chosen], slot: int) -> np.ndarray:
+        """(V,): of a step, or of the rows' entries, one by one."""
+        logits = chosen[0].logits[slot] if len(chosen) == 1 else chosen[slot].logits[0]
+        return np.asarray(logits[: self.model.vocab_size])
+
+    def _switching(self, asked, texts, going: Sequence[bool], *, after: int) -> list[bool]:
+        """Which of the rows that go on are where their long list takes over, with so many more tokens."""
+        places = [len(one.ids) + text.count - 1 + after for one, text in zip(asked, texts, strict=True)]
+        return [g and self._switches_at(place) for g, place in zip(going, places, strict=True)]
+
+    def _with_long_lists(self, batch: Batch, asked, texts, filled: list[Sequence[int]]) -> Batch:
+        """Where a row's long list takes over, its cache anew, since its keys were rotated by the short one.
+
+        Returns: the batch; `filled` is changed where it is.
         """
-        for row, text in enumerate(texts):
-            if text.finish is None and self._switches_at(len(ids[row]) + text.count - 1):
-                filled[row] = [*ids[row], *text.tokens[:-1]]
-                frequencies[row] = self._frequencies(len(filled[row]) + 1)
-                _, cache = self._filled(cache, row, filled[row], frequencies[row])
-        return cache
+        live = [text.finish is None for text in texts]
+        for slot, switches in enumerate(self._switching(asked, texts, live, after=0)):
+            if switches:
+                filled[slot] = [*asked[slot].ids, *texts[slot].tokens[:-1]]
+                frequencies = self._frequencies(len(filled[slot]) + 1)
+                _, prompt = self._filled(filled[slot], frequencies)
+                batch = batches.turned(self._layout, batch, slot, prompt, frequencies)
+        return batch
 
-    def _begun(self, ids: list[list[int]], frequencies: np.ndarray, rows: int, length: int, kept: PrefixCache):
-        """-> logits behind each prompt, a cache of `rows` rows with them, and its length: `length`, or more."""
-        before, done = kept.take(ids[0], frequencies[0])
-        if before is None:
-            cache, behind = self._empty_cache(rows, length), []
-            for row, prompt in enumerate(ids):
-                values, cache = self._filled(cache, row, prompt, frequencies[row])
-                behind.append(values)
-            return behind, cache, length
-        cache = before.cache
-        if before.length < length:
-            cache = programs.insert(self._path, self._empty_cache(1, length), cache, np.int32(0))
-        *_, (values, _, cache) = self._prefill(ids[0], frequencies[0], cache=cache, done=done)
-        return [values], cache, max(length, before.length)
+    def _begun(self, asked: list[_Asked], kept: PrefixCache) -> tuple[Batch, list[Chosen], int]:
+        """-> the batch with every prompt in it, what was chosen for each, and the cache's length."""
+        held = 1 << (len(asked) - 1).bit_length()
+        length = sum(self._pieces(max(len(one.ids) + one.limit for one in asked)))
+        before, done = kept.take(asked[0].ids, self._frequencies(len(asked[0].ids)), self._weights_id)
+        cache = self._empty_cache(held, length) if before is None else before.cache
+        if before is not None and before.length < length:
+            cache = programs.insert(self._layout, self._empty_cache(1, length), cache, np.int32(0))
+        elif before is not None:
+            length = before.length
+        chosen, batch = [], None
+        where = NamedSharding(self.mesh, PartitionSpec())
+        for slot, one in enumerate(asked):
+            frequencies, prompt = self._frequencies(len(one.ids)), None
+            if before is None:
+                logits, prompt = self._filled(one.ids, frequencies)
+            else:
+                *_, (logits, _, cache) = self._prefill(one.ids, frequencies, cache=cache, done=done)
+            batch = batch or batches.empty(self.model, cache, max(self._layout.least_rows, held), where)
+            new = batches.row(
+                self.model,
+                one.ids,
+                frequencies=frequencies,
+                limit=one.limit,
+                sampling=one.sampling,
+                name=one.name,
+                stop_ids=self._stop_ids_of(one),
+            )
+            batch, first = batches.enter(self._layout, batch, slot, new, prompt, logits, own_bits=self._alone)
+            chosen.append(first)
+        return batch, chosen, length
 
-    def _filled(self, cache, row: int, ids: Sequence[int], frequencies: np.ndarray):
-        """-> logits behind these ids, and the cache with them in its row `row`."""
-        *_, (values, _, prompt_cache) = self._prefill(ids, frequencies)
-        return values, programs.insert(self._path, cache, prompt_cache, np.int32(row))
+    def _filled(self, ids: Sequence[int], frequencies: np.ndarray):
+        """-> logits behind these ids, and a cache of one row with them."""
+        *_, (logits, _, cache) = self._prefill(ids, frequencies)
+        return logits, cache
 
     def _prefill(self, ids: Sequence[int], frequencies: np.ndarray, *, every: bool = False, cache=None, done: int = 0):
         """Yields, a chunk at a time: logits, how many of them count, and the prompt's cache so far.
@@ -298,7 +335,7 @@ class Generator:
             tokens[:count] = ids[start : start + count]
             values, cache = programs.prefill(
                 self.model,
-                self._path,
+                self._layout,
                 self._attention_factor,
                 every,
                 self._weights,
@@ -311,29 +348,13 @@ class Generator:
             yield values, count, cache
 
     def _empty_cache(self, rows: int, length: int):
-        return programs.cache_maker(self.model, self._path, rows, self._pieces(length), self._cache_layout)()
+        return programs.cache_maker(self.model, self._layout, rows, self._pieces(length), self._cache_sharding)()
 
     def _pieces(self, length: int) -> tuple[int, ...]:
         """Lengths of the pieces of a cache for so many places."""
-        parts = self.mesh.shape["tensor"] if self._path.cut_by_time is not None else 1
+        parts = self.mesh.shape["tensor"] if self._layout.cut_by_time is not None else 1
         unit = programs.CHUNKS[-1]
         return programs.piece_lengths(length, unit if unit % parts == 0 else unit * parts)
-
-    def _rows(self, ids: list[list[int]], names: list[int], batch: int, penalises: bool) -> programs.Rows:
-        surplus = [0] * (batch - len(ids))
-        seen = None
-        if penalises:
-            seen = np.zeros((batch, self.model.padded_vocab_size), bool)
-            for row, prompt in enumerate(ids):
-                seen[row, prompt] = True
-        rows = programs.Rows(
-            tokens=np.zeros(batch, np.int32),
-            positions=np.array([*map(len, ids), *surplus], np.int32),
-            numbers=np.zeros(batch, np.int32),
-            names=np.array([*names, *surplus], np.int32),
-            seen=seen,
-        )
-        return jax.device_put(rows, NamedSharding(self.mesh, PartitionSpec()))
 
     def _frequencies(self, length: int) -> np.ndarray:
         """(R/2,) for a sequence of this length, by the rule of this generator."""
@@ -342,11 +363,18 @@ class Generator:
     def _switches_at(self, position: int) -> bool:
         return self._per_sequence and position == self.model.long_rope.original_max_position
 
-    def _continuation(self, ids: list[int], room: int, sampling: Sampling) -> Continuation:
+    def _stop_ids_of(self, one: _Asked) -> tuple[int, ...]:
+        return (*self.stop_ids, *one.sampling.stop_ids)
+
+    def _continuation(self, one: _Asked) -> Continuation:
         return Continuation(
-            TextStream(self.tokenizer, before=ids) if self.tokenizer is not None else None,
-            stop=sampling.stop,
-            stop_ids=(*self.stop_ids, *sampling.stop_ids),
-            max_tokens=room,
+            TextStream(self.tokenizer, before=one.ids) if self.tokenizer is not None else None,
+            stop=one.sampling.stop,
+            stop_ids=self._stop_ids_of(one),
+            max_tokens=one.limit,
             known=self.tokenizer.vocab_size if self.tokenizer is not None else 0,
         )
+
+    def _place(self, params: Params, owned: bool = False) -> cached.Weights:
+        form = placement.matrix_format(self.backend, self.mesh)
+        return placement.place(self.model, self._layout, params, self.mesh, form, owned=owned)

@@ -1,5 +1,6 @@
 """A checkpoint as an object: `model = phijax.load("path")`, for notebooks, scripts and the command `generate`."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from phijax.interchange.opened import Opened
 from phijax.interchange.tokenizer_files import chat_template_of
 from phijax.model.backend import choose_backend
 from phijax.model.config import ModelSection
-from phijax.model.params import axes, shapes
+from phijax.model.params import Params, axes, shapes
 from phijax.parallel import sharding
 from phijax.parallel.mesh import MeshConfig, make_mesh
 from phijax.text import chat as chats
@@ -83,6 +84,7 @@ def load(
         begin=opened.begin,
         long_rope=long_rope,
         cache_dtype=cache_dtype,
+        owned=True,
     )
     bos = opened.begin[0] if opened.begin else opened.facts.bos_id
     template = opened.chat_template
@@ -132,18 +134,34 @@ class Model:
         self._format: chats.ChatFormat | None = None
         self._kept = PrefixCache()
 
+    def with_params(self, params: Params) -> "Model":
+        """The same model with other weights, as `Generator.with_params`: nothing is compiled anew.
+
+        The weights are a copy, and this model keeps its own. What was kept of a conversation's cache stays here.
+        """
+        other = copy.copy(self)
+        other.generator, other._kept = self.generator.with_params(params), PrefixCache()
+        return other
+
     @overload
     def generate(self, prompts: str, sampling: Sampling | None = None, **settings) -> Result: ...
     @overload
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling | None = None, **settings) -> list[Result]: ...
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None, **settings
+    ) -> list[Result]: ...
 
     def generate(self, prompts, sampling=None, **settings):
         """Continues one text (-> Result) or a list of texts or lists of ids (-> list of Results).
 
         Args:
+          sampling: for all, whose draws then differ by their place in the list; or one for each: an answer is then the
+            one that its prompt gets alone.
           settings: fields of Sampling, in place of one: `model.generate("Once", max_tokens=20, temperature=0)`.
         """
-        sampling = _sampling(sampling, settings)
+        if isinstance(sampling, Sequence) and not isinstance(prompts, str) and not settings:
+            sampling = [_sampling(one, {}) for one in sampling]
+        else:
+            sampling = _sampling(sampling, settings)
         self._need_tokenizer(isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts))
         results = self.generator.generate([prompts] if isinstance(prompts, str) else prompts, sampling)
         return results[0] if isinstance(prompts, str) else results

@@ -1,15 +1,18 @@
 """Where weights and cache lie during inference: whole or cut over `tensor`, resident, in the dtype of computation."""
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phijax.model import cached
 from phijax.model import params as model_params
 from phijax.model.backend import Backend
 from phijax.model.config import ModelConfig
+from phijax.model.inference_layout import InferenceLayout
 from phijax.model.kernels import cpu_int4, cpu_int4_library, integers_tpu
 from phijax.model.kernels.decode_tpu import StackedCache
 from phijax.model.params import Params
@@ -18,13 +21,13 @@ from phijax.model.weights import WeightFormat
 from phijax.parallel import sharding
 
 
-def choose_path(
+def choose_layout(
     c: ModelConfig, backend: Backend, mesh: Mesh, cache_dtype: Literal["auto", "int8"] = "auto"
-) -> cached.Path:
+) -> InferenceLayout:
     """The static choices that belong to a backend and a mesh. cache_dtype: "auto": that of computation."""
     tensor = mesh.shape["tensor"]
     on_tpu = mesh.devices.flat[0].platform == "tpu"
-    return cached.Path(
+    return InferenceLayout(
         unrolled=not backend.scan_layers,
         transposed=not backend.scan_layers and tensor == 1,
         dtype=backend.compute_dtype,
@@ -55,44 +58,68 @@ def matrix_format(backend: Backend, mesh: Mesh) -> Callable[[Quantized], WeightF
 
 def place(
     c: ModelConfig,
-    path: cached.Path,
+    layout: InferenceLayout,
     params: Params,
     mesh: Mesh,
     form: Callable[[Quantized], WeightFormat] | None = None,
+    *,
+    owned: bool = False,
 ) -> cached.Weights:
     """Parameters as the programs use them: gathered over every axis but `tensor`, once; cast; a layer an array.
 
     A leaf whose heads (or rows) `tensor` does not divide is whole on every chip. Of quantised leaves the integers are
-    cut so; their scales too, where they have as many groups of rows.
+    cut so; their scales too, where they have as many groups of rows. Leaf by leaf: besides `params` and the result no
+    more than one leaf is held.
 
-    Args: form: as `matrix_format` gives it.
+    Args:
+      form: as `matrix_format` gives it. A leaf that has it already is taken as it is.
+      owned: arrays that need no change may become part of the result; else all are copied.
     """
+    axes, flat = model_params.axes(c), model_params.flat(params)
 
-    def put(array: jax.Array, cut: list[str | None]) -> jax.Array:
-        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*cut)))
+    def put(array: Any, path: str, names: tuple[str, ...], cut: list[str | None], dtype: str) -> Any:
+        array = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*cut)))
+        if owned and not layout.unrolled and array.dtype == dtype:
+            return array
+        return _laid_out(layout, path, names[0] == "layers", c.num_layers, dtype, array)
 
-    def put_leaf(name: str, leaf, axes: tuple[str, ...]):
+    def put_quantized(w: Quantized, path: str, names: tuple[str, ...]) -> Any:
+        cut = cut_of(c, mesh, names, w.shape)
+        groups = [None if n % mesh.shape["tensor"] else at for at, n in zip(cut, w.scales.shape, strict=True)]
+        values, scales = (put(a, path, names, at, str(a.dtype)) for a, at in ((w.values, cut), (w.scales, groups)))
+        if isinstance(values, tuple):
+            return tuple(map(Quantized, values, scales))
+        return for_kernel(c, layout, path, Quantized(values, scales), cut, mesh)
+
+    def put_leaf(leaf: Any, path: str, names: tuple[str, ...]) -> Any:
         if isinstance(leaf, tuple):
-            return tuple(put_leaf(name, layer, axes[1:]) for layer in leaf)
+            return tuple(put_leaf(one, path, names[1:]) for one in leaf)
         if isinstance(leaf, Quantized) and form is not None:
             if len(leaf.shape) == 3:
-                return tuple(
-                    put_leaf(name, jax.tree.map(lambda a, i=i: a[i], leaf), axes[1:]) for i in range(c.num_layers)
-                )
+                layers = (jax.tree.map(lambda a, i=i: a[i], leaf) for i in range(c.num_layers))
+                return tuple(put_leaf(one, path, names[1:]) for one in layers)
             leaf = form(leaf)
-        cut = cut_of(c, mesh, axes, leaf.shape)
         if isinstance(leaf, Quantized):
-            groups = [None if n % mesh.shape["tensor"] else at for at, n in zip(cut, leaf.scales.shape, strict=True)]
-            return for_kernel(c, path, name, Quantized(put(leaf.values, cut), put(leaf.scales, groups)), cut, mesh)
-        return leaf if isinstance(leaf, WeightFormat) else put(leaf, cut).astype(path.dtype)
+            return put_quantized(leaf, path, names)
+        if isinstance(leaf, WeightFormat):
+            return leaf
+        return put(leaf, path, names, cut_of(c, mesh, names, leaf.shape), layout.dtype)
 
-    axes = model_params.axes(c)
-    weights = model_params.nested(
-        {name: put_leaf(name, leaf, axes[name]) for name, leaf in model_params.flat(params).items()}
-    )
-    if path.unrolled:
-        weights = cached.layered(weights, c.num_layers)
-    return cached.transposed(weights) if path.transposed else weights
+    leaves = {path: put_leaf(leaf, path, axes[path]) for path, leaf in flat.items()}
+    if layout.transposed and c.tied_head:
+        made = leaves["embedding"]
+        of_platform = isinstance(made, WeightFormat) and not isinstance(made, Quantized)
+        leaves[cached.HEAD] = made if of_platform else put_leaf(flat["embedding"], cached.HEAD, axes["embedding"])
+    return cached.assembled(layout, leaves, c.num_layers)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _laid_out(layout: InferenceLayout, path: str, stacked: bool, num_layers: int, dtype: str, array: jax.Array) -> Any:
+    """`cached.laid_out` of an array in dtype, `stacked` or of one layer; nothing of it is the argument itself."""
+    array = jnp.copy(array.astype(dtype))
+    if stacked or not path.startswith(f"{model_params.STACKED}/"):
+        return cached.laid_out(layout, path, array, num_layers)
+    return cached.laid_out(layout, path, (array,), num_layers)[0]
 
 
 def cut_of(c: ModelConfig, mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> list[str | None]:
@@ -108,23 +135,23 @@ def cut_of(c: ModelConfig, mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, 
 
 
 def for_kernel(
-    c: ModelConfig, path: cached.Path, name: str, w: Quantized, cut: list[str | None], mesh: Mesh
+    c: ModelConfig, layout: InferenceLayout, name: str, w: Quantized, cut: list[str | None], mesh: Mesh
 ) -> WeightFormat:
     """The weight in the order of the TPU's kernel, where that is used and takes it; an embedding is only looked up."""
     parts = mesh.shape["tensor"] if "tensor" in cut else 1
-    if not path.stacked or (name == "embedding" and not c.tied_head) or not integers_tpu.fits(w, parts):
+    if not layout.stacked or (name == "embedding" and not c.tied_head) or not integers_tpu.fits(w, parts):
         return w
-    return integers_tpu.from_quantized(w, path.mesh, cut=parts > 1, interpret=path.interpret)
+    return integers_tpu.from_quantized(w, layout.mesh, cut=parts > 1, interpret=layout.interpret)
 
 
-def cache_sharding(c: ModelConfig, path: cached.Path, mesh: Mesh) -> NamedSharding | StackedCache:
+def cache_sharding(c: ModelConfig, layout: InferenceLayout, mesh: Mesh) -> NamedSharding | StackedCache:
     """Of each array of the cache: by kv head where `tensor` divides them, else by time."""
 
     def cut(*spec: str | None) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    if path.stacked:
+    if layout.stacked:
         lines, scales = cut(None, None, None, "tensor"), cut(None, None, "tensor", None)
-        return StackedCache(lines, lines, *[scales] * (2 * (path.cache_dtype == "int8")))
-    spec = (None, None, "tensor", None) if path.cut_by_time is not None else (None, "tensor", None, None)
-    return cut(*spec if path.unrolled else (None, *spec))
+        return StackedCache(lines, lines, *[scales] * (2 * (layout.cache_dtype == "int8")))
+    spec = (None, None, "tensor", None) if layout.cut_by_time is not None else (None, "tensor", None, None)
+    return cut(*spec if layout.unrolled else (None, *spec))

@@ -21,6 +21,7 @@ class Prefix(NamedTuple):
     frequencies: np.ndarray  # (R/2,) that its keys were rotated by
     cache: Cache
     length: int
+    weights: object  # whose keys and values they are: compared by identity
 
 
 class PrefixCache:
@@ -32,10 +33,10 @@ class PrefixCache:
     def put(self, prefix: Prefix) -> None:
         self._held = prefix
 
-    def take(self, ids: Sequence[int], frequencies: np.ndarray) -> tuple[Prefix | None, int]:
+    def take(self, ids: Sequence[int], frequencies: np.ndarray, weights: object) -> tuple[Prefix | None, int]:
         """What is held, which then nobody holds any more, and how many of `ids` need not be computed; None, 0."""
         held, self._held = self._held, None
-        if held is None or not np.array_equal(held.frequencies, frequencies):
+        if held is None or held.weights is not weights or not np.array_equal(held.frequencies, frequencies):
             return None, 0
         done = shared(held.ids, ids)
         return (held, done) if done else (None, 0)

@@ -1,30 +1,18 @@
-"""The compiled programs of generation, one of each kind for every shape bucket, shared by all generators."""
+"""The model's compiled programs of generation, one of each kind for every shape bucket, shared by all generators."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from phijax.inference.sampling import Plan, choose
 from phijax.model import cached
 from phijax.model.config import ModelConfig
+from phijax.model.inference_layout import InferenceLayout
 from phijax.model.kernels.decode import Pieces
-from phijax.model.kernels.rows import each_row
 
 # Buckets of a chunk of a prompt. A prompt is cut by its own length alone (see `chunks`).
 CHUNKS = (16, 64, 256)
 LARGEST_PIECE = 16  # of a cache, in units of its smallest
-
-
-class Rows(NamedTuple):
-    """Where each row stands; all (B,) but `seen`. A row that has ended keeps being computed, at one place."""
-
-    tokens: jax.Array  # int32, the next to be fed
-    positions: jax.Array  # int32, its place
-    numbers: jax.Array  # int32, tokens that the row was given
-    names: jax.Array  # int32, the rows' own numbers, for their draws
-    seen: jax.Array | None  # (B, V) bool, tokens that occurred; None where nothing asks
 
 
 def chunks(length: int) -> list[tuple[int, int, int]]:
@@ -53,7 +41,7 @@ def piece_lengths(length: int, unit: int = CHUNKS[-1]) -> tuple[int, ...]:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,))
 def prefill(
     c: ModelConfig,
-    path: cached.Path,
+    layout: InferenceLayout,
     attention_factor: float,
     every: bool,
     weights: cached.Weights,
@@ -72,83 +60,63 @@ def prefill(
     """
     positions = start + jnp.arange(tokens.shape[0], dtype=jnp.int32)
     x, cache = cached.hidden(
-        c, path, weights, cache, tokens[None], positions[None], frequencies[None], attention_factor
+        c, layout, weights, cache, tokens[None], positions[None], frequencies[None], attention_factor
     )
     if every:
-        return cached.logits(c, path, weights, x[0]), cache
+        return cached.logits(c, layout, weights, x[0]), cache
     # Equal rows, as many as products want: of one XLA:CPU copied the head first, 8 of 53 ms for 256 tokens.
-    last = jnp.tile(jax.lax.dynamic_slice_in_dim(x[0], count - 1, 1), (path.least_rows, 1))
-    return cached.logits(c, path, weights, last)[:1], cache
+    last = jnp.tile(jax.lax.dynamic_slice_in_dim(x[0], count - 1, 1), (layout.least_rows, 1))
+    return cached.logits(c, layout, weights, last)[:1], cache
 
 
 @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(1,))
-def insert(path: cached.Path, cache: cached.Cache, prompt: cached.Cache, row: jax.Array) -> cached.Cache:
+def insert(layout: InferenceLayout, cache: cached.Cache, prompt: cached.Cache, row: jax.Array) -> cached.Cache:
     """The cache of one prompt becomes row `row` of a batch's; both hold the same positions, the batch's no fewer."""
-    at = (row, 0, 0, 0) if path.unrolled else (0, row, 0, 0, 0)
+    at = (row, 0, 0, 0) if layout.unrolled else (0, row, 0, 0, 0)
 
-    if path.stacked:
+    if layout.stacked:
         return jax.tree.map(lambda w, o: jax.lax.dynamic_update_slice(w, o, (0, row, 0, 0)), cache, prompt)
 
     def put(whole: Pieces, one: Pieces) -> Pieces:
         n = len(one)
         return jax.tree.map(lambda w, o: jax.lax.dynamic_update_slice(w, o, at), whole[:n], one) + whole[n:]
 
-    return tuple(map(put, cache, prompt)) if path.unrolled else put(cache, prompt)
+    return tuple(map(put, cache, prompt)) if layout.unrolled else put(cache, prompt)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
 def step(
     c: ModelConfig,
-    path: cached.Path,
+    layout: InferenceLayout,
     attention_factor: float,
-    plan: Plan,
     weights: cached.Weights,
     cache: cached.Cache,
-    settings,
-    rows: Rows,
+    tokens: jax.Array,
+    positions: jax.Array,
     frequencies: jax.Array,
-    advance: jax.Array,
     count: jax.Array | None,
-):
-    """Feeds each row's token and chooses its next. advance: (B,) int32, 1, or 0 for a row that has ended.
-    count: rows that count, each with bits of its own; None: no such promise.
-    Returns: logits (B, padded V), log-probabilities (B,), rows, cache.
+) -> tuple[jax.Array, cached.Cache]:
+    """A token of each row.
+
+    Args:
+      tokens, positions: (B,) int32; frequencies: (B, R/2) float32.
+      count: rows that count, each with bits of its own; None: no such promise.
+    Returns: logits (B, padded V) float32, cache.
     """
     x, cache = cached.hidden(
-        c,
-        path,
-        weights,
-        cache,
-        rows.tokens[:, None],
-        rows.positions[:, None],
-        frequencies,
-        attention_factor,
-        count,
+        c, layout, weights, cache, tokens[:, None], positions[:, None], frequencies, attention_factor, count
     )
-    logits = cached.logits(c, path, weights, x[:, 0])
-    logprobs, rows = _chosen(plan, settings, logits, rows, count)
-    return logits, logprobs, rows._replace(positions=rows.positions + advance), cache
-
-
-@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(3,))
-def first(plan: Plan, settings, logits: jax.Array, rows: Rows, count: jax.Array | None):
-    """The first token of each row from the logits (B, V) behind its prompt."""
-    return _chosen(plan, settings, logits, rows, count)
-
-
-def _chosen(plan: Plan, settings, logits: jax.Array, rows: Rows, count: jax.Array | None) -> tuple[jax.Array, Rows]:
-    def one(logits, names, numbers, seen=None):
-        return choose(plan, settings, logits, seen, names, numbers)
-
-    known = (logits, rows.names, rows.numbers) + (() if rows.seen is None else (rows.seen,))
-    tokens, logprobs = each_row(one, count)(*known)
-    seen = rows.seen
-    if seen is not None:
-        seen = seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
-    return logprobs, rows._replace(tokens=tokens, numbers=rows.numbers + 1, seen=seen)
+    return cached.logits(c, layout, weights, x[:, 0]), cache
 
 
 @functools.lru_cache(maxsize=64)
-def cache_maker(c: ModelConfig, path: cached.Path, rows: int, lengths: tuple[int, ...], layout):
-    """Compiled: () -> an empty cache, made where it lies; `layout` as `placement.cache_sharding` gives it."""
-    return jax.jit(lambda: cached.empty_cache(c, path, rows, lengths), out_shardings=layout)
+def cache_maker(c: ModelConfig, layout: InferenceLayout, rows: int, lengths: tuple[int, ...], sharding):
+    """Compiled: () -> an empty cache, made where it lies; `sharding` as `placement.cache_sharding` gives it."""
+    return jax.jit(lambda: cached.empty_cache(c, layout, rows, lengths), out_shardings=sharding)
+
+
+def places(layout: InferenceLayout, cache: cached.Cache) -> int:
+    """How many a row of this cache has."""
+    if layout.stacked:
+        return cache.k.shape[2]
+    return sum(piece[0].shape[-2] for piece in (cache[0] if layout.unrolled else cache))

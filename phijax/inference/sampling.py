@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -111,74 +111,75 @@ class Sampling:
         object.__setattr__(self, "stop_ids", tuple(map(_whole, ids)))
 
     @property
-    def plan(self) -> "Plan":
-        draws = self.temperature >= LEAST_TEMPERATURE and self.top_p > 0
-        return Plan(
-            draws=draws,
-            filters=draws and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0),
-            penalises=self.repetition_penalty != 1,
-        )
-
-
-class Plan(NamedTuple):
-    """What a compiled program must do at all; static. Sorting a vocabulary costs milliseconds a token on CPU."""
-
-    draws: bool
-    filters: bool
-    penalises: bool
+    def draws(self) -> bool:
+        """Whether a token is drawn; else the most likely one is taken."""
+        return self.temperature >= LEAST_TEMPERATURE and self.top_p > 0
 
 
 class Settings(NamedTuple):
-    """The numbers of a Sampling, as scalars of a program; changing them compiles nothing anew."""
+    """What a row's tokens are chosen by, (B,) each: arguments of one program, whatever their values.
 
-    temperature: np.float32
-    top_k: np.int32
-    top_p: np.float32
-    min_p: np.float32
-    repetition_penalty: np.float32
-    seed: np.uint32
+    temperature: 0 where nothing is drawn. name: the row's own number; its draws depend on it, its seed and how many
+    tokens it was given.
+    """
+
+    temperature: jax.Array  # float32
+    top_k: jax.Array  # int32
+    top_p: jax.Array  # float32
+    min_p: jax.Array  # float32
+    repetition_penalty: jax.Array  # float32
+    seed: jax.Array  # uint32
+    name: jax.Array  # int32
 
     @classmethod
-    def of(cls, s: Sampling) -> "Settings":
-        """Numbers that are too large for their types become the largest there are: no other token is chosen by them."""
-        types = (np.float32, np.int32, np.float32, np.float32, np.float32, np.uint32)
-        values = (getattr(s, name) for name in cls._fields)
-        return cls(*(kind(min(value, _LARGEST.get(kind, value))) for kind, value in zip(types, values, strict=True)))
+    def of(cls, s: Sampling, name: int = 0) -> "Settings":
+        """Of one row, (1,) each. What is too large for its type becomes the largest there is, which means the same."""
+        types = (np.float32, np.int32, np.float32, np.float32, np.float32, np.uint32, np.int32)
+        values = (s.temperature if s.draws else 0, s.top_k, s.top_p, s.min_p, s.repetition_penalty, s.seed, name)
+        return cls(*(np.array([min(v, _LARGEST.get(t, v))], t) for t, v in zip(types, values, strict=True)))
 
 
-def choose(
-    plan: Plan,
-    settings: Settings,
-    logits: jax.Array,
-    seen: jax.Array | None,
-    names: jax.Array,
-    numbers: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+def choose(settings: Settings, logits: jax.Array, seen: jax.Array, given: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The next token of each row, and its log-probability under the model itself (before any setting).
+
+    What no row asks for is not computed: sorting a vocabulary costs milliseconds a row on CPU.
 
     Args:
       logits: (B, V) float32, -inf where the vocabulary is padded.
-      seen: (B, V) bool, tokens that occurred; only read where `plan.penalises`.
-      names: (B,) int32, the rows' own numbers; numbers: (B,) int32, how many tokens each has been given.
+      seen: (B, V) bool, tokens that occurred; given: (B,) int32, how many tokens each row was given.
     Returns: (B,) int32 and (B,) float32.
     """
+    penalises = jnp.any(settings.repetition_penalty != 1)
+    tokens = jax.lax.cond(
+        penalises | jnp.any(settings.temperature > 0),
+        lambda: _drawn(settings, _where_any(penalises, penalised, logits, seen, settings.repetition_penalty), given),
+        lambda: most_likely(logits),
+    )
     log_p = jax.nn.log_softmax(logits)
-    if plan.penalises:
-        logits = penalised(logits, seen, settings.repetition_penalty)
-    if plan.draws:
-        logits = logits / settings.temperature
-        if plan.filters:
-            logits = filtered(logits, settings.top_k, settings.top_p, settings.min_p)
-        base = jax.random.key(settings.seed)
-
-        def draw(logits, name, number):
-            return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(base, name), number), logits)
-
-        tokens = jax.vmap(draw)(logits, names, numbers)
-    else:
-        tokens = most_likely(logits)
-    tokens = tokens.astype(jnp.int32)
     return tokens, jnp.take_along_axis(log_p, tokens[:, None], axis=-1)[:, 0]
+
+
+def _drawn(settings: Settings, logits: jax.Array, given: jax.Array) -> jax.Array:
+    draws = settings.temperature > 0
+
+    def draw(logits, seed, name, number):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), name), number)
+        return jax.random.categorical(key, logits).astype(jnp.int32)
+
+    def drawn():
+        scaled = logits / jnp.where(draws, settings.temperature, 1)[:, None]
+        limits = (settings.top_k, settings.top_p, settings.min_p)
+        filters = jnp.any(draws & ((settings.top_k > 0) | (settings.top_p < 1) | (settings.min_p > 0)))
+        kept = _where_any(filters, filtered, scaled, *limits)
+        tokens = jax.vmap(draw)(kept, settings.seed, settings.name, given)
+        return jnp.where(draws, tokens, most_likely(logits))
+
+    return jax.lax.cond(jnp.any(draws), drawn, lambda: most_likely(logits))
+
+
+def _where_any(condition: jax.Array, f: Callable[..., jax.Array], logits: jax.Array, *rest: jax.Array) -> jax.Array:
+    """f(logits, *rest) where the condition holds, else the logits."""
+    return jax.lax.cond(condition, f, lambda logits, *_: logits, logits, *rest)
 
 
 def most_likely(logits: jax.Array) -> jax.Array:
@@ -192,15 +193,18 @@ def most_likely(logits: jax.Array) -> jax.Array:
 
 
 def penalised(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Keskar et al. 2019, arXiv:1909.05858, section 4.1, with the sign rule that transformers introduced."""
+    """Keskar et al. 2019, arXiv:1909.05858, section 4.1, with transformers' sign rule. (B, V), penalty (B,)."""
+    penalty = penalty[:, None]
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def filtered(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
     """(B, V) -> (B, V) with -inf for what top-k, then top-p of the rest, then min-p exclude; ties are kept together.
 
+    A row that asks for none (0, 1, 0) stays as it is. Settings are (B,).
     top-p: Holtzman et al. 2020, arXiv:1904.09751; min-p: Nguyen et al. 2024, arXiv:2407.01082.
     """
+    top_k, top_p, min_p = top_k[:, None], top_p[:, None], min_p[:, None]
     falling = -jnp.sort(-logits, axis=-1)
     index = jnp.arange(falling.shape[-1])
     falling = jnp.where(index < jnp.where(top_k > 0, top_k, falling.shape[-1]), falling, -jnp.inf)

@@ -43,6 +43,7 @@ class Continuation:
         self.tokens: list[int] = []
         self._logprobs: list[float] = []
         self.finish: Finish | None = None
+        self.ended_by_text = False
 
     def add(self, token: int, logprob: float) -> str:
         """Takes the next token; returns the text that it makes certain, which may be empty."""
@@ -56,7 +57,7 @@ class Continuation:
         places = [at for at in map(self._held.find, self._stop) if at >= 0]
         if places:
             self._held = self._held[: min(places)]
-            self.finish = "stop"
+            self.finish, self.ended_by_text = "stop", True
             return self._give(len(self._held))
         if len(self.tokens) >= self._max_tokens:
             return self._end("length")

@@ -76,7 +76,7 @@ def _load_quantized(
 
         return tuple(matrix(slice(i, i + 1)) for i in range(shape[0])) if len(shape) == 3 else matrix()
     # An axis whose groups the mesh does not cut evenly has its scales on every chip.
-    cut = [None if n % sharding.parts(name, mesh.shape) else name for n, name in zip(groups, axes, strict=True)]
+    cut = sharding.even(groups, axes, mesh.shape)
     return Quantized(
         jax.make_array_from_callback(
             shape, sharding.sharding(mesh, axes), lambda index: source.read_values(path, index).astype(kind)

@@ -38,8 +38,8 @@ USES = {
 }
 
 
-def render(opened: Opened, layout: str, format: str = "hf", tokenizer: str = "") -> str:
-    """The card's text. `layout`: as which class it is written. `format`: a key of USES.
+def render(opened: Opened, class_name: str, format: str = "hf", tokenizer: str = "") -> str:
+    """The card's text. `class_name`: transformers' name of what it is written as. `format`: a key of USES.
 
     `tokenizer`: how its files were checked.
     """
@@ -48,7 +48,7 @@ def render(opened: Opened, layout: str, format: str = "hf", tokenizer: str = "")
     parts = [
         f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- phijax\n---",
         f"# {name}",
-        _what(opened, layout),
+        _what(opened, class_name),
         f"## Use\n{use}",
         quantization_card.section(opened),
         _data(opened),
@@ -65,10 +65,10 @@ def _source_name(opened: Opened) -> str:
     return opened.path.parent.parent.name if of_run else opened.path.stem
 
 
-def _what(opened: Opened, layout: str) -> str:
+def _what(opened: Opened, class_name: str) -> str:
     c = opened.model
     rows = {
-        "class": f"{layout.capitalize()}ForCausalLM",
+        "class": class_name,
         "parameters": f"{params.count(c):,}",
         "layers": c.num_layers,
         "width": c.model_dim,

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from phijax.errors import UserError
-from phijax.interchange.huggingface.names import Part, Tensor
 from phijax.interchange.opened import Opened
+from phijax.interchange.tensors import Part, Tensor
 from phijax.interchange.weight_source import Index, QuantizedSource
 from phijax.quantization import policy
 from phijax.quantization.policy import Scheme

@@ -3,7 +3,7 @@
 from flax import nnx
 
 from phijax.model.config import ModelConfig
-from phijax.model.weights import normal, weight
+from phijax.model.weights import bias_of, normal, weight
 
 
 class Attention(nnx.Module):
@@ -16,3 +16,7 @@ class Attention(nnx.Module):
         self.k = weight((kv_rows, c.model_dim), ("kv_heads", "embed"), into, kind="qkv")
         self.v = weight((kv_rows, c.model_dim), ("kv_heads", "embed"), into, kind="qkv")
         self.o = weight((rows, c.model_dim), ("heads", "embed"), back, kind="o", summed="rows")
+        self.q_bias = bias_of(rows, "heads") if c.bias else None
+        self.k_bias = bias_of(kv_rows, "kv_heads") if c.bias else None
+        self.v_bias = bias_of(kv_rows, "kv_heads") if c.bias else None
+        self.o_bias = bias_of(c.model_dim, "embed") if c.bias else None

@@ -12,7 +12,7 @@ from flax import nnx
 from phijax.model.attention import Attention
 from phijax.model.config import ModelConfig
 from phijax.model.mlp import Mlp
-from phijax.model.norm import RMSNorm
+from phijax.model.norm import make_norm
 from phijax.model.ops import Ops
 from phijax.model.terms import Normed, Product
 
@@ -21,15 +21,15 @@ class Block(nnx.Module):
     """Pre-norm residual block: (B, T, D) -> (B, T, D)."""
 
     def __init__(self, c: ModelConfig):
-        self.attention_norm = RMSNorm(c.model_dim, c.norm_eps)
+        self.attention_norm = make_norm(c, feeds="qkv")
         self.attention = Attention(c)
-        self.mlp_norm = RMSNorm(c.model_dim, c.norm_eps)
+        self.mlp_norm = make_norm(c, feeds="gate_up")
         self.mlp = Mlp(c)
         self.mask = c.mask
 
     def __call__(self, x: jax.Array, state: Any, ops: Ops) -> tuple[jax.Array, Any]:
         """state: what attention reads and gives anew, a layer's cache; None without one."""
         out, state = ops.attention(Normed(x, self.attention_norm), self.attention, self.mask, state)
-        x = ops.mark("mid", ops.add(x, Product(out, self.attention.o)))
+        x = ops.mark("mid", ops.add(x, Product(out, self.attention.o, self.attention.o_bias)))
         x = ops.mark("out", ops.add(x, self.mlp(Normed(x, self.mlp_norm))))
         return x, state

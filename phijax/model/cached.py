@@ -6,7 +6,7 @@ lie where they are used (`inference/placement.py`), and XLA carries their cuts t
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,14 +16,14 @@ from phijax.model import params as model_params
 from phijax.model.cached_ops import CachedOps
 from phijax.model.config import ModelConfig
 from phijax.model.decoder import Decoder
-from phijax.model.inference_path import Path
+from phijax.model.inference_layout import InferenceLayout
 from phijax.model.kernels.decode_tpu import empty
 from phijax.model.kernels.integers_tpu import TpuIntegers
 from phijax.model.kernels.rows import row_sum
 from phijax.model.params import STACKED, Params
 from phijax.model.quantized import Quantized
 from phijax.model.rope import rope_table
-from phijax.model.vocabulary import padded_logits
+from phijax.model.vocabulary import padded_logits, with_positions
 from phijax.model.weights import WeightFormat, lookup
 
 Weights = dict[str, Any]  # as Params, but "blocks" is a tuple of trees where layers are unrolled
@@ -31,32 +31,47 @@ HEAD = "head"
 Cache = Any  # pieces as in `kernels/decode.py`: a tuple of these, one a layer, or one with L in front; or StackedCache
 
 
-def layered(weights: Params, num_layers: int) -> Weights:
-    """Stacked blocks -> a tuple of `num_layers` trees. Copies stacks that are arrays; takes a tuple's items."""
-    blocks = weights[STACKED]
+def laid_out(layout: InferenceLayout, path: str, leaf: Any, num_layers: int) -> Any:
+    """A leaf as programs hold it: turned where `layout.transposed` says, a tuple of layers where they are unrolled.
+
+    Args: leaf: as in Params, or a tuple of its layers.
+    """
+
+    def turned(one: Any) -> Any:
+        return _swapped(one) if layout.transposed and _turns(path) else one
+
+    if not layout.unrolled or not path.startswith(f"{STACKED}/"):
+        return turned(leaf)
+    layers = leaf if isinstance(leaf, tuple) else [jax.tree.map(lambda a, i=i: a[i], leaf) for i in range(num_layers)]
+    return tuple(map(turned, layers))
+
+
+def assembled(layout: InferenceLayout, leaves: Mapping[str, Any], num_layers: int) -> Weights:
+    """Leaves by path, each `laid_out` -> the weights. A tied head is a leaf of its own where it is turned."""
+    weights = model_params.nested(leaves)
+    if not layout.unrolled:
+        return weights
 
     def layer(i: int) -> Params:
-        return jax.tree.map(lambda a: a[i], blocks, is_leaf=lambda leaf: isinstance(leaf, tuple))
+        return jax.tree.map(lambda layers: layers[i], weights[STACKED], is_leaf=lambda leaf: isinstance(leaf, tuple))
 
     return {**weights, STACKED: tuple(map(layer, range(num_layers)))}
 
 
-def transposed(weights: Weights) -> Weights:
-    """As `Path.transposed` wants them; a tied head gets a matrix of its own. Its own inverse but for that head."""
-    head = weights.get(HEAD, weights["embedding"])
-    return {**weights, HEAD: _swapped(head), STACKED: _turned(weights[STACKED])}
-
-
 def _turned(blocks: Any) -> Any:
-    """Matrices that `project` contracts, from [rows, D] to [D, rows] or back."""
-
-    of_blocks = {path.removeprefix(f"{STACKED}/"): leaf for path, leaf in model_params.any_leaves().items()}
+    """A layer's matrices as its modules have them, from as `laid_out` has them."""
 
     def turn(path, leaf):
-        declared = of_blocks["/".join(step.key for step in path if isinstance(step, jax.tree_util.DictKey))]
-        return _swapped(leaf) if declared.kind is not None and declared.summed == "d" else leaf
+        name = "/".join(step.key for step in path if isinstance(step, jax.tree_util.DictKey))
+        return _swapped(leaf) if _turns(f"{STACKED}/{name}") else leaf
 
     return jax.tree_util.tree_map_with_path(turn, blocks, is_leaf=lambda leaf: isinstance(leaf, WeightFormat))
+
+
+def _turns(path: str) -> bool:
+    """Whether a leaf is a matrix that `project` contracts, the head among them."""
+    leaf = model_params.any_leaves()[path]
+    return path != "embedding" and leaf.kind is not None and leaf.summed == "d"
 
 
 def _swapped(leaf: jax.Array | WeightFormat) -> jax.Array | WeightFormat:
@@ -65,10 +80,10 @@ def _swapped(leaf: jax.Array | WeightFormat) -> jax.Array | WeightFormat:
     return jax.tree.map(lambda a: jnp.swapaxes(a, -1, -2), leaf)
 
 
-def empty_cache(c: ModelConfig, path: Path, rows: int, lengths: Sequence[int]) -> Cache:
+def empty_cache(c: ModelConfig, layout: InferenceLayout, rows: int, lengths: Sequence[int]) -> Cache:
     """A cache of `rows` rows in pieces of these lengths, all zero."""
-    if path.stacked:
-        dtype = path.dtype if path.cache_dtype == "auto" else path.cache_dtype
+    if layout.stacked:
+        dtype = layout.dtype if layout.cache_dtype == "auto" else layout.cache_dtype
         return empty(c.num_layers, rows, c.num_kv_heads, sum(lengths), c.head_dim, dtype)
 
     def pieces(*layers: int):
@@ -76,16 +91,16 @@ def empty_cache(c: ModelConfig, path: Path, rows: int, lengths: Sequence[int]) -
             shape = (*layers, rows, c.num_kv_heads, length, width)
             return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
-        if path.cache_dtype == "int8":
+        if layout.cache_dtype == "int8":
             return tuple(zeros(n, c.head_dim, "int8") + zeros(n, 1, "bfloat16") for n in lengths)
-        return tuple(zeros(n, c.head_dim, path.dtype) for n in lengths)
+        return tuple(zeros(n, c.head_dim, layout.dtype) for n in lengths)
 
-    return tuple(pieces() for _ in range(c.num_layers)) if path.unrolled else pieces(c.num_layers)
+    return tuple(pieces() for _ in range(c.num_layers)) if layout.unrolled else pieces(c.num_layers)
 
 
 def hidden(
     c: ModelConfig,
-    path: Path,
+    layout: InferenceLayout,
     weights: Weights,
     cache: Cache,
     tokens: jax.Array,
@@ -104,20 +119,22 @@ def hidden(
       count: how many rows count, each with bits of its own, see `kernels/rows.py`; None: no such promise.
     Returns: (B, T, D) after the final norm, and the cache.
     """
-    rope = rope_table(c, positions, frequencies, attention_factor, path.dtype, by_matmul=path.rope_by_matmul)
-    top = _module(c, path, weights, _layer(weights, 0))
-    x = lookup(top.embedding, tokens, path.dtype)
+    rope = rope_table(c, positions, frequencies, attention_factor, layout.dtype, by_matmul=layout.rope_by_matmul)
+    top = _module(c, layout, weights, _layer(weights, 0))
+    x = lookup(top.embedding, tokens, layout.dtype)
+    if top.position_embedding is not None:
+        x = with_positions(x, top.position_embedding, positions)
 
     def body(x, layer, cache, number=None):
-        ops = CachedOps(c, path, rope, positions, count, number)
-        return _module(c, path, weights, layer).blocks(x, cache, ops)
+        ops = CachedOps(c, layout, rope, positions, count, number)
+        return _module(c, layout, weights, layer).blocks(x, cache, ops)
 
-    if path.stacked:
+    if layout.stacked:
         # Carried, not scanned over: what is scanned over is sliced and put together again, a copy of the cache.
         x, cache = jax.lax.fori_loop(
             0, c.num_layers, lambda i, both: body(both[0], _layer(weights, i), both[1], i), (x, cache)
         )
-    elif path.unrolled:
+    elif layout.unrolled:
         new = []
         for layer, layer_cache in zip(weights[STACKED], cache, strict=True):
             x, layer_cache = body(x, layer, layer_cache)
@@ -128,9 +145,9 @@ def hidden(
     return top.final_norm(x, None if count is None else row_sum), cache
 
 
-def logits(c: ModelConfig, path: Path, weights: Weights, x: jax.Array) -> jax.Array:
+def logits(c: ModelConfig, layout: InferenceLayout, weights: Weights, x: jax.Array) -> jax.Array:
     """(B, D) -> (B, padded V) float32, as `vocabulary.padded_logits`."""
-    head = _module(c, path, weights, _layer(weights, 0)).output
+    head = _module(c, layout, weights, _layer(weights, 0)).output
     return padded_logits(x, head, vocab_size=c.vocab_size)
 
 
@@ -148,9 +165,9 @@ def _layer(weights: Weights, number: int | jax.Array) -> Params:
     return jax.tree.map(of_layer, blocks, is_leaf=lambda leaf: isinstance(leaf, TpuIntegers))
 
 
-def _module(c: ModelConfig, path: Path, weights: Weights, layer: Params) -> Decoder:
+def _module(c: ModelConfig, layout: InferenceLayout, weights: Weights, layer: Params) -> Decoder:
     """A Decoder whose `blocks` are one layer's. XLA reads a transposed leaf where it lies."""
-    if path.transposed:
+    if layout.transposed:
         weights, layer = {**weights, HEAD: _swapped(weights[HEAD])}, _turned(layer)
         c = dataclasses.replace(c, tied_head=False)
     return model_params.module(c, {**weights, STACKED: layer})

@@ -16,6 +16,10 @@ from phijax.storage.strict_json import Fields, shown
 VOCAB_MULTIPLE = 1024  # 8 rows on each of 128 chips; fixed, so that shapes never depend on the mesh
 CHECKPOINT = "checkpoint"  # the preset that is the model of the run's start weights
 
+Positions = Literal["rotary", "learned"]
+Norm = Literal["rms", "layer"]
+Activation = Literal["silu", "gelu_tanh"]
+
 
 @dataclasses.dataclass(frozen=True)
 class LongRope:
@@ -49,6 +53,11 @@ class ModelConfig:
     norm_eps: float = 1e-5
     long_rope: LongRope | None = None
     requires_long_rope: bool = False  # a 128K preset whose lists come with its checkpoint
+    positions: Positions = "rotary"  # learned: a table of max_position rows, added to the embedding
+    norm: Norm = "rms"
+    bias: bool = False  # of every projection of a block; the head has none
+    activation: Activation = "silu"
+    gated: bool = True  # f(x gate) * (x up); without: f(x up)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -57,7 +66,8 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        return int(self.head_dim * self.partial_rotary_factor)
+        """R: dimensions of a head that rotate."""
+        return 0 if self.positions == "learned" else int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def attention_scale(self) -> float:
@@ -78,6 +88,9 @@ class ModelConfig:
         for name in ("vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)} must be at least 1.")
+        for name, known in (("positions", Positions), ("norm", Norm), ("activation", Activation)):
+            if getattr(self, name) not in typing.get_args(known):
+                raise UserError(f"model.{name}={getattr(self, name)!r} must be {' or '.join(typing.get_args(known))}.")
         if self.num_heads % self.num_kv_heads:
             most = min(self.num_heads, 1 << 10)  # of a file's two billion heads the divisors are not looked for
             fits = [n for n in range(1, most + 1) if self.num_heads % n == 0]
@@ -88,7 +101,12 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps", "partial_rotary_factor"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"model.{name}={getattr(self, name)} must be a number above 0.")
-        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+        if self.positions == "learned" and self.long_rope:
+            raise UserError(
+                "model.positions=learned: nothing rotates, so there is nothing that LongRoPE's lists would change.\n"
+                "Leave long_rope_from out, or take rotary positions."
+            )
+        if self.positions == "rotary" and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
             raise UserError(
                 f"model: {self.rotary_dim} rotated dimensions of {self.head_dim}: must be even, > 0, no more."
             )
@@ -131,6 +149,11 @@ class ModelSection:
     sliding_window: int | Preset | None = "preset"  # W: a query sees W keys, itself included; None: all before it
     tied_head: bool | Preset = "preset"  # whether the head is the embedding
     norm_eps: float | Preset = "preset"  # added to the mean square in each norm
+    positions: Positions | Preset = "preset"  # rotary, or learned: a table of max_position rows
+    norm: Norm | Preset = "preset"  # rms, or layer: LayerNorm with factors and biases
+    bias: bool | Preset = "preset"  # whether each projection of a block has one
+    activation: Activation | Preset = "preset"  # of the feed-forward layer
+    gated: bool | Preset = "preset"  # f(x gate) * (x up), else f(x up)
     long_rope_from: str | None = None  # a preset, or a Hugging Face config.json, whose LongRoPE lists are taken
     # The path that computes attention; auto: splash on TPU, cudnn on GPU where it can, blocked on CPU.
     attention: Literal["auto", "dense", "blocked", "splash", "cudnn"] = "auto"

@@ -15,6 +15,7 @@ from phijax.errors import UserError
 from phijax.model.kernels.dense import MASKED
 from phijax.parallel import sharding
 
+NLL = "nll"  # as metrics call the plain negative log-likelihood, in nats
 CHUNK = 2048  # tokens at most
 CHUNK_BYTES = 512 << 20  # of float32 logits at once; each chunk also reads and writes the whole gradient of the head
 

@@ -12,10 +12,10 @@ from phijax.model.backend import Backend
 from phijax.model.block import Block
 from phijax.model.config import ModelConfig
 from phijax.model.kernels.splash import RESIDUALS
-from phijax.model.norm import RMSNorm
+from phijax.model.norm import make_norm
 from phijax.model.rope import inverse_frequencies, rope_table
 from phijax.model.training_ops import TrainingOps
-from phijax.model.vocabulary import embed, logits
+from phijax.model.vocabulary import embed, logits, with_positions
 from phijax.model.weights import normal, weight, whole
 from phijax.parallel import dealing, sharding
 
@@ -33,13 +33,17 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
 
 
 class Decoder(nnx.Module):
-    """Embedding, L blocks, final norm, head. The blocks' leaves are declared once and stacked in front by `params`."""
+    """Embedding (and a table of positions, where they are learned), L blocks, final norm, head.
+
+    The blocks' leaves are declared once and stacked in front by `params`.
+    """
 
     def __init__(self, c: ModelConfig):
         rows, start = (c.padded_vocab_size, c.model_dim), normal(c.model_dim**-0.5)
         self.embedding = weight(rows, ("vocab", "embed"), start, kind="embedding")
+        self.position_embedding = position_table(c) if c.positions == "learned" else None
         self.blocks = Block(c)
-        self.final_norm = RMSNorm(c.model_dim, c.norm_eps)
+        self.final_norm = make_norm(c, feeds=None if c.tied_head else "head")
         self.head = None if c.tied_head else weight(rows, ("vocab", "embed"), start, kind="head")
         self.c = c
 
@@ -52,6 +56,7 @@ class Decoder(nnx.Module):
           tokens, positions, segment_ids: (B, T) int32.
           length: declared sequence length of the program; decides the LongRoPE list.
         Returns: (B, T, D) in the compute dtype, after the final norm.
+        Raises: UserError for rows longer than a table of positions.
         """
         deals = backend.attention == "splash"  # the one path that takes rows dealt over `context`
         if deals:
@@ -60,6 +65,13 @@ class Decoder(nnx.Module):
         rope = rope_table(self.c, positions, *frequencies, backend.dtype, by_matmul=backend.rope_by_matmul)
         ops = TrainingOps(self.c, rope, segment_ids, backend)
         x = embed(whole(self.embedding), tokens, backend.dtype)
+        if self.position_embedding is not None:
+            if tokens.shape[1] > self.c.max_position:
+                raise UserError(
+                    f"rows of {tokens.shape[1]} tokens; this model has learned {self.c.max_position} positions "
+                    "(model.max_position)."
+                )
+            x = with_positions(x, self.position_embedding, positions)
         x = sharding.constrain(x, ("act_batch", "act_time", "act_embed"))
         body = rematerialised(lambda x, block: block(x, None, ops)[0], backend)
         if backend.scan_layers:
@@ -82,6 +94,11 @@ class Decoder(nnx.Module):
     def output(self) -> nnx.Param:
         """The head, or the embedding where they are tied."""
         return self.embedding if self.head is None else self.head
+
+
+def position_table(c: ModelConfig) -> nnx.Param:
+    """(max_position, D), whole on every chip, its start GPT-2's own: openai/gpt-2, src/model.py, `wpe`."""
+    return weight((c.max_position, c.model_dim), ("position", "embed"), normal(0.01), decayed=True)
 
 
 def rematerialised(body: Callable, backend: Backend) -> Callable:

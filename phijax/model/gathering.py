@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from phijax.model.quantized import Quantized
 from phijax.parallel import sharding
 
 
@@ -26,6 +27,15 @@ def gathered(matrix: jax.Array, axes: Sequence[str], dtype: jnp.dtype) -> jax.Ar
 
     gather.defvjp(lambda matrix: (gather(matrix), None), backward)
     return gather(matrix)
+
+
+def gathered_integers(w: Quantized, axes: Sequence[str]) -> Quantized:
+    """As `gathered`, of a weight that is only read: its integers cross `fsdp` as they are stored, and their scales."""
+
+    def gather(part: jax.Array) -> jax.Array:
+        return sharding.constrain(part, sharding.even(part.shape, axes, sharding.mesh_sizes()), gathered=True)
+
+    return Quantized(gather(w.values), gather(w.scales))
 
 
 def into_heads(x: jax.Array, matrix: jax.Array, axes: Sequence[str], heads: int) -> jax.Array:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from phijax.model import weights
+from phijax.model.low_rank import LowRank
 from phijax.parallel import sharding
 
 LARGEST = 127  # symmetric: -128 stays unused
@@ -28,7 +30,12 @@ def project_back(h: jax.Array, w: nnx.Param) -> jax.Array:
 
 
 def contract(x: jax.Array, w: nnx.Param) -> jax.Array:
-    """As `weights.contract` but rounded."""
+    """As `weights.contract` but rounded; of a LowRank its base is, its factors are not."""
+    value = w.get_value()
+    if isinstance(value, LowRank):
+        leaves = value.leaves(w)
+        by = {"base": contract, "a": weights.contract, "b": weights.contract}
+        return value.contract(x, lambda x, name: by[name](x, leaves[name]), back=w.summed == "rows")
     return project_back(x, w) if w.summed == "rows" else project(x, w)
 
 

@@ -12,8 +12,8 @@ from phijax.model.config import ModelConfig
 from phijax.model.kernels.dense import dense_attention
 from phijax.model.mask import Mask
 from phijax.model.rope import apply_rope
-from phijax.model.terms import Gated, Joined, Normed, Product, Term
-from phijax.model.weights import contract
+from phijax.model.terms import Activated, Joined, Normed, Product, Term
+from phijax.model.weights import contract, plus
 
 
 class Ops:
@@ -46,12 +46,14 @@ class Ops:
                 return self.norm(x, norm)
             case Joined(heads):
                 return heads.swapaxes(1, 2).reshape(heads.shape[0], heads.shape[2], -1)
-            case Product(h, w):
+            case Product(h, w, bias):
                 (out,) = self.products(h, (w,))
-                return out
-            case Gated(f, h, gate, up):
-                both = zip(("gate", "up"), self.products(h, (gate, up)), strict=True)
-                gate, up = (self.mark(name, x) for name, x in both)
+                return plus(out, bias)
+            case Activated(f, up, None):
+                return self.mark("activation", f(self.mark("up", self.value(up))))
+            case Activated(f, up, gate):
+                both = zip(("gate", "up"), (gate, up), self.products(up.h, (gate.weight, up.weight)), strict=True)
+                gate, up = (self.mark(name, plus(x, product.bias)) for name, product, x in both)
                 return self.mark("activation", f(gate) * up)
         return term
 
@@ -66,14 +68,19 @@ class Ops:
         return norm(x)
 
     def products(self, h: Term, weights: Sequence[nnx.Param]) -> Iterable[jax.Array]:
-        """h by each of several weights that are given the same."""
+        """h by each of several weights that are given the same; biases are not in it."""
         x = self.value(h)
         return [contract(x, w) for w in weights]
 
     def heads(self, h: Term, a: Attention) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q (B, N, T, H), k and v (B, K, T, H)."""
-        q, k, v = self.products(h, (a.q, a.k, a.v))
+        q, k, v = self.flat_heads(h, a)
         return split(q, self.c.num_heads), split(k, self.c.num_kv_heads), split(v, self.c.num_kv_heads)
+
+    def flat_heads(self, h: Term, a: Attention) -> tuple[jax.Array, ...]:
+        """q (B, T, N H), k and v (B, T, K H)."""
+        products = self.products(h, (a.q, a.k, a.v))
+        return tuple(plus(x, bias) for x, bias in zip(products, (a.q_bias, a.k_bias, a.v_bias), strict=True))
 
     def kernel(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, state: Any) -> tuple[jax.Array, Any]:
         """Attention of rotated heads, q scaled: (B, N, T, H), and the state anew."""

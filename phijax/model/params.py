@@ -19,8 +19,18 @@ from phijax.parallel import sharding
 
 Params = dict[str, Any]
 STACKED = "blocks"
-_ANY_SIZE = ModelConfig(
-    vocab_size=1, model_dim=1, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, ffn_dim=1, max_position=1
+_EVERY_LEAF = ModelConfig(
+    vocab_size=1,
+    model_dim=1,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=2,
+    ffn_dim=1,
+    max_position=1,
+    positions="learned",
+    norm="layer",
+    bias=True,
 )
 
 
@@ -33,10 +43,16 @@ class Leaf(NamedTuple):
     kind: str | None
     summed: Literal["d", "rows"]
     decayed: bool
+    feeds: str | None
 
     @property
     def summed_axis(self) -> int:
         return -2 if self.summed == "rows" else -1
+
+    @property
+    def result_axis(self) -> int:
+        """Along which the results of its products lie; of a leaf that is no matrix its last."""
+        return -2 if self.kind is not None and self.summed == "d" else -1
 
 
 @functools.lru_cache(maxsize=16)
@@ -48,7 +64,8 @@ def _declared(c: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Leaf]]:
         shape, axes = tuple(variable.get_value().shape), tuple(variable.axes)
         if path[0] == STACKED:
             shape, axes = (c.num_layers, *shape), ("layers", *axes)
-        leaves["/".join(path)] = Leaf(shape, axes, variable.start, variable.kind, variable.summed, variable.decayed)
+        v = variable
+        leaves["/".join(path)] = Leaf(shape, axes, v.start, v.kind, v.summed, v.decayed, v.feeds)
     return graph, leaves
 
 
@@ -58,8 +75,8 @@ def leaves(c: ModelConfig) -> dict[str, Leaf]:
 
 
 def any_leaves() -> dict[str, Leaf]:
-    """What holds of the leaves of models of every size: all but their shapes and starts."""
-    return leaves(_ANY_SIZE)
+    """Every leaf that a model can have, and of each what holds in models of every size: its kind, axes, summed axis."""
+    return leaves(_EVERY_LEAF)
 
 
 def shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -104,13 +121,18 @@ def abstract(c: ModelConfig, mesh: Mesh | None = None) -> Params:
 
 
 def init(c: ModelConfig, seed: int) -> Params:
+    """Start values of the model's leaves, as `started` makes them."""
+    return started(c, leaves(c), seed)
+
+
+def started(c: ModelConfig, declared: Mapping[str, Leaf], seed: int) -> Params:
     """Start values: a leaf's key is fold_in(seed, crc32(path)), so adding a leaf moves no other.
 
     Call it under `jax.jit` with `out_shardings`: each device then makes its own part, the same numbers on any mesh.
     """
     key = jax.random.key(seed)
     out = {}
-    for path, leaf in leaves(c).items():
+    for path, leaf in declared.items():
         shape, start = leaf.shape, leaf.start
         if start.std == 0.0:
             out[path] = jnp.full(shape, start.value, jnp.float32)

@@ -106,6 +106,32 @@ LLAMA2_7B = ModelConfig(
 )
 
 
+# openai-community/gpt2: n_ctx 1024, heads of 64, activation gelu_new.
+GPT2 = ModelConfig(
+    vocab_size=50257,
+    model_dim=768,
+    num_layers=12,
+    num_heads=12,
+    num_kv_heads=12,
+    head_dim=64,
+    ffn_dim=3072,
+    max_position=1024,
+    tied_head=True,
+    positions="learned",
+    norm="layer",
+    bias=True,
+    activation="gelu_tanh",
+    gated=False,
+)
+
+
+def _gpt2(model_dim: int, num_layers: int) -> ModelConfig:
+    heads = model_dim // GPT2.head_dim
+    return dataclasses.replace(
+        GPT2, model_dim=model_dim, num_layers=num_layers, num_heads=heads, num_kv_heads=heads, ffn_dim=4 * model_dim
+    )
+
+
 def _long(config: ModelConfig, short: tuple[float, ...], long: tuple[float, ...], **changed) -> ModelConfig:
     """The 128K relative of a 4K model. Its window is the published one, which no sequence reaches."""
     return dataclasses.replace(
@@ -150,4 +176,8 @@ PRESETS: dict[str, ModelConfig] = {
     "llama2_13b": dataclasses.replace(
         LLAMA2_7B, model_dim=5120, num_layers=40, num_heads=40, num_kv_heads=40, ffn_dim=13824
     ),
+    "gpt2": GPT2,
+    "gpt2_medium": _gpt2(1024, 24),
+    "gpt2_large": _gpt2(1280, 36),
+    "gpt2_xl": _gpt2(1600, 48),
 }

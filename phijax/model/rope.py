@@ -17,17 +17,21 @@ def inverse_frequencies(c: ModelConfig, length: int) -> tuple[np.ndarray, float]
     The list is a static property of the program: long if and only if `length` exceeds the original length. Choosing
     by position instead would mix two rotations in one sequence.
 
-    Returns: (R/2,) float32, radians per token; the factor.
+    Returns: (R/2,) float32, radians per token, none of a model without a rotation; the factor.
     """
-    exponent = np.arange(0, c.rotary_dim, 2, dtype=np.float64) / c.rotary_dim
+    exponent = np.arange(0, c.rotary_dim, 2, dtype=np.float64) / max(c.rotary_dim, 1)
     frequencies = c.rope_theta**exponent
     if c.long_rope is None:
         return (1.0 / frequencies).astype(np.float32), 1.0
     original = c.long_rope.original_max_position
     factors = c.long_rope.long_factor if length > original else c.long_rope.short_factor
-    scale = c.max_position / original
-    attention_factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-    return (1.0 / (np.asarray(factors, np.float64) * frequencies)).astype(np.float32), attention_factor
+    frequencies = np.asarray(factors, np.float64) * frequencies
+    return (1.0 / frequencies).astype(np.float32), long_rope_factor(c.max_position / original, original)
+
+
+def long_rope_factor(scale: float, original: int) -> float:
+    """What LongRoPE multiplies cos and sin with: sqrt(1 + ln(s) / ln(L0)), 1 for s up to 1."""
+    return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
 
 
 def rope_table(
@@ -67,6 +71,8 @@ def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array], c: ModelConfig,
       x: (B, N, T, H).
     Returns: (B, N, T, H) in x.dtype.
     """
+    if not c.rotary_dim:
+        return x
     cos, sin = table
     half = c.rotary_dim // 2
     if by_matmul:

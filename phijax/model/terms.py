@@ -25,20 +25,21 @@ class Joined:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Product:
-    """h by a weight [rows, D], summed over the axis that the weight declares: (..., D) -> (..., rows) or back."""
+    """h by a weight [rows, D], summed over the axis that the weight declares, plus a bias: (..., D) -> (..., rows) or
+    back."""
 
     h: Any  # an array or a term
     weight: nnx.Param
+    bias: nnx.Param | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Gated:
-    """f(h gate) * (h up): (..., D) -> (..., F)."""
+class Activated:
+    """f(gate) * up, or f(up) without a gate: (..., F). Both are products with the same h."""
 
     f: Callable[[jax.Array], jax.Array]
-    h: Any  # an array or a term
-    gate: nnx.Param
-    up: nnx.Param
+    up: Product
+    gate: Product | None = None
 
 
-Term = jax.Array | Normed | Joined | Product | Gated
+Term = jax.Array | Normed | Joined | Product | Activated

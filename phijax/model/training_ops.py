@@ -14,7 +14,7 @@ from phijax.model.config import ModelConfig
 from phijax.model.mask import Mask
 from phijax.model.ops import Ops
 from phijax.model.terms import Joined, Product, Term
-from phijax.model.weights import contract, project, project_back
+from phijax.model.weights import contract, plus, project, project_back
 from phijax.parallel import sharding
 
 HEADS = ("act_batch", "act_heads", "act_time", None)
@@ -36,22 +36,24 @@ class TrainingOps(Ops):
 
     def value(self, term: Term) -> jax.Array:
         match term:
-            case Product(Joined(heads), w) if self.backend.flat_tokens:
-                return contract(heads.swapaxes(1, 2).reshape(-1, w.shape[0]), w)
-            case Product(Joined(heads), w):  # split or joined in the contraction, heads are no copy, see `project`
-                return project_back(heads, w, heads=heads.shape[1])
+            case Product(Joined(heads), w, bias) if self.backend.flat_tokens:
+                return plus(contract(heads.swapaxes(1, 2).reshape(-1, w.shape[0]), w), bias)
+            case Product(Joined(heads), w, bias):
+                # Split or joined in the contraction, heads are no copy, see `project`.
+                return plus(project_back(heads, w, heads=heads.shape[1]), bias)
         return super().value(term)
 
     def heads(self, h: Term, a: Attention) -> tuple[jax.Array, jax.Array, jax.Array]:
         x = self.value(h)
 
-        def of(w: nnx.Param, heads: int) -> jax.Array:
+        def of(w: nnx.Param, bias: nnx.Param | None, heads: int) -> jax.Array:
             if self.backend.flat_tokens:
-                flat = contract(x.reshape(-1, x.shape[-1]), w)
+                flat = plus(contract(x.reshape(-1, x.shape[-1]), w), bias)
                 return flat.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
-            return project(x, w, heads=heads)
+            return plus(project(x, w, heads=heads), bias, heads=heads)
 
-        return of(a.q, self.c.num_heads), of(a.k, self.c.num_kv_heads), of(a.v, self.c.num_kv_heads)
+        n, k = self.c.num_heads, self.c.num_kv_heads
+        return of(a.q, a.q_bias, n), of(a.k, a.k_bias, k), of(a.v, a.v_bias, k)
 
     def products(self, h: Term, weights: Sequence[nnx.Param]) -> Iterator[jax.Array]:
         """Of the feed-forward layer: attention's are split and joined by heads. Each is made when it is asked for."""

@@ -34,6 +34,16 @@ def embed(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
     )(table, tokens)
 
 
+def with_positions(x: jax.Array, table: nnx.Param, positions: jax.Array) -> jax.Array:
+    """x (B, T, D) and the rows of a table (max_position, D) at positions (B, T).
+
+    Places after the last are the last: only what pads a row stands there, and it must be finite. In float32, as the
+    table's gradient then is.
+    """
+    rows = jnp.take(table[...].astype(jnp.float32), positions, axis=0, mode="clip")
+    return (x.astype(jnp.float32) + rows).astype(x.dtype)
+
+
 def logits(x: jax.Array, head: nnx.Param, *, vocab_size: int) -> jax.Array:
     """(..., D) -> (..., V) float32, the padded vocabulary cut off."""
     return _product(x, whole(head)[:vocab_size])

@@ -8,14 +8,16 @@ heads. While it is used a weight is gathered over `fsdp`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from phijax.model.gathering import from_heads, gathered, into_heads
+from phijax.model.gathering import from_heads, gathered, gathered_integers, into_heads
+from phijax.model.low_rank import LowRank
+from phijax.model.quantized import Quantized
 
 
 @runtime_checkable
@@ -65,6 +67,7 @@ def weight(
     kind: str | None = None,
     summed: Literal["d", "rows"] = "d",
     decayed: bool | None = None,
+    feeds: str | None = None,
 ) -> nnx.Param:
     """Declares a float32 leaf and every fact about it that other rooms need: they read it from `params.leaves`.
 
@@ -74,10 +77,29 @@ def weight(
       kind: of a matrix; those of one kind in a layer share their input, and are quantised alike. None: no matrix.
       summed: the axis of a matrix that a product sums over.
       decayed: whether weight decay applies; None: to matrices.
+      feeds: the kind of matrices whose inputs are proportional, channel by channel, to this leaf and the others that
+        declare the same: a factor can move from these matrices into them, and the model stays the same function.
     """
     value = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
     decayed = kind is not None if decayed is None else decayed
-    return nnx.Param(value, axes=tuple(axes), start=start, kind=kind, summed=summed, decayed=decayed)
+    return nnx.Param(value, axes=tuple(axes), start=start, kind=kind, summed=summed, decayed=decayed, feeds=feeds)
+
+
+def bias_of(rows: int, axis: str, *, feeds: str | None = None) -> nnx.Param:
+    """Declares what is added to a product with (rows,) results of logical axis `axis`."""
+    return weight((rows,), (axis,), ZEROS, feeds=feeds)
+
+
+def plus(x: jax.Array, bias: nnx.Param | None, *, heads: int | None = None) -> jax.Array:
+    """A product's result and its bias: (..., rows); with `heads`: (B, N, T, H). No bias: x.
+
+    In float32, so that the bias's gradient, a sum over all tokens of a batch, is.
+    """
+    if bias is None:
+        return x
+    values = gathered(bias[...], bias.axes, jnp.float32)
+    values = values if heads is None else values.reshape(heads, 1, -1)
+    return (x.astype(jnp.float32) + values).astype(x.dtype)
 
 
 def contract(x: jax.Array, w: nnx.Param) -> jax.Array:
@@ -91,8 +113,11 @@ def project(x: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax.Arra
     The split into heads is part of the contraction because a reshape of its result is a copy on TPU when H is not a
     multiple of 128 (mini: 96), while one of the weight's rows is free.
     """
-    if isinstance(w.get_value(), WeightFormat):
-        out = w.get_value().project(x)
+    value = w.get_value()
+    if isinstance(value, LowRank):
+        return _by_parts(x, w, project, heads)
+    if isinstance(value, WeightFormat):
+        out = _whole_rows(w).project(x)
         return out if heads is None else out.reshape(*x.shape[:-1], heads, -1).swapaxes(1, 2)
     if heads is not None:
         return into_heads(x, w[...], w.axes, heads)
@@ -101,12 +126,28 @@ def project(x: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax.Arra
 
 def project_back(h: jax.Array, w: nnx.Param, *, heads: int | None = None) -> jax.Array:
     """(..., rows) -> (..., D); with `heads`: (B, N, T, H) -> (B, T, D)."""
-    if isinstance(w.get_value(), WeightFormat):
+    value = w.get_value()
+    if isinstance(value, LowRank):
+        return _by_parts(h, w, project_back, heads)
+    if isinstance(value, WeightFormat):
         h = h if heads is None else h.swapaxes(1, 2).reshape(h.shape[0], h.shape[2], -1)
-        return w.get_value().project_back(h)
+        return _whole_rows(w).project_back(h)
     if heads is not None:
         return from_heads(h, w[...], w.axes, heads)
     return jax.lax.dot_general(h, gathered(w[...], w.axes, h.dtype), (((h.ndim - 1,), (0,)), ((), ())))
+
+
+def _by_parts(x: jax.Array, w: nnx.Param, verb: Callable[..., jax.Array], heads: int | None) -> jax.Array:
+    """A verb of a LowRank, by the same of the leaves that it is made of; a alone has no rows that could be heads."""
+    value = w.get_value()
+    leaves, split = value.leaves(w), {"base": heads, "a": None, "b": heads}
+    return value.contract(x, lambda x, name: verb(x, leaves[name], heads=split[name]), back=verb is project_back)
+
+
+def _whole_rows(w: nnx.Param) -> WeightFormat:
+    """The format as it is used: of a weight that is cut over the mesh, as `gathered` has it of an array."""
+    value = w.get_value()
+    return gathered_integers(value, w.axes) if isinstance(value, Quantized) else value
 
 
 def lookup(w: nnx.Param, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -18,6 +18,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": ("tensor", "fsdp"),
     "embed": None,
     "layers": None,
+    "position": None,  # a table of 2 to 7 MB: cut, its few rows a chip would not fill tiles
+    "rank": None,  # of a change of low rank: 8 to 64, which few meshes would divide
     # Activations.
     "act_batch": ("data", "fsdp"),
     "act_time": "context",
@@ -65,6 +67,14 @@ def parts(axis: str, sizes: Mapping[str, int], *, gathered: bool = False) -> int
     entry = spec((axis,), gathered=gathered)[0]
     names = () if entry is None else (entry,) if isinstance(entry, str) else entry
     return math.prod(sizes[name] for name in names)
+
+
+def even(shape: Sequence[int], axes: Sequence[str | None], sizes: Mapping[str, int]) -> tuple[str | None, ...]:
+    """`axes` with None where a mesh of these sizes does not cut a dimension of this length evenly: it stays whole."""
+    return tuple(
+        None if axis is not None and length % parts(axis, sizes) else axis
+        for length, axis in zip(shape, axes, strict=True)
+    )
 
 
 def check_divides(name: str, shape: Sequence[int], axes: Sequence[str], sizes: Mapping[str, int]) -> None:

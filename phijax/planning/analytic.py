@@ -40,7 +40,7 @@ class Fitted:
     """Rates read off compiled programs of a chip.
 
     matrix: share of the peak that padded products reach. stacks: share of HBM's rate in writing and reading saved
-    activations. sums: vector cycles for each number of a layer's norms and heads, forward and backward.
+    activations. sums: vector cycles for each number of a layer's vectors and heads, forward and backward.
     partial_sums: for each number of attention's partial dq, of which every block of keys leaves one to be added up.
     elementwise: bytes moved for each byte of the residual stream and the heads. hides_gathers: whether gathers run
     beside the core's work, as they do by default on this chip.
@@ -148,7 +148,8 @@ def _vector(recipe: Recipe, where: Slice, local: "_Local", shape: BatchShape) ->
     numbers = local.heads * local.head_width + 2 * c.model_dim
     moved = fitted.elementwise * (numbers * local.compute + AGAIN * sum(local.again.values()))
     moved += ROUNDING * local.rounded_bytes
-    cycles = numbers * fitted.sums + local.blocks_of_keys * local.heads * local.head_width * fitted.partial_sums
+    sums = local.heads * local.head_width + local.vectors  # a vector's gradient is a sum over tokens
+    cycles = sums * fitted.sums + local.blocks_of_keys * local.heads * local.head_width * fitted.partial_sums
     layer = (2 * local.saved / fitted.stacks + moved) / chip.hbm_bandwidth + cycles / chip.clock
     logits = LOGITS_PASSES * 4 * local.vocab / chip.hbm_bandwidth
     # Float32: parameters and moments read and written, gradients read and clipped; each further micro-batch adds up.
@@ -244,7 +245,14 @@ class _Local:
         # Integers and a float32 scale a row are gathered where the feed-forward layers' products are of int8.
         self.int8 = recipe.backend.mlp_products == "int8"
         rounded = (self.compute - 1) * c.model_dim - 4 if self.int8 else 0  # bytes less in each row
-        self.gathered_bytes = self.layer_bytes - 3 * self.ffn * rounded
+        matrices = sum(leaf.kind in ("gate_up", "down") for leaf in params.leaves(c).values())
+        self.gathered_bytes = self.layer_bytes - matrices * self.ffn * rounded
+        # Numbers of a layer's factors and biases.
+        self.vectors = sum(
+            leaf.shape[-1] // sharding.parts(leaf.axes[-1], sizes, gathered=True)
+            for leaf in params.leaves(c).values()
+            if leaf.axes[0] == "layers" and leaf.kind is None
+        )
         self.head_elements = self.vocab * c.model_dim
         self.head_bytes = self.head_elements * self.compute
         self.chunk_logits = cross_entropy.chunk_tokens(self.tokens, self.vocab) * self.vocab * 4
@@ -252,7 +260,7 @@ class _Local:
         heads, kv = self.heads * self.head_width, self.kv_heads * self.head_width
         sizes_of = {
             **{"query": heads, "key": kv, "value": kv, "attention": heads, "mid": c.model_dim},
-            **{"gate": self.ffn, "up": self.ffn, "activation": self.ffn},
+            **{"gate": self.ffn if c.gated else 0, "up": self.ffn, "activation": self.ffn},
         }
         names = remat_names(recipe.backend.remat)
         kept = set(SAVEABLE) if names is None else set(names)
@@ -268,19 +276,19 @@ class _Local:
         self.blocks_of_keys = -(-length // backward_block(length, part_length(length, sizes["context"])))
         gathered = 2 * kv * sizes["context"] if sizes["context"] > 1 else 0
         self.backward_bytes = self.compute * (
-            gathered + self.blocks_of_keys * heads + 2 * self.ffn + 3 * heads + 2 * kv + 3 * c.model_dim
+            gathered + self.blocks_of_keys * heads + (matrices - 1) * self.ffn + 3 * heads + 2 * kv + 3 * c.model_dim
         )
         # Products, FLOP a token and layer forward. The unit's output rows are lanes: a head of 96 takes 128.
         d = c.model_dim
         self.attention_flops = 2 * d * (2 * heads + 2 * kv)
-        self.mlp_flops = 2 * 3 * self.ffn * d
+        self.mlp_flops = 2 * matrices * self.ffn * d
         again = 0
         again += 2 * d * (heads * self.attention_again)  # o is needed for what follows it
         for name, width in (("query", heads), ("key", kv), ("value", kv)):
             again += 2 * d * width if name not in kept else 0
         if "mid" not in kept:
             again += 2 * d * heads * (not self.attention_again)
-        mlp_again = sum(2 * d * self.ffn for name in ("gate", "up") if name not in kept)
+        mlp_again = sum(2 * d * sizes_of[name] for name in ("gate", "up") if name not in kept)
         self.recomputed_flops = again + mlp_again
         # Forward products alone are rounded, those made again too.
         self.int8_flops = self.mlp_flops + mlp_again if self.int8 else 0

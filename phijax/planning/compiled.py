@@ -9,14 +9,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from phijax.data.batch import abstract_batch, batch_sharding
 from phijax.errors import UserError
 from phijax.parallel.program_text import parse
 from phijax.planning import estimator, lifetimes, memory_parts
 from phijax.planning.assumptions import chip_of
 from phijax.planning.estimator import Estimate
 from phijax.planning.topology import torus_of
-from phijax.training.program import BatchShape, Recipe, abstract_state, lower_train_step
+from phijax.training.program import BatchShape, Recipe, abstract_batch, abstract_state, lower_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +91,7 @@ def hbm_peak(memory: Any) -> int:
 
 def argument_parts(recipe: Recipe, mesh: Mesh, shape: BatchShape) -> Sequence[str]:
     """The part of memory that each argument of the program belongs to, in the program's order."""
-    arguments = (abstract_state(recipe, mesh), abstract_batch(shape, batch_sharding(mesh)))
+    arguments = (abstract_state(recipe, mesh), abstract_batch(recipe, mesh, shape))
     parts = []
     for path, _ in jax.tree_util.tree_leaves_with_path(arguments):
         name = jax.tree_util.keystr(path)

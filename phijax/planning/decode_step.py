@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phijax.inference import placement, programs
-from phijax.inference.sampling import Sampling, Settings
 from phijax.model import cached
 from phijax.model import params as model_params
 from phijax.model.backend import CHOICES
 from phijax.model.config import ModelConfig
+from phijax.model.inference_layout import InferenceLayout
 from phijax.model.params import Params
 from phijax.model.quantized import Quantized
 from phijax.quantization import policy
@@ -34,35 +34,28 @@ class Served:
     cache_dtype: Literal["auto", "int8"] = "auto"
 
     @property
-    def path(self) -> cached.Path:
-        return placement.choose_path(self.model, CHOICES["tpu"], self.mesh, self.cache_dtype)
+    def layout(self) -> InferenceLayout:
+        return placement.choose_layout(self.model, CHOICES["tpu"], self.mesh, self.cache_dtype)
 
 
-def lower_step(served: Served, rows: int, places: int, sampling: Sampling | None = None):
-    """One token for each of `rows` rows over a cache of `places` places: `programs.step` before it is compiled."""
-    return trace_step(served, rows, places, sampling).lower()
+def lower_step(served: Served, rows: int, places: int):
+    """One token of each of `rows` rows over a cache of `places` places: `programs.step` before it is compiled."""
+    return trace_step(served, rows, places).lower()
 
 
-def trace_step(served: Served, rows: int, places: int, sampling: Sampling | None = None):
+def trace_step(served: Served, rows: int, places: int):
     """`lower_step`'s program before it is lowered; `.jaxpr` is what was traced."""
-    sampling, path, c = sampling or Sampling(temperature=0.0), served.path, served.model
-    batch = max(rows, path.least_rows)
-
-    def each(dtype=jnp.int32, *shape):
-        return _whole(served, (batch, *shape), dtype)
-
-    seen = each(jnp.bool_, c.padded_vocab_size) if sampling.plan.penalises else None
+    layout, c = served.layout, served.model
+    batch = max(rows, layout.least_rows)
     return programs.step.trace(
         c,
-        path,
+        layout,
         1.0,
-        sampling.plan,
         abstract_weights(served),
         abstract_cache(served, rows, places),
-        jax.tree.map(lambda a: _whole(served, (), a.dtype), Settings.of(sampling)),
-        programs.Rows(each(), each(), each(), each(), seen),
-        each(jnp.float32, c.rotary_dim // 2),
-        each(),
+        _whole(served, (batch,), jnp.int32),
+        _whole(served, (batch,), jnp.int32),
+        _whole(served, (batch, c.rotary_dim // 2), jnp.float32),
         None,
     )
 
@@ -71,7 +64,7 @@ def lower_prefill(served: Served, tokens: int, places: int):
     """A chunk of `tokens` tokens of one prompt into a cache of `places` places: `programs.prefill`."""
     return programs.prefill.lower(
         served.model,
-        served.path,
+        served.layout,
         1.0,
         False,
         abstract_weights(served),
@@ -93,7 +86,7 @@ def abstract_weights(served: Served) -> Params:
         if name in schemes:
             out[name] = _abstract_quantized(served, name, shape, schemes[name], cut)
         else:
-            out[name] = _abstract(mesh, shape, served.path.dtype, cut)
+            out[name] = _abstract(mesh, shape, served.layout.dtype, cut)
     return model_params.nested(out)
 
 
@@ -104,7 +97,7 @@ def _abstract_quantized(served: Served, name: str, shape, scheme: Scheme, cut):
         jax.ShapeDtypeStruct(shape, jnp.int4 if scheme.bits == 4 else jnp.int8),
         jax.ShapeDtypeStruct(groups, jnp.float16),
     )
-    placed = jax.eval_shape(lambda w: placement.for_kernel(served.model, served.path, name, w, cut, mesh), stored)
+    placed = jax.eval_shape(lambda w: placement.for_kernel(served.model, served.layout, name, w, cut, mesh), stored)
     along = [at if n % mesh.shape["tensor"] == 0 else None for at, n in zip(cut, groups, strict=True)]
     if placed.scales.shape != tuple(groups):  # turned
         along[-1], along[-2] = along[-2], along[-1]
@@ -116,19 +109,20 @@ def _abstract_quantized(served: Served, name: str, shape, scheme: Scheme, cut):
 
 
 def abstract_cache(served: Served, rows: int, places: int) -> cached.Cache:
-    c, path = served.model, served.path
-    arrays = jax.eval_shape(lambda: cached.empty_cache(c, path, rows, programs.piece_lengths(places)))
-    layout = placement.cache_sharding(c, path, served.mesh)
-    layout = jax.tree.map(lambda _: layout, arrays) if isinstance(layout, NamedSharding) else layout
-    return jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), arrays, layout)
+    c, layout = served.model, served.layout
+    arrays = jax.eval_shape(lambda: cached.empty_cache(c, layout, rows, programs.piece_lengths(places)))
+    at = placement.cache_sharding(c, layout, served.mesh)
+    at = jax.tree.map(lambda _: at, arrays) if isinstance(at, NamedSharding) else at
+    return jax.tree.map(lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), arrays, at)
 
 
 def bytes_read(served: Served, rows: int, places: int) -> float:
-    """By one chip in a step: every weight but the embedding, and a cache that is full; what no program can be without.
+    """By one chip in a step: every weight but what is looked up, and a cache that is full: no program can be without.
 
     Numbers by their own bits, nothing padded.
     """
     weights = model_params.flat(abstract_weights(served))
+    weights.pop("position_embedding", None)
     if not served.model.tied_head:
         weights.pop("embedding")
     return sum(_bytes(leaf) for leaf in jax.tree.leaves((weights, abstract_cache(served, rows, places))))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from phijax.model import cross_entropy, params
-from phijax.model.config import ModelConfig
+from phijax.model.config import Activation, ModelConfig
 from phijax.model.decoder import remat_names
 from phijax.model.flops import train_flops_per_token
 from phijax.parallel import sharding
@@ -15,6 +15,9 @@ from phijax.training.program import BatchShape, Recipe
 
 GIB = 2**30
 FLOAT32 = 4
+# Arrays (..., F) that autodiff keeps of an activation: its input, what its derivative needs, its result.
+KEPT_OF: dict[Activation, int] = {"silu": 4, "gelu_tanh": 6}
+KEPT_OF_GATE = 2  # up, and the product with it
 
 
 def memory(recipe: Recipe, sizes: Mapping[str, int], shape: BatchShape) -> dict[str, int]:
@@ -69,8 +72,9 @@ def saved_per_token(recipe: Recipe, tensor: int, length: int) -> int:
     else:
         sizes = _named_per_token(c, tensor)
         layers = c.num_layers * compute * (c.model_dim + sum(sizes[name] for name in names))
-    rope = 2 * c.rotary_dim * compute + 4
-    return layers + rope + _norm_per_token(c, compute)
+    rope = 2 * c.rotary_dim * compute
+    ids = 4 * (2 if c.positions == "learned" else 1)  # what rows of tables are looked up by
+    return layers + rope + ids + _norm_per_token(c, compute)
 
 
 def recomputed_per_token(recipe: Recipe, tensor: int, length: int) -> int:
@@ -94,7 +98,7 @@ def _named_per_token(c: ModelConfig, tensor: int) -> dict[str, int]:
         "attention": rows,
         "attention_residuals": 0,  # the same array as `attention`, and one number a head
         "mid": c.model_dim,
-        "gate": ffn,
+        "gate": ffn if c.gated else 0,
         "up": ffn,
         "activation": ffn,
     }
@@ -105,9 +109,9 @@ def _everything_per_token(recipe: Recipe, tensor: int, length: int) -> int:
     c, compute = recipe.model, recipe.backend.dtype.itemsize
     heads = c.num_heads // tensor
     rows, kv_rows, ffn = heads * c.head_dim, c.num_kv_heads * c.head_dim // tensor, c.ffn_dim // tensor
-    # Two norms and their results; attention's inputs; gate and what silu's derivative needs of it, their product with
-    # up, and up.
-    kept = 2 * (_norm_per_token(c, compute) + c.model_dim * compute) + compute * (2 * kv_rows + 6 * ffn)
+    activated = KEPT_OF[c.activation] + (KEPT_OF_GATE if c.gated else 0)
+    # Two norms and their results; attention's inputs; the feed-forward layer's.
+    kept = 2 * (_norm_per_token(c, compute) + c.model_dim * compute) + compute * (2 * kv_rows + activated * ffn)
     if recipe.backend.attention == "dense":  # scores in float32 and probabilities, of every key
         return kept + 2 * rows * compute + heads * (8 + (4 + compute) * length)
     return kept + 3 * rows * compute + 4 * heads  # query, output, output as heads, logsumexp
@@ -119,8 +123,9 @@ def _mask_per_token(recipe: Recipe, tensor: int, length: int) -> int:
 
 
 def _norm_per_token(c: ModelConfig, compute: int) -> int:
-    """A norm's input and normalised value in float32, two numbers, and the value cast back."""
-    return 2 * c.model_dim * 4 + 2 * 4 + c.model_dim * compute
+    """A norm's input and normalised value in float32, two numbers, and what is multiplied with its factors: RMSNorm
+    casts that back before."""
+    return 2 * c.model_dim * 4 + 2 * 4 + c.model_dim * (compute if c.norm == "rms" else 4)
 
 
 def describe_model(c: ModelConfig) -> list[str]:
@@ -136,11 +141,18 @@ def describe_model(c: ModelConfig) -> list[str]:
     return lines
 
 
-def describe(recipe: Recipe, sizes: Mapping[str, int], shapes: Mapping[str, BatchShape]) -> list[str]:
+def describe(
+    recipe: Recipe,
+    sizes: Mapping[str, int],
+    shapes: Mapping[str, BatchShape],
+    process: Mapping[str, int] | None = None,
+) -> list[str]:
     """The plan as lines of text.
 
     Args:
       shapes: what a phase is called -> its batch shape.
+      process: part -> bytes of this process, where its memory is the devices' (cpu_process); it stands instead of
+        theirs.
     """
     lines = describe_model(recipe.model)
     backend = recipe.backend
@@ -151,15 +163,19 @@ def describe(recipe: Recipe, sizes: Mapping[str, int], shapes: Mapping[str, Batc
     )
     lines += [f"warning: {text}" for text in params.check_mesh(recipe.model, sizes)]
     for name, shape in shapes.items():
-        parts = memory(recipe, sizes, shape)
-        total = sum(parts.values())
         tokens = math.prod(shape)
         flops = train_flops_per_token(recipe.model, shape[2]) * tokens
         lines.append(
             f"{name}: {shape[0]} micro-batches x {shape[1]} rows x {shape[2]} tokens = {tokens:,} tokens and "
             f"{flops:.4g} FLOP a step"
         )
-        lines.append("  memory of one device:")
-        lines += [f"    {part:<56} {size / GIB:8.3f} GiB" for part, size in parts.items()]
-        lines.append(f"    {'sum':<56} {total / GIB:8.3f} GiB")
+        if process is None:
+            lines += ["  memory of one device:", *_parts("sum", memory(recipe, sizes, shape))]
+    if process is not None:
+        lines += ["memory:", *_parts("memory of this process at its worst", process)]
     return lines
+
+
+def _parts(total: str, parts: Mapping[str, int]) -> list[str]:
+    rows = [*parts.items(), (total, sum(parts.values()))]
+    return [f"    {part:<56} {size / GIB:8.3f} GiB" for part, size in rows]

@@ -1,11 +1,12 @@
 """Activation-aware scaling: input channels that carry much are made larger before rounding, so that they lose less.
 
 Lin et al. 2023, arXiv:2306.00978: W -> W diag(s), s = mean|x|^a, and 1/s goes into whatever makes x: the norm before
-q, k, v, before gate and up, and before the head; for down, the rows of up. The model stays the same function, and its
-files stay ordinary. o has no such place: grouped heads share their v. Nor has a head that is the embedding.
+q, k, v, before gate and up, and before the head; for down, the rows of up where a gate is multiplied with them. The
+model stays the same function, and its files stay ordinary. Leaves declare what they make (`feeds`). o has no such
+place: grouped heads share their v. Nor has a head that is the embedding, nor down after an activation without a gate.
 
 Beyond the paper, scales are then searched with errors counted by the mean squares of the inputs, which reaches those
-two as well: 0.26 nats instead of 0.61 on SmolLM2-135M in int4_g64, whose embedding is its head.
+as well: 0.26 nats instead of 0.61 on SmolLM2-135M in int4_g64, whose embedding is its head.
 """
 
 import functools
@@ -16,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from phijax.model import params
 from phijax.model.config import ModelConfig
 from phijax.model.quantized import Quantized
 from phijax.quantization import calibrate
-from phijax.quantization.policy import Scheme, paths_of, summed_axis
+from phijax.quantization.policy import KINDS, Scheme, paths_of, summed_axis
 from phijax.quantization.rounding import Quantize, round_to_nearest
 
 EXPONENTS = tuple(float(a) for a in np.linspace(0.0, 1.0, 11))  # the first is rounding as it is
@@ -28,15 +30,14 @@ SAMPLES = 256  # tokens whose outputs are compared
 DAMPING = 0.01  # of the mean importance, added to it: inputs that hardly occur would else be rounded anyhow
 OUTPUTS = 1024  # of a matrix that are compared: more choose no better, and mini's have up to 8192
 
-# Fold, which is the kind of the leaves whose inputs it scales -> the leaf that takes its inverse, and along which axis.
-INVERSE: dict[str, tuple[str, int]] = {
-    "qkv": ("blocks/attention_norm/scale", -1),
-    "gate_up": ("blocks/mlp_norm/scale", -1),
-    "down": ("blocks/mlp/up", -2),
-    "head": ("final_norm/scale", -1),
-}
-
 Folds = dict[str, np.ndarray]  # fold -> (L, inputs) float32, of the head (inputs,)
+
+
+def inverses(c: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Fold, which is the kind of the leaves whose inputs it scales -> the leaves that take its inverse."""
+    leaves = params.leaves(c)
+    found = {kind: tuple(path for path, leaf in leaves.items() if leaf.feeds == kind) for kind in KINDS}
+    return {kind: paths for kind, paths in found.items() if paths}
 
 
 class Choice(NamedTuple):
@@ -64,7 +65,7 @@ def choose(
     Matrices that stay as stored need none, and take none along with those that do not: a fold is made where all that
     it scales is quantised.
     """
-    wanted = [fold for fold in INVERSE if all(path in assigned for path in paths_of(fold))]
+    wanted = [fold for fold in inverses(c) if all(path in assigned for path in paths_of(c, fold))]
     folds: dict[str, list[np.ndarray]] = {fold: [] for fold in wanted if fold != "head"}
     importance: dict[str, list[np.ndarray]] = {}
     last = None
@@ -72,14 +73,14 @@ def choose(
         for what, x in inputs._asdict().items():
             scales = np.ones(x.shape[-1], np.float32)
             if what in folds:
-                scales = _choose(x, {path: _leaf(weights, path) for path in paths_of(what)}, assigned)
+                scales = _choose(x, {path: _leaf(weights, path) for path in paths_of(c, what)}, assigned)
                 folds[what].append(scales)
-            for path in paths_of(what):
+            for path in paths_of(c, what):
                 importance.setdefault(path, []).append(_importance(x) / scales**2)
         last = out
         on_layer(number + 1, c.num_layers)
     found = Choice(*({name: np.stack(layers) for name, layers in kind.items()} for kind in (folds, importance)))
-    into = calibrate.final_norm(c, read("final_norm/scale", (slice(0, c.model_dim),)), last)
+    into = calibrate.final_norm(c, read, last)
     found.importance["embedding" if c.tied_head else "head"] = _importance(into)
     if "head" in wanted:
         head = read("head", (slice(0, c.vocab_size), slice(0, c.model_dim)))
@@ -93,19 +94,23 @@ def _importance(x: jax.Array) -> np.ndarray:
     return squares + DAMPING * squares.mean()
 
 
-def fold(path: str, values: np.ndarray, index: tuple[slice, ...], folds: Mapping[str, np.ndarray]) -> np.ndarray:
+def fold(
+    c: ModelConfig, path: str, values: np.ndarray, index: tuple[slice, ...], folds: Mapping[str, np.ndarray]
+) -> np.ndarray:
     """A part of a leaf, float32, with its scales and inverses in it. index: where the part lies; all bounds given."""
+    leaf = params.leaves(c)[path]
     for name, scales in folds.items():
-        for leaf, axis, inverse in (*((p, summed_axis(p), False) for p in paths_of(name)), (*INVERSE[name], True)):
-            if leaf == path:
+        for axis, inverse in ((leaf.summed_axis, False), (leaf.result_axis, True)):
+            if name == (leaf.feeds if inverse else leaf.kind):
                 here = scales[(*index[: scales.ndim - 1], index[axis])]
                 here = here[..., None] if axis == -2 else here[..., None, :] if values.ndim > here.ndim else here
                 values = values / here if inverse else values * here
     return values
 
 
-def is_folded(path: str, folds: Mapping[str, np.ndarray]) -> bool:
-    return any(path in paths_of(name) or path == INVERSE[name][0] for name in folds)
+def is_folded(c: ModelConfig, path: str, folds: Mapping[str, np.ndarray]) -> bool:
+    leaf = params.leaves(c)[path]
+    return leaf.kind in folds or leaf.feeds in folds
 
 
 def _choose(x: jax.Array, matrices: Mapping[str, np.ndarray], assigned: Mapping[str, Scheme]) -> np.ndarray:

@@ -16,6 +16,7 @@ from phijax.model.ops import Ops
 from phijax.model.params import STACKED, Params
 from phijax.model.rope import inverse_frequencies, rope_table
 from phijax.model.terms import Term
+from phijax.model.vocabulary import with_positions
 from phijax.quantization.policy import kind_of
 
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]  # a leaf's path and which part of it, as checkpoints are read
@@ -36,8 +37,7 @@ def layers(c: ModelConfig, read: Read, tokens: np.ndarray) -> Iterator[tuple[int
 
     Raises: UserError for a layer whose weights or results are NaN or infinite: before hours are spent on the others.
     """
-    x = jnp.asarray(np.take(read("embedding", (slice(0, c.vocab_size), slice(0, c.model_dim))), tokens, axis=0))
-    x = x.astype(jnp.float32)
+    x = embedded(c, read, tokens)
     of_blocks = {path: shape for path, shape in params.shapes(c).items() if path.startswith(f"{STACKED}/")}
     for number in range(c.num_layers):
         flat = {
@@ -80,7 +80,7 @@ class Hessians:
         self._advance(self._c.num_layers - 1 if what == "head" else layer)
         if what not in self._made:
             if what == "head":
-                x = final_norm(self._c, self._read("final_norm/scale", (slice(0, self._c.model_dim),)), self._x)
+                x = final_norm(self._c, self._read, self._x)
             else:
                 x = getattr(self._inputs, what)
             self._made[what] = _outer(x)
@@ -98,10 +98,31 @@ def _outer(x: jax.Array) -> jax.Array:
     return flat.T @ flat
 
 
-def final_norm(c: ModelConfig, scale: np.ndarray, x: jax.Array) -> jax.Array:
+def embedded(c: ModelConfig, read: Read, tokens: np.ndarray) -> jax.Array:
+    """What the first layer is given: rows of tokens (B, T), each one document -> (B, T, D) float32."""
+    x = np.take(read("embedding", (slice(0, c.vocab_size), slice(0, c.model_dim))), tokens, axis=0)
+    x = jnp.asarray(x).astype(jnp.float32)
+    if c.positions == "learned":
+        table = params.module_with(c, _whole(c, read, "position_embedding")).position_embedding
+        x = with_positions(x, table, _positions(x))
+    return x
+
+
+def final_norm(c: ModelConfig, read: Read, x: jax.Array) -> jax.Array:
     """What the head is given: (B, T, D)."""
-    decoder = params.module_with(c, {"final_norm/scale": jnp.asarray(scale, jnp.float32)})
-    return decoder.final_norm(x)
+    return params.module_with(c, _whole(c, read, "final_norm/")).final_norm(x)
+
+
+def _whole(c: ModelConfig, read: Read, start: str) -> dict[str, jax.Array]:
+    """The leaves whose paths start so, in float32."""
+    found = {path: shape for path, shape in params.shapes(c).items() if path.startswith(start)}
+    parts = {path: read(path, tuple(slice(0, size) for size in shape)) for path, shape in found.items()}
+    return {path: jnp.asarray(values, jnp.float32) for path, values in parts.items()}
+
+
+def _positions(x: jax.Array) -> jax.Array:
+    """Of rows (B, T, D), each one document: (B, T) int32."""
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
 
 
 class Observed(Ops):
@@ -120,8 +141,7 @@ class Observed(Ops):
 def run_layer(c: ModelConfig, layer: Params, x: jax.Array) -> tuple[jax.Array, Inputs]:
     """A block, with what its matrices are given. x: (B, T, D) float32, each row one document from place 0."""
     block = params.module_with(c, params.flat(layer, f"{STACKED}/")).blocks
-    batch, length, _ = x.shape
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    ops = Observed(c, rope_table(c, positions, *inverse_frequencies(c, length), jnp.float32, by_matmul=False))
+    frequencies = inverse_frequencies(c, x.shape[1])
+    ops = Observed(c, rope_table(c, _positions(x), *frequencies, jnp.float32, by_matmul=False))
     x, _ = block(x, None, ops)
     return x, Inputs(**ops.inputs)

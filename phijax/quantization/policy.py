@@ -40,7 +40,7 @@ AS_STORED = "as_stored"
 
 KINDS = ("qkv", "o", "gate_up", "down", "embedding", "head")  # as leaves declare them; the columns of the table
 
-# --scheme -> the scheme of each kind, in the order of KINDS. Norms are never quantised.
+# --scheme -> the scheme of each kind, in the order of KINDS. Norms, biases and positions are never quantised.
 POLICIES: dict[str, tuple[str, ...]] = {
     #                   qkv          o            gate_up      down         embedding    head
     "int8":            ("int8",      "int8",      "int8",      "int8",      "int8",      "int8"),
@@ -67,14 +67,14 @@ def summed_axis(path: str) -> int:
 
 
 def kind_of(path: str) -> str | None:
-    """The kind of a leaf; None for norms, and for names that are no leaf's."""
+    """The kind of a leaf; None for what is no matrix, and for names that are no leaf's."""
     leaf = params.any_leaves().get(path)
     return leaf.kind if leaf else None
 
 
-def paths_of(kind: str) -> tuple[str, ...]:
-    """The leaves of a kind, in a model that has them all."""
-    return tuple(path for path, leaf in params.any_leaves().items() if leaf.kind == kind)
+def paths_of(c: ModelConfig, kind: str) -> tuple[str, ...]:
+    """The leaves of a kind."""
+    return tuple(path for path, leaf in params.leaves(c).items() if leaf.kind == kind)
 
 
 def parse(text: str, *, tied_head: bool = False) -> dict[str, Scheme]:

@@ -115,7 +115,7 @@ def size_table(
         if paths:
             scheme = assigned.get(paths[0])
             lines.append(
-                _row(kind or "norms", policy.name_of(scheme) if scheme else "as stored", paths, shapes, nbytes)
+                _row(kind or "others", policy.name_of(scheme) if scheme else "as stored", paths, shapes, nbytes)
             )
     return [*lines, _row("all", "", list(shapes), shapes, nbytes)]
 

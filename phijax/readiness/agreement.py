@@ -106,7 +106,7 @@ def of_data(fingerprint: Mapping[str, Any], held_out: Sequence[tuple[str, str]])
     """What decides the rows.
 
     Args:
-      fingerprint: loader.fingerprint's. held_out: (path, digest) of each held-out set.
+      fingerprint: the row source's. held_out: (path, digest) of each held-out set.
     """
     facts, first = Facts(), {}
     plain = flat(fingerprint, "data")

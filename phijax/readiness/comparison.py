@@ -72,23 +72,27 @@ NO_CONFIG = "no --config"
 BAD_CONFIG = "the config could not be used: see above"
 
 
-def memory(hosts: Sequence[Host], needed: Sequence[int | None], why_unknown: str = NO_CONFIG) -> Check:
-    """Args: needed: bytes that each process holds while it saves, and by moments; None where that is not known."""
+def memory(hosts: Sequence[Host], needed: Sequence[Mapping[str, int] | None], why_unknown: str = NO_CONFIG) -> Check:
+    """Args: needed: part -> bytes of its host that each process takes at its worst; None where that is not known."""
     known = [host.memory for host in hosts if host.memory is not None]
     if not known:
         return Check("memory", WARNING, "this system does not say how much memory is free")
     if None in needed:
         return Check("memory", OK, f"{min(known) / 1e9:.1f} GB free at least; compared with nothing ({why_unknown})")
-    by_host = collections.defaultdict(int)
+    by_host, parts = collections.defaultdict(int), collections.defaultdict(collections.Counter)
     free = {}
-    for host, bytes_ in zip(hosts, needed, strict=True):
-        by_host[host.name] += bytes_
+    for host, own in zip(hosts, needed, strict=True):
+        by_host[host.name] += sum(own.values())
+        parts[host.name].update(own)
         free[host.name] = min(host.memory or max(known), free.get(host.name, host.memory or max(known)))
     tightest = max(by_host, key=lambda name: by_host[name] / max(free[name], 1))
     share = by_host[tightest] / max(free[tightest], 1)
-    text = f"saving, the run takes {by_host[tightest] / 1e9:.2f} of {free[tightest] / 1e9:.1f} GB free on {tightest}"
+    text = f"the run takes {by_host[tightest] / 1e9:.2f} of {free[tightest] / 1e9:.1f} GB free on {tightest}"
+    shown = [f"{part} {size / 1e9:.2f}" for part, size in parts[tightest].items() if size]
+    text += f" ({'; '.join(shown)})" * (len(shown) > 1)
     if share > 1:
-        return Check("memory", FAIL, text + ". Try --config.checkpoint.asynchronous=False, or more hosts.")
+        advice = "Try --config.checkpoint.asynchronous=False, more micro-batches (data.micro_batches), or more hosts."
+        return Check("memory", FAIL, f"{text}. {advice}")
     return Check("memory", WARNING if share > TIGHT else OK, text)
 
 

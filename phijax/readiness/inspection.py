@@ -20,13 +20,13 @@ from phijax.readiness.limit import TimeLimit
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """Of the run on this process. memory: bytes held by a save, and by moments on the host; None if not known.
+    """Of the run on this process. memory: part -> bytes that it takes of its host at the worst; None if not known.
 
     state_bytes: of a checkpoint, None if not known. kept: checkpoints that lie in the workdir at once. shards: files of
     data. checks: of what the config names. data: what must be the same everywhere of it.
     """
 
-    memory: int | None = None
+    memory: Mapping[str, int] | None = None
     state_bytes: int | None = None
     kept: int = 0
     shards: int = 0

@@ -33,6 +33,7 @@ def open_report(
     flops_per_token: Callable[[int], float],
     peak_flops_per_device: float | None,
     device_count: int,
+    means: Mapping[str, str],
     process_index: int = 0,
     baselines: Mapping[str, float] | None = None,
     run_config: Mapping[str, Any] | None = None,
@@ -40,15 +41,15 @@ def open_report(
 ) -> "Report":
     """The report of a run that begins at `first_step`, on every process; only process 0 writes and shows anything.
 
-    Args: tokens_before, flops_per_token, peak_flops_per_device, device_count: see Meter. baselines: see plot_losses.
-      run_config: what W&B shows as the run's config. stream: the screen, stderr by default.
+    Args: tokens_before, flops_per_token, peak_flops_per_device, device_count: see Meter. means: see Report.
+      baselines: see plot_losses. run_config: what W&B shows as the run's config. stream: the screen, stderr by default.
     Raises UserError for a config that cannot be meant, or when W&B is asked for and not installed.
     """
     check(config, total_steps)
     workdir = epath.Path(workdir)
     meter = Meter(tokens_before, flops_per_token, peak_flops_per_device, device_count)
     if process_index != 0:
-        return Report(config, first_step, total_steps, meter)
+        return Report(config, first_step, total_steps, meter, means=means)
     writers: list[Writer] = []
     if config.wandb_project is not None:  # first: it may refuse
         writers.append(Wandb(config.wandb_project, workdir, run_config or {}))
@@ -65,6 +66,7 @@ def open_report(
         first_step,
         total_steps,
         meter,
+        means=means,
         writers=writers,
         events=EventLog(workdir, first_step),
         progress=open_progress(stream or sys.stderr, first_step, total_steps),
@@ -134,8 +136,10 @@ class Report:
         progress: Progress | None = None,
         profiler: StepProfiler | None = None,
         at_close: Callable[[], None] | None = None,
+        means: Mapping[str, str] | None = None,
     ):
-        self._config, self._total, self._meter = config, total_steps, meter
+        """Args: means: metric -> the metric that says of how much it is a mean: of nothing it is not a number."""
+        self._config, self._total, self._meter, self._means = config, total_steps, meter, means or {}
         self._writers, self._events, self._progress, self._profiler = writers, events, progress, profiler
         self._at_close = at_close
         self._next_step = first_step
@@ -237,14 +241,14 @@ class Report:
         twice = step.values.keys() & metrics.keys()
         if twice:
             raise ValueError(f"step {step.index} has {sorted(twice)} already")
-        step.values |= _on_host(metrics) if step.settled else metrics
+        step.values |= _on_host(metrics, self._means) if step.settled else metrics
         step.evaluated = True
 
     def _settle(self, step: "_Step") -> None:
         """Waits until the device has finished `step`, and fetches its values."""
         if step.settled:
             return
-        step.values = _on_host(step.values)
+        step.values = _on_host(step.values, self._means)
         step.settled = True
         self._meter.step_done(step.index)
         if self._profiler is not None and self._profiler.step_done(step.index):
@@ -295,9 +299,7 @@ class _Step:
     evaluated: bool = False
 
 
-def _on_host(metrics: Metrics) -> dict[str, float]:
-    """One transfer for all. float32 to float64 keeps every bit of the value. A mean over no token is not a number."""
+def _on_host(metrics: Metrics, means: Mapping[str, str]) -> dict[str, float]:
+    """One transfer for all. float32 to float64 keeps every bit of the value."""
     values = {name: np.asarray(value).item() for name, value in jax.device_get(dict(metrics)).items()}
-    if values.get("predicted_tokens") == 0:
-        values |= {name: math.nan for name in ("loss", "nll") if name in values}
-    return values
+    return values | {name: math.nan for name, count in means.items() if name in values and values.get(count) == 0}

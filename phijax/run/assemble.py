@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,19 +17,21 @@ from phijax.checkpoint.run_state import RunCheckpoints
 from phijax.checkpoint.sampled import sampled_digest
 from phijax.checkpoint.steps import CHECKPOINTS_FOLDER
 from phijax.config import Config
-from phijax.data import loader, mixture
+from phijax.data import loader
 from phijax.data.checking import DataCheck
 from phijax.data.gate import Gate
 from phijax.data.loader import Loader
-from phijax.data.rows import Plan, RowIndex
+from phijax.data.mixture import Phase
+from phijax.data.row_source import RowSource
+from phijax.data.rows import RowIndex
 from phijax.data.shards import files_of
-from phijax.evaluation.held_out import HeldOut, score_name
+from phijax.evaluation.held_out import HeldOut
 from phijax.interchange.load import load_params
 from phijax.interchange.native.source import TOKENIZER_FOLDER
 from phijax.model import params
 from phijax.model.config import ModelConfig, fields_version, model_to_dict
 from phijax.model.flops import train_flops_per_token
-from phijax.parallel.hardware import generation, peak_flops
+from phijax.parallel.hardware import generation, give_back_freed_memory, in_kept_memory, peak_flops
 from phijax.parallel.mesh import make_mesh
 from phijax.parallel.processes import StopSignal, Watchdog
 from phijax.readiness import agreement, host
@@ -38,7 +41,15 @@ from phijax.report.again import same_command
 from phijax.report.report import Report
 from phijax.report.summary import summarise
 from phijax.run import resume, start
-from phijax.run.recipe import EvaluationSet, data_facts, make_recipe, open_evaluation, open_plan
+from phijax.run.recipe import (
+    EvaluationSet,
+    best_score,
+    data_facts,
+    declared,
+    make_recipe,
+    open_evaluation,
+    open_rows,
+)
 from phijax.run.start import Start
 from phijax.storage import durable
 from phijax.training import compile_cache, loop, program
@@ -52,13 +63,13 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
 
     Raises: UserError before device memory is taken; loop.Diverged, SaveFailed while it runs.
     """
-    mesh, recipe, plan, sets = checked(config, workdir)
+    mesh, recipe, rows, sets = checked(config, workdir)
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda text: None
-    for text in [*params.check_mesh(recipe.model, dict(mesh.shape)), *plan.repeats()]:
+    for text in [*params.check_mesh(recipe.model, dict(mesh.shape)), *rows.warnings()]:
         say(f"warning: {text}")
     if recipe.options:
         say(f"options of the compiler: {recipe.options}")
-    shards = [*plan.sources.values(), *(held_out.shards for held_out in sets)] if config.data.verify else []
+    shards = [*rows.shards.values(), *(held_out.shards for held_out in sets)] if config.data.verify else []
     with (
         WriterLock(workdir, break_lock=config.checkpoint.break_lock, log=say) as lock,
         compile_cache.opened(workdir, log=say) as programs,
@@ -68,13 +79,12 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
             seen = lock.is_seen(config.processes.initialization_timeout / 2)
             facts.add({"--workdir": "holds the run's lock" if seen else "does not"}, {"--workdir": str(workdir)})
         before = from_process_zero(lambda: reading.newest_identity(workdir / CHECKPOINTS_FOLDER))
-        begun = open_start(config, recipe, plan) if config.init_from and before is None else None
-        plan = plan.beginning_with(resume.begin_of(plan, before, begun and begun.opened))
-        batches = Loader(plan, config.data, mesh)
-        identity = {"model": model_to_dict(recipe.model), "data": loader.fingerprint(plan)}
+        begun = open_start(config, recipe, rows) if config.init_from and before is None else None
+        rows = rows.beginning_with(resume.begin_of(rows, before, begun and begun.opened))
+        batches = Loader(rows, declared(config, recipe).reads, config.data, mesh)
+        identity = {"model": model_to_dict(recipe.model), "data": rows.fingerprint()}
         identity |= start.kept(before, begun)
-        best = score_name(config.evaluation, config.checkpoint.keep_best)
-        policy = dataclasses.replace(config.checkpoint, keep_best=best)
+        policy = dataclasses.replace(config.checkpoint, keep_best=best_score(config, recipe))
         version = fields_version(identity["model"])
         checkpoints = RunCheckpoints(
             workdir / CHECKPOINTS_FOLDER, policy, identity=identity, version=version, lock=lock, log=say
@@ -88,8 +98,8 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         state = begin(recipe, mesh, checkpoints, first_step, begun, say)
         if jax.process_index() == 0:  # behind what may still be refused: a run that did not begin has no config
             resume.keep_config(config, workdir, first_step, say)
-            next(iter(plan.sources.values())).tokenizer().save(workdir / TOKENIZER_FOLDER)
-        with open_report(config, workdir, recipe, plan, sets, first_step, mesh) as report:
+            next(iter(rows.shards.values())).tokenizer().save(workdir / TOKENIZER_FOLDER)
+        with open_report(config, workdir, recipe, rows, sets, first_step, mesh) as report:
             for fields in went_back:
                 report.event("went_back", **fields)
             outcome = run_loop(
@@ -106,7 +116,7 @@ def train(config: Config, workdir: epath.Path) -> loop.Outcome:
         return outcome
 
 
-def checked(config: Config, workdir: epath.Path) -> tuple[Mesh, Recipe, Plan, list[EvaluationSet]]:
+def checked(config: Config, workdir: epath.Path) -> tuple[Mesh, Recipe, RowSource, list[EvaluationSet]]:
     """What the run is, the same on all processes. Collective. Raises: UserError, before device memory is taken."""
     alike = functools.partial(agreement.alike, seconds=config.processes.initialization_timeout)
     with alike("config") as facts:
@@ -119,17 +129,17 @@ def checked(config: Config, workdir: epath.Path) -> tuple[Mesh, Recipe, Plan, li
         device = mesh.devices.flat[0]
         model = start.resolve(config, workdir)
         recipe = make_recipe(config, sizes, device.platform, generation(device.device_kind), model)
-        plan = open_plan(config, recipe.model)
-        sets = open_evaluation(config, recipe.model, plan, sizes)
-        facts.update(data_facts(plan, sets))
-    return mesh, recipe, plan, sets
+        rows = open_rows(config, recipe.model)
+        sets = open_evaluation(config, recipe, rows, sizes)
+        facts.update(data_facts(rows, sets))
+    return mesh, recipe, rows, sets
 
 
-def open_start(config: Config, recipe: Recipe, plan: Plan) -> Start:
+def open_start(config: Config, recipe: Recipe, rows: RowSource) -> Start:
     """The weights to start from, the same on all processes. Collective. Raises: UserError."""
     with agreement.alike("start weights", config.processes.initialization_timeout) as facts:
         facts.add({"init_from": sampled_digest(config.init_from)}, {"init_from": config.init_from})
-    return start.open_start(config, recipe.model, next(iter(plan.sources.values())))
+    return start.open_start(config, recipe.model, next(iter(rows.shards.values())))
 
 
 def begin(recipe: Recipe, mesh, checkpoints: RunCheckpoints, first_step: int, begun: Start | None, say) -> TrainState:
@@ -162,8 +172,9 @@ def run_loop(
             batches.starting_at(first_step),
             Programs(recipe, mesh, batches, report, watchdog, programs),
             pace,
+            counted=declared(config, recipe).shown["loss"],
             evaluators=[
-                make_evaluator(recipe, mesh, one, config.evaluation.max_rows, batches.plan.begin, programs)
+                make_evaluator(recipe, mesh, one, config.evaluation.max_rows, batches.source.begin, programs)
                 for one in sets
             ],
             report=report,
@@ -201,31 +212,40 @@ class Programs:
         self._compiled: dict[BatchShape, Any] = {}
 
     def __call__(self, step: int):
-        phases = self._batches.plan.phases
-        shape = self._batches.shape(phases[mixture.phase_of_step(phases, step)[0]])
+        shape = self._batches.shape_at(step)
         if shape not in self._compiled:
             with self._report.pause(), self._watchdog.pause():
                 lowered = program.lower_train_step(self._recipe, self._mesh, shape)
-                self._compiled[shape] = self._cache.tried(program.compile_with_options(lowered, self._recipe))
+                compiled = program.compile_with_options(lowered, self._recipe)
+                self._compiled[shape] = in_own_memory(compiled, self._mesh, self._cache)
+                give_back_freed_memory()
         return self._compiled[shape]
+
+
+def in_own_memory(compiled, mesh, cache: CompileCache):
+    """A step as it is called; on one CPU device, where it computes within its call, in memory that is kept for it."""
+    tried = cache.tried(compiled)
+    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+        return tried
+    return in_kept_memory(tried, compiled.memory_analysis().temp_size_in_bytes)
 
 
 def make_evaluator(
     recipe: Recipe, mesh, held_out: EvaluationSet, max_rows: int | None, begin: int | None, cache: CompileCache
 ) -> HeldOut:
-    _, rows, length = held_out.shape
+    _, batch_size, length = held_out.shape
+    objective = recipe.objective(length)
     compiled = cache.tried(_compiled_eval(recipe, mesh, held_out.shape))
     batches = functools.partial(
-        loader.validation_batches,
-        held_out.path,
-        held_out.shards,
+        loader.held_out_batches,
+        RowIndex(held_out.shards, length, "evaluation", held_out.path, begin=begin),
+        objective.reads,
         length=length,
-        batch_size=rows,
+        batch_size=batch_size,
         max_rows=max_rows,
         mesh=mesh,
-        begin=begin,
     )
-    return HeldOut(held_out.name, compiled, batches)
+    return HeldOut(held_out.name, compiled, batches, objective.held_out)
 
 
 @functools.lru_cache(maxsize=8)
@@ -234,17 +254,18 @@ def _compiled_eval(recipe: Recipe, mesh, shape: BatchShape):
     return program.compile_with_options(program.lower_eval_step(recipe, mesh, shape), recipe)
 
 
-def open_report(config: Config, workdir: epath.Path, recipe: Recipe, plan: Plan, sets, first_step: int, mesh) -> Report:
+def open_report(
+    config: Config, workdir: epath.Path, recipe: Recipe, rows: RowSource, sets, first_step: int, mesh
+) -> Report:
     device = mesh.devices.flat[0]
     return reports.open_report(
         config.logging,
         workdir,
         first_step=first_step,
         total_steps=recipe.total_steps,
-        tokens_before=functools.partial(tokens_before, plan),
-        flops_per_token=lambda step: train_flops_per_token(
-            recipe.model, plan.phases[mixture.phase_of_step(plan.phases, step)[0]].sequence_length
-        ),
+        tokens_before=functools.partial(tokens_before, rows.phases),
+        flops_per_token=lambda step: train_flops_per_token(recipe.model, rows.phase_at(step).sequence_length),
+        means=declared(config, recipe).shown,
         peak_flops_per_device=peak_flops(device.device_kind),
         device_count=mesh.size,
         process_index=jax.process_index(),
@@ -263,10 +284,10 @@ def guessing(model: ModelConfig, sets: list[EvaluationSet]) -> dict[str, float]:
     return uniform | baselines.unigram(counted, model.vocab_size)
 
 
-def tokens_before(plan: Plan, step: int) -> int:
+def tokens_before(phases: Sequence[Phase], step: int) -> int:
     """Tokens of steps 0 .. step - 1."""
     total, start = 0, 0
-    for phase in plan.phases:
+    for phase in phases:
         done = min(max(step - start, 0), phase.steps)
         total += done * phase.global_batch_size * phase.sequence_length
         start += phase.steps

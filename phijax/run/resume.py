@@ -10,7 +10,7 @@ from etils import epath
 from phijax import config as configs
 from phijax.config import Config
 from phijax.data import loader
-from phijax.data.rows import Plan
+from phijax.data.row_source import RowSource
 from phijax.errors import UserError
 from phijax.interchange.native.source import model_of
 from phijax.interchange.opened import Opened
@@ -19,7 +19,7 @@ from phijax.storage import atomic, strict_json
 from phijax.storage.regular_files import read_bounded
 
 
-def begin_of(plan: Plan, before: dict[str, Any] | None, opened: Opened | None) -> int | None:
+def begin_of(rows: RowSource, before: dict[str, Any] | None, opened: Opened | None) -> int | None:
     """The id that segments begin with (rows.make_row): as the run's own steps say, else as texts of `opened` begin.
 
     Where neither says anything it is end-of-text.
@@ -29,9 +29,9 @@ def begin_of(plan: Plan, before: dict[str, Any] | None, opened: Opened | None) -
         return before["data"].get("begin")
     if opened is not None and len(opened.begin) == 1:
         with contextlib.suppress(UserError):  # a checkpoint without a tokenizer has no say in what its ids mean
-            if next(iter(plan.sources.values())).made_with(opened.tokenizer()):
+            if next(iter(rows.shards.values())).made_with(opened.tokenizer()):
                 return opened.begin[0]
-    return plan.begin
+    return rows.begin
 
 
 def check_identity(before: dict[str, Any], now: dict[str, Any], step: int) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -13,6 +13,7 @@ from phijax.training.state import TrainState
 __all__ = ["Diverged", "NothingLearned", "Outcome", "Pace", "train"]
 
 Program = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+BatchOf = Callable[[int, TrainState], Any]
 Evaluator = Callable[[Any, Any], dict[str, float]]
 
 
@@ -85,10 +86,11 @@ class Outcome:
 
 def train(
     state: TrainState,
-    batches: Iterable[tuple[int, Any]],
+    batch_of: BatchOf,
     program_of: Callable[[int], Program],
     pace: Pace,
     *,
+    counted: str,
     evaluators: Sequence[Evaluator],
     report: Report,
     checkpoints: Checkpoints,
@@ -96,11 +98,12 @@ def train(
     stop: Stop,
     watchdog: Watchdog,
 ) -> Outcome:
-    """Runs all `batches`, or until it is asked to stop.
+    """Runs from the state's step to the last, or until it is asked to stop.
 
     Args:
-      batches: (step, batch) in order.
+      batch_of: (step, the state that it begins with, not donated yet) -> its batch; asked for step after step.
       program_of: step -> the compiled step for its phase; compiles when a phase begins.
+      counted: what the report calls a batch's weight: the tokens that were predicted, say.
     Raises: Diverged, NothingLearned after pace.max_skipped steps in a row that changed nothing, at the end too.
     """
     outcome = Outcome(int(state.step), False, state)
@@ -108,13 +111,14 @@ def train(
     metrics, owed = None, False
     del state  # donated step by step: only the newest is alive
     try:
-        for step, batch in batches:
+        for step in range(outcome.step, pace.total_steps):
+            batch = batch_of(step, outcome.state)
             gate.before_step(step)
             program = program_of(step)  # may compile for long, and is no part of the step
             watchdog.beat(step)
             state, metrics = program(outcome.state, batch)  # dispatched, not awaited
-            outcome = Outcome(step + 1, False, state)
-            _see(skipped, report.add(step, _named(metrics)))  # the step before: the device never waits for the host
+            outcome, metrics = Outcome(step + 1, False, state), _named(metrics, counted)
+            _see(skipped, report.add(step, metrics), counted)  # the step before: the device never waits for the host
             owed = owed or pace.save_due(step)
             scores = {}
             if evaluators and (pace.evaluation_due(step) or (owed and pace.score_saves and _good(state))):
@@ -132,7 +136,7 @@ def train(
             if stopping and not pace.last(step):
                 return dataclasses.replace(outcome, stopped=True)
         if metrics is not None:  # no step follows in which they would be read
-            _see(skipped, (outcome.step - 1, _named(metrics)))
+            _see(skipped, (outcome.step - 1, metrics), counted)
         skipped.check_end(outcome.step, int(outcome.state.skipped))
         return outcome
     finally:
@@ -169,11 +173,12 @@ def _skips(in_a_row: int) -> str:
     return f"the last {in_a_row} updates were not finite" if in_a_row > 1 else "the last update was not finite"
 
 
-def _named(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    return {{"skipped": "skipped_steps", "weight": "predicted_tokens"}.get(k, k): v for k, v in metrics.items()}
+def _named(metrics: Mapping[str, jax.Array], counted: str) -> dict[str, jax.Array]:
+    names = {"skipped": "skipped_steps", "weight": counted}
+    return {names.get(name, name): value for name, value in metrics.items()}
 
 
-def _see(skipped: Skipped, previous: tuple[int, Mapping[str, Any]] | None) -> None:
+def _see(skipped: Skipped, previous: tuple[int, Mapping[str, Any]] | None, counted: str) -> None:
     if previous is not None:
         step, values = previous
-        skipped.see(step, int(values["skipped_in_a_row"]), float(values["predicted_tokens"]))
+        skipped.see(step, int(values["skipped_in_a_row"]), float(values[counted]))

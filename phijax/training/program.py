@@ -7,13 +7,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from phijax.data.batch import abstract_batch, batch_sharding
+from phijax.data import batch as batches
 from phijax.errors import UserError
 from phijax.model import params
 from phijax.model.backend import Backend
 from phijax.model.config import ModelConfig
 from phijax.model.cross_entropy import LossConfig
-from phijax.training.objectives import Objective, next_token
+from phijax.training.objectives import MakeObjective, Objective, next_token
 from phijax.training.optimizer import Optimizer, OptimizerConfig, learning_rate, make_optimizer
 from phijax.training.state import TrainState, new_state, place
 from phijax.training.step import eval_step, train_step
@@ -32,6 +32,7 @@ class Recipe:
     total_steps: int
     seed: int
     compiler_options: tuple[tuple[str, str | bool], ...] = ()  # (name, value), of parallel/hardware.py
+    make_objective: MakeObjective = next_token
 
     @property
     def options(self) -> dict[str, str | bool] | None:
@@ -39,7 +40,7 @@ class Recipe:
         return dict(self.compiler_options) or None
 
     def objective(self, length: int) -> Objective:
-        return next_token(self.model, self.backend, length=length, loss=self.loss)
+        return self.make_objective(self.model, self.backend, length=length, loss=self.loss)
 
     def make_optimizer(self) -> Optimizer:
         decayed = {path: leaf.decayed for path, leaf in params.leaves(self.model).items()}
@@ -53,6 +54,11 @@ def abstract_state(recipe: Recipe, mesh: Mesh) -> TrainState:
     on_host = recipe.optimizer.moments_on_host
     whole = NamedSharding(mesh, PartitionSpec())
     return place(shapes, params.shardings(recipe.model, mesh), whole, moments_on_host=on_host)
+
+
+def abstract_batch(recipe: Recipe, mesh: Mesh, shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch (A, B, T) of all that the objective reads; takes no memory."""
+    return batches.abstract_batch(recipe.objective(shape[-1]).reads, shape, batches.batch_sharding(mesh))
 
 
 def initial_state(recipe: Recipe, mesh: Mesh, start: Any = None) -> TrainState:
@@ -83,14 +89,14 @@ def lower_train_step(recipe: Recipe, mesh: Mesh, shape: BatchShape) -> jax.stage
     def program(state, batch):
         rate = learning_rate(recipe.optimizer, state.step, recipe.total_steps)
         state, metrics = step(state, batch)
-        return state, {"learning_rate": rate, **vars(metrics)}
+        return state, {"learning_rate": rate, **metrics.by_name()}
 
     program.__name__ = program.__qualname__ = "train_step"
     state = abstract_state(recipe, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     with jax.set_mesh(mesh):
         jitted = jax.jit(program, donate_argnums=0, out_shardings=(shardings, None), compiler_options=recipe.options)
-        return jitted.lower(state, abstract_batch(shape, batch_sharding(mesh)))
+        return jitted.lower(state, abstract_batch(recipe, mesh, shape))
 
 
 def compile_with_options(lowered: jax.stages.Lowered, recipe: Recipe) -> jax.stages.Compiled:
@@ -108,9 +114,9 @@ def compile_with_options(lowered: jax.stages.Lowered, recipe: Recipe) -> jax.sta
 
 
 def lower_eval_step(recipe: Recipe, mesh: Mesh, shape: BatchShape) -> jax.stages.Lowered:
-    """(params, frozen, batch (1, B, T)) -> sums (nll in nats, weight)."""
+    """(params, frozen, batch (1, B, T)) -> sums and counts (step.eval_step)."""
     state = abstract_state(recipe, mesh)
     step = functools.partial(eval_step, objective=recipe.objective(shape[-1]))
     with jax.set_mesh(mesh):
         jitted = jax.jit(step, compiler_options=recipe.options)
-        return jitted.lower(state.params, state.frozen, abstract_batch(shape, batch_sharding(mesh)))
+        return jitted.lower(state.params, state.frozen, abstract_batch(recipe, mesh, shape))

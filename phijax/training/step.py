@@ -10,7 +10,7 @@ import optax
 
 from phijax.parallel import sharding
 from phijax.training import update
-from phijax.training.objectives import Objective, ReadBatch
+from phijax.training.objectives import DIVISORS, Objective
 from phijax.training.optimizer import Optimizer
 from phijax.training.state import TrainState
 
@@ -19,12 +19,22 @@ from phijax.training.state import TrainState
 class Metrics:
     """Scalars of one step, on the device; float32 but for the counts (int32)."""
 
-    loss: jax.Array  # with z-loss and smoothing, a weighted token
-    nll: jax.Array  # plain, nats a weighted token
-    weight: jax.Array  # sum of the batch's weights: tokens that were predicted
+    loss: jax.Array  # the mean that is minimised
+    weight: jax.Array  # of how much it is the mean: tokens that were predicted, say
     grad_norm: jax.Array  # before clipping
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+    means: dict[str, jax.Array]  # the objective's sums, each over its divisor
+    counts: dict[str, jax.Array]  # divisors other than the loss's
+
+    def by_name(self) -> dict[str, jax.Array]:
+        """Flat, counts under the names of metrics."""
+        own = {name: value for name, value in vars(self).items() if name not in ("means", "counts")}
+        counts = {DIVISORS[divisor]: count for divisor, count in self.counts.items()}
+        clash = [name for name in self.means if name in own | counts]
+        if clash:
+            raise ValueError(f"{clash} are metrics of every step; the objective's sums need other names")
+        return own | self.means | counts
 
 
 def train_step(
@@ -36,15 +46,17 @@ def train_step(
     seed: int,
     moments_on_host: bool = False,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step over `batch`, leaves (A, B, T): A micro-batches, gradients summed in float32.
+    """One optimizer step over `batch`, leaves (A, B, T, ...): A micro-batches, gradients summed in float32.
 
     Args:
       moments_on_host: those of state.opt_state lie in the hosts' memory, before and after (state.place).
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    grads, loss_sum, weight_sum, auxiliary = accumulate(objective, state, batch, key)
+    grads, loss_sum, counts, sums = accumulate(objective, state, batch, key)
+    weight_sum = counts[objective.divisor]
     # Divided once at the end: packed rows hold unequal counts, so a mean of means would favour short rows.
-    weight = jnp.maximum(weight_sum, 1.0)
+    divisors = {name: jnp.maximum(count, 1.0) for name, count in counts.items()}
+    weight = divisors[objective.divisor]
     grads = jax.tree.map(lambda g: g / weight, grads)
     norm = optax.tree.norm(grads)
     # Decided here, not on the host: metrics are read one step late, when a NaN would be in the donated state already.
@@ -64,7 +76,8 @@ def train_step(
     )
     metrics = Metrics(
         loss=loss_sum / weight,
-        nll=auxiliary["nll"] / weight,
+        means={name: sums[name] / divisors[divisor] for name, divisor in objective.sums.items()},
+        counts={name: count for name, count in counts.items() if name != objective.divisor},
         weight=weight_sum,
         grad_norm=norm,
         skipped=state.skipped,
@@ -74,7 +87,7 @@ def train_step(
 
 
 def accumulate(objective: Objective, state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, ...]:
-    """Sums of gradients, loss, weight and auxiliaries over the A micro-batches of `batch`, leaves (A, B, T).
+    """(gradients, loss sum, counts, auxiliary sums) over the A micro-batches of `batch`, leaves (A, B, T, ...).
 
     Of more than one, each replica sums its own rows and the sums cross `data` once, at the end: left to itself the
     partitioner makes every layer's gradients cross in every micro-batch, and between slices `data` is a slow network.
@@ -98,13 +111,11 @@ def _accumulate(objective, params, frozen, batch, key):
 
     def gradients(micro, index):
         def loss(params):
-            read = ReadBatch(micro)
-            loss_sum, weight_sum, auxiliary = objective(params, frozen, read, jax.random.fold_in(key, index))
-            read.check_all_read()
-            return loss_sum, (weight_sum, auxiliary)
+            loss_sum, counts, sums = objective(params, frozen, micro, jax.random.fold_in(key, index))
+            return loss_sum, (counts, sums)
 
-        (loss_sum, (weight_sum, auxiliary)), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return grads, loss_sum, weight_sum, auxiliary
+        (loss_sum, (counts, sums)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return grads, loss_sum, counts, sums
 
     first = {name: leaf[0] for name, leaf in batch.items()}
     count = next(iter(batch.values())).shape[0]
@@ -125,11 +136,13 @@ def _accumulate(objective, params, frozen, batch, key):
     return sums
 
 
-def eval_step(
-    params: Any, frozen: Any, batch: dict[str, jax.Array], *, objective: Objective
-) -> tuple[jax.Array, jax.Array]:
-    """Sums over one batch, leaves (1, B, T): (nll in nats, weight). Nothing is divided: batches are unequal."""
-    read = ReadBatch({name: leaf[0] for name, leaf in batch.items()})
-    _, weight_sum, auxiliary = objective(params, frozen, read, jax.random.key(0))
-    read.check_all_read()
-    return auxiliary["nll"], weight_sum
+def eval_step(params: Any, frozen: Any, batch: dict[str, jax.Array], *, objective: Objective) -> tuple[jax.Array, ...]:
+    """Sums over one batch, leaves (1, B, T, ...): those of `objective.held_out`, then the counts of their divisors.
+
+    Nothing is divided: batches are unequal.
+    """
+    micro = {name: leaf[0] for name, leaf in batch.items()}
+    loss_sum, counts, sums = objective(params, frozen, micro, jax.random.key(0))
+    values = {"loss": loss_sum, **sums}
+    means = objective.held_out
+    return *(values[name] for name in means), *(counts[divisor] for divisor in dict.fromkeys(means.values()))

@@ -22,6 +22,7 @@ MESHES = [
     (2, 2, 2, 1),
 ]  # data fsdp context tensor
 LENGTH, ROWS = 16, 16
+KEYS = batch.TEXT_KEYS | {"teacher": batch.BatchKey(np.float16, (3, 2), padding=-1)}
 
 
 def mesh_of(shape):
@@ -30,7 +31,9 @@ def mesh_of(shape):
 
 def some_rows(count=ROWS):
     draw = np.random.default_rng(0)
-    return {i: {n: draw.integers(0, 99, LENGTH).astype(t) for n, t in batch.DTYPES.items()} for i in range(count)}
+    return {
+        i: {n: draw.integers(0, 99, (LENGTH, *k.axes)).astype(k.dtype) for n, k in KEYS.items()} for i in range(count)
+    }
 
 
 class OneProcess:
@@ -54,10 +57,10 @@ def test_arrays_are_the_rows_in_order_on_every_mesh(micro_batches):
     shape = batch.batch_shape(ROWS, micro_batches, LENGTH)
     assert shape == (micro_batches, ROWS // micro_batches, LENGTH)
     for sizes in MESHES:
-        arrays = batch.assemble(shape, batch.batch_sharding(mesh_of(sizes)), rows)
-        assert set(arrays) == set(batch.DTYPES)
+        arrays = batch.assemble(KEYS, shape, batch.batch_sharding(mesh_of(sizes)), rows)
+        assert set(arrays) == set(KEYS)
         for name, array in arrays.items():
-            assert array.shape == shape and array.dtype == batch.DTYPES[name]
+            assert array.shape == (*shape, *KEYS[name].axes) and array.dtype == KEYS[name].dtype
             values = np.asarray(array)
             for i in range(ROWS):
                 a, b = divmod(i, ROWS // micro_batches)
@@ -67,13 +70,18 @@ def test_arrays_are_the_rows_in_order_on_every_mesh(micro_batches):
 def test_rows_lie_over_data_and_fsdp_and_time_over_context():
     for sizes in MESHES:
         data, fsdp, context, _ = sizes
-        array = batch.assemble((2, 8, LENGTH), batch.batch_sharding(mesh_of(sizes)), some_rows())["tokens"]
-        assert {s.data.shape for s in array.addressable_shards} == {(2, 8 // (data * fsdp), LENGTH // context)}
+        arrays = batch.assemble(KEYS, (2, 8, LENGTH), batch.batch_sharding(mesh_of(sizes)), some_rows())
+        for name, axes in (("tokens", ()), ("teacher", (3, 2))):
+            shapes = {s.data.shape for s in arrays[name].addressable_shards}
+            assert shapes == {(2, 8 // (data * fsdp), LENGTH // context, *axes)}
 
 
 def test_the_abstract_batch_is_that_of_a_real_one():
     placed = batch.batch_sharding(mesh_of((1, 2, 2, 2)))
-    real, abstract = batch.assemble((2, 8, LENGTH), placed, some_rows()), batch.abstract_batch((2, 8, LENGTH), placed)
+    real, abstract = (
+        batch.assemble(KEYS, (2, 8, LENGTH), placed, some_rows()),
+        batch.abstract_batch(KEYS, (2, 8, LENGTH), placed),
+    )
     assert {n: (a.shape, a.dtype, a.sharding) for n, a in real.items()} == {
         n: (a.shape, a.dtype, a.sharding) for n, a in abstract.items()
     }
@@ -106,7 +114,7 @@ def test_a_process_needs_no_other_rows(count, monkeypatch):
     for sizes in MESHES:
         mesh = mesh_of(sizes)
         placed = batch.batch_sharding(mesh)
-        whole = batch.assemble(shape, placed, rows)
+        whole = batch.assemble(KEYS, shape, placed, rows)
         parts = {}
         for devices in processes(mesh, count):
             mine = OneProcess(placed, devices)
@@ -119,7 +127,9 @@ def test_a_process_needs_no_other_rows(count, monkeypatch):
                         device: values(index) for device, index in mine.addressable_devices_indices_map(shape).items()
                     },
                 )
-                parts |= {(n, d): v for n, per in batch.assemble(shape, mine, local).items() for d, v in per.items()}
+                parts |= {
+                    (n, d): v for n, per in batch.assemble(KEYS, shape, mine, local).items() for d, v in per.items()
+                }
         for name, array in whole.items():
             assert len(array.addressable_shards) == 8
             for shard in array.addressable_shards:
@@ -165,4 +175,28 @@ def test_every_size_that_is_accepted_can_be_assembled():
             assert rows % micro or (rows // micro) % (named["data"] * named["fsdp"])
             continue
         shape = batch.batch_shape(rows, micro, LENGTH)
-        batch.assemble(shape, batch.batch_sharding(mesh_of(sizes)), some_rows(rows))
+        batch.assemble(KEYS, shape, batch.batch_sharding(mesh_of(sizes)), some_rows(rows))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": None}, r"A row has nothing as 'teacher'; the objective reads float16 \(16, 3, 2\)"),
+        ({"pair": np.zeros(16, np.int32)}, r"A row has int32 \(16,\) as 'pair'; the objective reads nothing"),
+        ({"teacher": np.zeros((16, 4, 2), np.float16)}, r"float16 \(16, 4, 2\) as 'teacher'"),
+        ({"weights": np.zeros(16, np.float64)}, r"float64 \(16,\) as 'weights'; the objective reads float32"),
+        ({"tokens": np.zeros(15, np.int32)}, r"int32 \(15,\) as 'tokens'"),
+    ],
+    ids=["lacking", "too many", "axes", "dtype", "length"],
+)
+def test_a_row_that_the_objective_cannot_read_is_refused_not_cast(changes, message):
+    rows = some_rows()
+    rows[5] = {name: array for name, array in (rows[5] | changes).items() if array is not None}
+    with pytest.raises(UserError, match=message):
+        batch.assemble(KEYS, (2, 8, LENGTH), batch.batch_sharding(mesh_of((8, 1, 1, 1))), rows)
+
+
+def test_a_padding_row_has_all_that_the_objective_reads():
+    padding = batch.padding_row(KEYS, LENGTH)
+    batch.check_row(padding, KEYS, LENGTH)
+    assert (padding.pop("teacher") == -1).all() and not any(array.any() for array in padding.values())

@@ -11,10 +11,11 @@ import pytest
 from jax.sharding import Mesh
 from synthetic_shards import small_tokenizer, write_synthetic
 
-from phijax.data import loader, mixture
-from phijax.data.loader import DataConfig, Loader, check_resume, fingerprint
+from phijax.data import loader
+from phijax.data.batch import TEXT_KEYS
+from phijax.data.loader import DataConfig, Loader, check_resume
 from phijax.data.mixture import Phase, Source
-from phijax.data.rows import Plan, RowIndex
+from phijax.data.rows import RowIndex, ShardRows
 from phijax.data.shards import Shards
 from phijax.errors import UserError
 from phijax.parallel.sharding import MESH_AXES
@@ -51,15 +52,20 @@ def phases(root):
 
 
 def make_plan(phases, seed=0):
-    return Plan(phases, loader.open_sources(phases, vocab_size=300), seed=seed, begin=END)
+    return ShardRows(phases, loader.open_sources(phases, vocab_size=300), seed=seed, begin=END)
+
+
+def stream(plan, config, mesh, start=0):
+    """(step, batch) from `start` to the last."""
+    batch_of = Loader(plan, TEXT_KEYS, config, mesh).starting_at(start)
+    return ((step, batch_of(step, None)) for step in range(start, plan.total_steps))
 
 
 def run(phases, config=None, mesh=None, start=0, seed=0):
     """step -> arrays on the host, each with its micro-batches joined: (rows of the step, T)."""
     config = config or DataConfig()
-    batches = Loader(make_plan(phases, seed), config, mesh or mesh_of(1, 1, 1, 1)).starting_at(start)
     out = {}
-    for step, batch in batches:
+    for step, batch in stream(make_plan(phases, seed), config, mesh or mesh_of(1, 1, 1, 1), start):
         assert {a.shape[0] for a in batch.values()} == {config.micro_batches}
         out[step] = {name: np.asarray(a).reshape(-1, a.shape[-1]) for name, a in batch.items()}
     return out
@@ -81,9 +87,8 @@ def test_batches_are_the_plans_rows(phases, reference):
     plan = make_plan(phases)
     assert list(reference) == list(range(11))
     for step, batch in reference.items():
-        phase = phases[mixture.phase_of_step(phases, step)[0]]
-        for i in range(phase.global_batch_size):
-            row = plan.read(plan.place(step, i), phase.sequence_length)
+        for i in range(plan.phase_at(step).global_batch_size):
+            (row,) = plan.read([plan.place(step, i)])
             for name, array in batch.items():
                 np.testing.assert_array_equal(array[i], row[name])
     assert any((reference[0]["tokens"] != reference[1]["tokens"]).ravel())
@@ -120,7 +125,7 @@ def test_the_loader_reads_ahead_but_not_the_whole_run(phases, monkeypatch):
 
     monkeypatch.setattr(loader._LocalRows, "__getitem__", counted)
     long = [dataclasses.replace(phases[0], steps=200)]
-    batches = Loader(make_plan(long), DataConfig(read_threads=4, read_ahead=8), mesh_of(1, 1, 1, 1)).starting_at(50)
+    batches = stream(make_plan(long), DataConfig(read_threads=4, read_ahead=8), mesh_of(1, 1, 1, 1), 50)
     first, _ = next(batches)
     for _ in itertools.islice(batches, 5):
         pass
@@ -130,6 +135,31 @@ def test_the_loader_reads_ahead_but_not_the_whole_run(phases, monkeypatch):
     assert max(read) < 56 + 8 + 4 + 1
 
 
+class WeighedRows(ShardRows):
+    """Rows that depend on the weights: their tokens are moved by what the state says."""
+
+    needs_params = True
+
+    def read(self, places, state):
+        return [row | {"tokens": (row["tokens"] + state).astype(np.int32)} for row in super().read(places)]
+
+
+def test_rows_that_need_the_weights_are_made_when_the_step_begins_with_its_state(phases, reference):
+    plan = make_plan(phases)
+    source = WeighedRows(phases, plan.shards, seed=0, begin=END)
+    batch_of = Loader(source, TEXT_KEYS, DataConfig(micro_batches=2), mesh_of(1, 2, 1, 1)).starting_at(3)
+    for step in range(3, 6):  # over the border of a phase
+        tokens = np.asarray(batch_of(step, 100 * step)["tokens"])
+        np.testing.assert_array_equal(tokens.reshape(-1, tokens.shape[-1]), reference[step]["tokens"] + 100 * step)
+
+
+def test_batches_come_in_turn(phases):
+    batch_of = Loader(make_plan(phases), TEXT_KEYS, DataConfig(), mesh_of(1, 1, 1, 1)).starting_at(3)
+    batch_of(3, None)
+    with pytest.raises(ValueError, match="the batch of step 3 was asked for, that of 4 is due"):
+        batch_of(3, None)
+
+
 def test_another_seed_gives_other_rows(phases, reference):
     assert any((run(phases, seed=1)[0]["tokens"] != reference[0]["tokens"]).ravel())
 
@@ -137,7 +167,7 @@ def test_another_seed_gives_other_rows(phases, reference):
 def test_a_batch_that_the_mesh_cannot_share_is_refused_before_anything_is_read(phases):
     odd = [phases[0], dataclasses.replace(phases[1], global_batch_size=12)]
     with pytest.raises(UserError, match=r"data.phases\[1\].global_batch_size=12 .*\nNearest that can: 8 or 16\."):
-        Loader(make_plan(odd), DataConfig(), mesh_of(2, 4, 1, 1))
+        Loader(make_plan(odd), TEXT_KEYS, DataConfig(), mesh_of(2, 4, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -248,7 +278,8 @@ def test_validation_rows_are_the_same_on_every_mesh(root):
 
 def validation(root, shards, max_rows=None, mesh=None):
     mesh = mesh or mesh_of(2, 4, 1, 1)
-    return loader.validation_batches("x", shards, length=32, batch_size=8, max_rows=max_rows, mesh=mesh, begin=END)
+    rows = RowIndex(shards, 32, "", "x", begin=END)
+    return loader.held_out_batches(rows, TEXT_KEYS, length=32, batch_size=8, max_rows=max_rows, mesh=mesh)
 
 
 def edited(found, phase, **changes):
@@ -260,13 +291,13 @@ def edited(found, phase, **changes):
 @pytest.fixture(scope="module")
 def before(phases):
     """The fingerprint of a run of phases of 4, 4 and 3 steps, as it comes back out of a checkpoint."""
-    return json.loads(json.dumps(fingerprint(make_plan(phases))))
+    return json.loads(json.dumps(make_plan(phases).fingerprint()))
 
 
 class TestResume:
     @pytest.mark.parametrize("step", range(12))
     def test_the_same_data_is_accepted_at_every_step(self, before, phases, step):
-        check_resume(before, fingerprint(make_plan(phases)), step)
+        check_resume(before, make_plan(phases).fingerprint(), step)
 
     @pytest.mark.parametrize("key", ["steps", "sequence_length", "global_batch_size"])
     def test_a_past_phase_that_changed_is_refused(self, before, key):
@@ -289,7 +320,7 @@ class TestResume:
     def test_the_advice_is_accepted_and_keeps_every_row_that_was_read(self, before, phases, reference):
         changed = dataclasses.replace(phases[1], global_batch_size=16, steps=5)
         advised = (phases[0], dataclasses.replace(phases[1], steps=2), changed, phases[2])
-        check_resume(before, fingerprint(make_plan(advised)), 6)
+        check_resume(before, make_plan(advised).fingerprint(), 6)
         assert_equal_runs(dict(itertools.islice(run(advised).items(), 6)), dict(itertools.islice(reference.items(), 6)))
 
     def test_the_current_phase_may_end_elsewhere_but_not_before_the_run(self, before):
@@ -300,7 +331,7 @@ class TestResume:
 
     def test_a_finished_run_may_be_made_longer(self, before, phases, reference):
         longer = (*phases[:2], dataclasses.replace(phases[2], steps=5))
-        check_resume(before, fingerprint(make_plan(longer)), 11)
+        check_resume(before, make_plan(longer).fingerprint(), 11)
         assert_equal_runs(dict(itertools.islice(run(longer).items(), 11)), reference)
         with pytest.raises(UserError, match=r"data.phases\[2\].steps=2 ends before step 11"):
             check_resume(before, edited(before, 2, steps=2), 11)
@@ -321,7 +352,7 @@ class TestResume:
             source["path"] = "gs://elsewhere/" + source["path"]
         check_resume(before, moved, 6)
 
-    @pytest.mark.parametrize(("name", "value"), [("seed", 1), ("tokenizer", "0" * 64)])
+    @pytest.mark.parametrize(("name", "value"), [("seed", 1), ("tokenizer", "0" * 64), ("prompts", "p")])
     def test_another_seed_or_tokenizer_is_refused(self, before, name, value):
         with pytest.raises(UserError, match=f"This run began with another {name}"):
             check_resume(before, before | {name: value}, 1)
@@ -331,7 +362,6 @@ class TestResume:
 def test_memory_stays_flat_over_thousands_of_batches(phases):
     """A step whose rows stay alive keeps 10 KB: 20 MB in the 2000 that are measured."""
     plan = make_plan([dataclasses.replace(phases[0], steps=3000)])
-    batches = Loader(plan, DataConfig(), mesh_of(1, 1, 1, 1)).starting_at(0)
-    sizes = [host_memory_bytes() for step, _ in batches if step % 1000 == 999]
+    sizes = [host_memory_bytes() for step, _ in stream(plan, DataConfig(), mesh_of(1, 1, 1, 1)) if step % 1000 == 999]
     assert len(sizes) == 3
     assert sizes[2] - sizes[0] < 5e6, sizes

@@ -7,12 +7,14 @@ import shutil
 
 import numpy as np
 import pytest
+from round_robin import sources_one_by_one
 from synthetic_shards import small_tokenizer, write_synthetic
-from test_mixture import sources_one_by_one
 
 from phijax.data import mixture
+from phijax.data.batch import TEXT_KEYS
+from phijax.data.batch import check_row as check_arrays
 from phijax.data.mixture import Phase, Source
-from phijax.data.rows import Place, Plan, RowIndex, make_row, padding_row
+from phijax.data.rows import Place, RowIndex, ShardRows, make_row
 from phijax.data.shards import Shards
 from phijax.errors import UserError
 
@@ -50,7 +52,7 @@ def places_one_by_one(phases, shards, seed):
             path = paths[next(turns)]
             rows = sum(n // per_row for n in shards[path].records_per_shard)
             epoch, row = mixture.shuffled(cursor[path], rows, seed=seed, source_key=shards[path].digest)
-            places[step + s, index] = Place(path, epoch, row)
+            places[step + s, index] = Place(path, epoch, row, phase.sequence_length)
             cursor[path] += 1
             used[path] += per_row
         step += phase.steps
@@ -61,12 +63,12 @@ def all_places(plan):
     return {
         (step, index): plan.place(step, index)
         for step in range(plan.total_steps)
-        for index in range(plan.phases[mixture.phase_of_step(plan.phases, step)[0]].global_batch_size)
+        for index in range(plan.phase_at(step).global_batch_size)
     }
 
 
 def test_three_phases_equal_the_count(shards):
-    places = all_places(Plan(PHASES, shards, seed=3, begin=None))
+    places = all_places(ShardRows(PHASES, shards, seed=3, begin=None))
     assert places == places_one_by_one(PHASES, shards, seed=3)
     assert {place.epoch for place in places.values()} >= {0, 1}  # some source began anew
 
@@ -76,7 +78,7 @@ def test_rows_that_are_repeated_to_fill_a_batch_are_said(shards):
 
     def repeats(batch):
         phases = [Phase(2, 32, 4, (Source("a"),)), Phase(2, 32, batch, (Source("c", 1), Source("a", 1)))]
-        return Plan(phases, shards, seed=0, begin=None).repeats()
+        return ShardRows(phases, shards, seed=0, begin=None).warnings()
 
     assert repeats(2 * rows) == []
     (line,) = repeats(2 * rows + 1)
@@ -84,7 +86,7 @@ def test_rows_that_are_repeated_to_fill_a_batch_are_said(shards):
 
 
 def test_a_later_phase_moves_no_earlier_row(shards):
-    before = all_places(Plan(PHASES, shards, seed=3, begin=None))
+    before = all_places(ShardRows(PHASES, shards, seed=3, begin=None))
     first_two = {key: place for key, place in before.items() if key[0] < 12}
     edits = [
         PHASES[:2],
@@ -92,21 +94,21 @@ def test_a_later_phase_moves_no_earlier_row(shards):
         (*PHASES[:2], dataclasses.replace(PHASES[2], mixture=(Source("b", 5),)), PHASES[0]),
     ]
     for phases in edits:
-        after = all_places(Plan(phases, shards, seed=3, begin=None))
+        after = all_places(ShardRows(phases, shards, seed=3, begin=None))
         assert {key: after[key] for key in first_two} == first_two
 
 
 def test_a_phase_cut_in_two_keeps_its_rows_where_the_mixtures_cycles_meet(shards):
     whole = dataclasses.replace(PHASES[0], steps=8)
     half = dataclasses.replace(whole, steps=4)  # 24 rows, 8 cycles of the mixture
-    assert all_places(Plan([half, half], shards, seed=3, begin=None)) == all_places(
-        Plan([whole], shards, seed=3, begin=None)
+    assert all_places(ShardRows([half, half], shards, seed=3, begin=None)) == all_places(
+        ShardRows([whole], shards, seed=3, begin=None)
     )
 
 
 def test_an_epoch_visits_every_row_of_a_source_once(shards):
     rows = len(RowIndex(shards["a"], 32, "", "a", begin=None))
-    plan = Plan([Phase(2 * rows, 32, 1, (Source("a"),))], shards, seed=0, begin=None)
+    plan = ShardRows([Phase(2 * rows, 32, 1, (Source("a"),))], shards, seed=0, begin=None)
     visits = [plan.place(step, 0) for step in range(2 * rows)]
     assert [v.epoch for v in visits] == [0] * rows + [1] * rows
     orders = [[v.row for v in visits if v.epoch == epoch] for epoch in (0, 1)]
@@ -119,7 +121,7 @@ def test_the_content_decides_the_order_not_the_path(shards, tmp_path):
     other = write_synthetic(tmp_path / "other", seed=0, documents=59, block=BLOCK)  # nearly the same content
 
     def order(path, opened):
-        plan = Plan([Phase(30, 32, 1, (Source(path),))], {path: opened}, seed=0, begin=None)
+        plan = ShardRows([Phase(30, 32, 1, (Source(path),))], {path: opened}, seed=0, begin=None)
         return [plan.place(step, 0).row for step in range(30)]
 
     moved = Shards.open(tmp_path / "moved")
@@ -130,28 +132,28 @@ def test_the_content_decides_the_order_not_the_path(shards, tmp_path):
 def test_a_source_that_runs_out_is_refused_at_the_start(shards):
     rows = len(RowIndex(shards["a"], 32, "", "a", begin=None))
     fits = Phase(2 * rows, 32, 1, (Source("a", 1, max_epochs=2),))
-    Plan([fits], shards, seed=0, begin=None)
+    ShardRows([fits], shards, seed=0, begin=None)
     message = rf"data.phases\[0\]: a runs out. It has {rows} rows of 32 tokens.*2 times.*row {2 * rows + 1}, epoch 2.01"
     with pytest.raises(UserError, match=message):
-        Plan([dataclasses.replace(fits, steps=2 * rows + 1)], shards, seed=0, begin=None)
+        ShardRows([dataclasses.replace(fits, steps=2 * rows + 1)], shards, seed=0, begin=None)
     # What earlier phases took counts, in another length too.
     earlier = Phase(2 * rows, 16, 1, (Source("a"),))
-    Plan([earlier, dataclasses.replace(fits, steps=rows)], shards, seed=0, begin=None)
+    ShardRows([earlier, dataclasses.replace(fits, steps=rows)], shards, seed=0, begin=None)
     with pytest.raises(UserError, match=r"data.phases\[1\]: a runs out.*epoch 2.01"):
-        Plan([earlier, dataclasses.replace(fits, steps=rows + 1)], shards, seed=0, begin=None)
+        ShardRows([earlier, dataclasses.replace(fits, steps=rows + 1)], shards, seed=0, begin=None)
 
 
 @pytest.mark.parametrize(("length", "nearest"), [(40, 32), (41, 48), (7, 16), (15, 16)])
 def test_a_length_that_is_no_multiple_of_the_block_is_refused(shards, length, nearest):
     with pytest.raises(UserError, match=rf"data.phases\[0\].sequence_length={length} .* 16, .*\nNearest.*: {nearest};"):
-        Plan([Phase(1, length, 1, (Source("a"),))], shards, seed=0, begin=None)
+        ShardRows([Phase(1, length, 1, (Source("a"),))], shards, seed=0, begin=None)
 
 
 def test_a_length_that_no_shard_holds_is_refused(shards):
     longest = max(shards["b"].records_per_shard) * BLOCK
     assert len(RowIndex(shards["b"], longest, "", "b", begin=None)) >= 1
     with pytest.raises(UserError, match=rf"b has no row of {longest + BLOCK} tokens: .* holds {longest} tokens"):
-        Plan([Phase(1, longest + BLOCK, 1, (Source("b"),))], shards, seed=0, begin=None)
+        ShardRows([Phase(1, longest + BLOCK, 1, (Source("b"),))], shards, seed=0, begin=None)
 
 
 @pytest.mark.parametrize("begin", [None, END, 1], ids=["runs of before", "end-of-text", "another id"])
@@ -170,7 +172,8 @@ def test_rows_are_cut_from_each_shards_stream(shards, records, begin):
             row += 1
     assert row == len(index)
     assert index.unused_records == source.num_records - row * records
-    plan = Plan([Phase(1, T, 1, (Source("b"),)) for T in sorted({BLOCK, length})], {"b": source}, seed=0, begin=None)
+    phases = [Phase(1, T, 1, (Source("b"),)) for T in sorted({BLOCK, length})]
+    plan = ShardRows(phases, {"b": source}, seed=0, begin=None)
     assert plan.unused_records("b") == index.unused_records
 
 
@@ -233,7 +236,5 @@ def test_a_row_of_a_run_from_before_the_rule_by_hand():
     assert row["weights"].tolist() == [1, 0, 1, 1, 0, 0, 1, 1]
 
 
-def test_a_padding_row_counts_for_nothing_and_has_the_arrays_of_a_row(shards):
-    row, padding = RowIndex(shards["a"], 32, "", "a", begin=None).read(0), padding_row(32)
-    assert {n: (a.shape, a.dtype) for n, a in padding.items()} == {n: (a.shape, a.dtype) for n, a in row.items()}
-    assert not any(a.any() for a in padding.values())
+def test_a_row_has_the_arrays_that_next_token_prediction_reads(shards):
+    check_arrays(RowIndex(shards["a"], 32, "", "a", begin=None).read(0), TEXT_KEYS, 32)

@@ -12,6 +12,7 @@ from quick_compilation import QUICK
 from synthetic_shards import small_tokenizer, write_synthetic
 
 from phijax.data import loader
+from phijax.data.batch import TEXT_KEYS
 from phijax.data.rows import RowIndex
 from phijax.data.shards import Shards
 from phijax.errors import UserError
@@ -25,6 +26,7 @@ from phijax.training import program
 from phijax.training.optimizer import OptimizerConfig
 
 LENGTH = 32
+MEANS = {"nll": "tokens"}  # as next-token prediction declares them
 END = small_tokenizer().end_of_text
 MODEL = ModelConfig(
     vocab_size=300,
@@ -40,7 +42,7 @@ MODEL = ModelConfig(
 
 def test_the_loss_is_a_mean_over_tokens_not_over_batches():
     sums = {"a": (10.0, 4.0), "b": (2.0, 1.0), "empty": (0.0, 0.0)}
-    evaluator = HeldOut("web", lambda p, f, batch: tuple(map(jnp.float32, sums[batch])), lambda: iter(sums))
+    evaluator = HeldOut("web", lambda p, f, batch: tuple(map(jnp.float32, sums[batch])), lambda: iter(sums), MEANS)
     expected = {
         "heldout_loss/web": 12 / 5,
         "heldout_perplexity/web": math.exp(12 / 5),
@@ -53,18 +55,18 @@ def test_the_loss_is_a_mean_over_tokens_not_over_batches():
 def test_sums_of_many_batches_keep_their_last_digit():
     # Summed in float32, every 1 after 2**24 would be lost.
     parts = [2.0**24] + [1.0] * 64
-    evaluator = HeldOut("web", lambda p, f, part: (jnp.float32(0), jnp.float32(part)), lambda: parts)
+    evaluator = HeldOut("web", lambda p, f, part: (jnp.float32(0), jnp.float32(part)), lambda: parts, MEANS)
     assert evaluator(None, None)["heldout_tokens/web"] == 2**24 + 64
 
 
 def test_a_loss_beyond_all_bounds_still_has_a_perplexity():
-    evaluator = HeldOut("web", lambda p, f, part: (jnp.float32(1e9), jnp.float32(1)), lambda: [0])
+    evaluator = HeldOut("web", lambda p, f, part: (jnp.float32(1e9), jnp.float32(1)), lambda: [0], MEANS)
     assert evaluator(None, None)["heldout_perplexity/web"] == math.exp(700)
 
 
 def test_params_and_frozen_are_handed_on():
     seen = []
-    HeldOut("web", lambda *a: (seen.append(a), (jnp.float32(1), jnp.float32(1)))[1], lambda: ["batch"])("p", "f")
+    HeldOut("web", lambda *a: (seen.append(a), (jnp.float32(1), jnp.float32(1)))[1], lambda: ["batch"], MEANS)("p", "f")
     assert seen == [("p", "f", "batch")]
 
 
@@ -97,15 +99,15 @@ def scores(recipe, shards, mesh_shape, rows, max_rows=None):
         "web",
         step,
         functools.partial(
-            loader.validation_batches,
-            "web",
-            shards,
+            loader.held_out_batches,
+            RowIndex(shards, LENGTH, "", "web", begin=END),
+            TEXT_KEYS,
             length=LENGTH,
             batch_size=rows,
             max_rows=max_rows,
             mesh=mesh,
-            begin=END,
         ),
+        MEANS,
     )
     return evaluator(start(mesh), {})
 
@@ -166,7 +168,9 @@ def test_sets_that_could_not_be_scored_are_refused(config, message):
 
 
 def test_of_no_token_the_loss_is_not_zero_which_would_be_the_best():
-    nothing = HeldOut("web", lambda params, frozen, batch: (jnp.float32(0), jnp.float32(0)), lambda: [None, None])
+    nothing = HeldOut(
+        "web", lambda params, frozen, batch: (jnp.float32(0), jnp.float32(0)), lambda: [None, None], MEANS
+    )
     found = nothing({}, {})
     assert math.isnan(found["heldout_loss/web"]) and math.isnan(found["heldout_perplexity/web"])
     assert found["heldout_tokens/web"] == 0
@@ -174,11 +178,27 @@ def test_of_no_token_the_loss_is_not_zero_which_would_be_the_best():
 
 def test_the_best_is_by_a_set_or_by_a_metric_of_one():
     sets = EvaluationConfig(sets=(HeldOutSet("web", "a"), HeldOutSet("code", "b")))
-    assert score_name(sets, None) is None
-    assert score_name(sets, "code") == score_name(sets, "heldout_loss/code") == "heldout_loss/code"
-    assert score_name(sets, "heldout_perplexity/web") == "heldout_perplexity/web"
+    assert score_name(sets, None, "nll") is None
+    assert score_name(sets, "code", "nll") == score_name(sets, "heldout_loss/code", "nll") == "heldout_loss/code"
+    assert score_name(sets, "heldout_perplexity/web", "nll") == "heldout_perplexity/web"
     for wrong in ("cod", "loss", "heldout_tokens/web"):
         with pytest.raises(UserError, match=rf"keep_best='{wrong}' is neither a set of evaluation.sets \(web, code\)"):
-            score_name(sets, wrong)
+            score_name(sets, wrong, "nll")
     with pytest.raises(UserError, match="there is none"):
-        score_name(EvaluationConfig(), "web")
+        score_name(EvaluationConfig(), "web", "nll")
+    assert score_name(sets, "code", "loss") == "heldout_loss/code"
+    with pytest.raises(UserError, match=r"nor the loss of one \(heldout_loss/web, say\)"):
+        score_name(sets, "heldout_perplexity/web", "loss")  # of what is no log-likelihood there is none
+
+
+def test_every_declared_sum_is_a_score_over_its_own_divisor():
+    sums = [(6.0, 3.0, 8.0, 2.0, 4.0), (0.0, 1.0, 2.0, 0.0, 1.0)]
+    means = {"loss": "pairs", "margin": "pairs", "nll": "tokens"}
+    evaluator = HeldOut("web", lambda p, f, part: tuple(map(jnp.float32, part)), lambda: sums, means)
+    assert evaluator(None, None) == {
+        "heldout_loss/web": 6 / 2,
+        "heldout_margin/web": 4 / 2,
+        "heldout_nll/web": 10 / 5,
+        "heldout_pairs/web": 2,
+        "heldout_tokens/web": 5,
+    }

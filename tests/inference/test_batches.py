@@ -6,40 +6,17 @@ import functools
 import jax
 import numpy as np
 import pytest
+from batch_models import GPT2, GROUPED, ONE_HEAD, weights
 from jax.sharding import Mesh
 
 from phijax.inference import programs
 from phijax.inference.generator import Generator
 from phijax.inference.sampling import Sampling
-from phijax.model import params as model_params
 from phijax.model.backend import CHOICES
 from phijax.model.config import ModelConfig
 from phijax.parallel.mesh import MeshConfig, make_mesh
 
-GROUPED = ModelConfig(
-    vocab_size=1000,
-    model_dim=72,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=20,
-    ffn_dim=88,  # no power of two, nor a multiple of a vector, anywhere
-    max_position=600,
-)
-ONE_HEAD = dataclasses.replace(
-    GROUPED, model_dim=40, num_heads=3, num_kv_heads=1, head_dim=12, tied_head=True, sliding_window=9
-)
 LENGTHS = (3, 40, 17, 90, 1, 300, 5, 64, 20)
-
-
-@functools.lru_cache(maxsize=4)
-def weights(c: ModelConfig):
-    rng = np.random.default_rng(0)
-    flat = {}
-    for path, shape in model_params.shapes(c).items():
-        flat[path] = rng.standard_normal(shape, np.float32) * (0.2 if path.endswith("scale") else shape[-1] ** -0.5)
-        flat[path] += path.endswith("scale")
-    return model_params.nested(flat)
 
 
 @functools.lru_cache(maxsize=4)
@@ -59,7 +36,14 @@ def logits_of(g: Generator, batch: list[list[int]], count: int) -> list[np.ndarr
     return [np.stack(row) for row in rows]
 
 
-@pytest.mark.parametrize("c", [GROUPED, ONE_HEAD], ids=["grouped", "one kv head, window, tied"])
+@pytest.mark.parametrize(
+    "c",
+    [
+        pytest.param(GROUPED, id="grouped"),
+        pytest.param(ONE_HEAD, id="one kv head, window, tied"),
+        pytest.param(GPT2, id="gpt2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(c):
     """Nine rows, so that some stand where a vector of eight ends; caches of other lengths alone than together."""
     g = generator(c)
@@ -98,7 +82,7 @@ def test_a_mesh_agrees_with_one_device(tensor):
     c = dataclasses.replace(GROUPED, num_heads=8, head_dim=12)
     mesh = make_mesh(MeshConfig(data=8 // tensor, fsdp=1, context=1, tensor=tensor), jax.devices())
     cut = Generator(c, weights(c), None, CHOICES["cpu"], mesh)
-    assert (cut._path.cut_by_time is not None) == (tensor > 2)
+    assert (cut._layout.cut_by_time is not None) == (tensor > 2)
     alone = Generator(c, weights(c))
     batch = prompts(c, (3, 300, 40))
     for got, expected in zip(logits_of(cut, batch, 6), logits_of(alone, batch, 6), strict=True):
@@ -109,31 +93,12 @@ def test_a_mesh_agrees_with_one_device(tensor):
 
 def test_weights_are_not_gathered_for_a_token():
     """The compiled step of a tensor mesh moves activations alone: no collective is as large as a matrix."""
-    from phijax.inference.sampling import Settings
-
     c = dataclasses.replace(GROUPED, model_dim=512, ffn_dim=512)
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 1, 1, 2), ("data", "fsdp", "context", "tensor"))
     g = Generator(c, weights(c), None, CHOICES["cpu"], mesh)
-    rows = g._rows([[1, 2]], [0], 2, False)
-    frequencies = np.stack([g._frequencies(2)] * 2)
-    advance, sampling = np.ones(2, np.int32), Sampling(temperature=0)
-    text = (
-        programs.step.lower(
-            c,
-            g._path,
-            g._attention_factor,
-            sampling.plan,
-            g._weights,
-            g._empty_cache(2, 100),
-            Settings.of(sampling),
-            rows,
-            frequencies,
-            advance,
-            None,
-        )
-        .compile()
-        .as_text()
-    )
+    given = (np.zeros(2, np.int32), np.ones(2, np.int32), np.stack([g._frequencies(2)] * 2), None)
+    lowered = programs.step.lower(c, g._layout, g._attention_factor, g._weights, g._empty_cache(2, 100), *given)
+    text = lowered.compile().as_text()
     collectives = [line for line in text.splitlines() if " all-gather(" in line or " all-reduce(" in line]
     assert collectives
     for line in collectives:

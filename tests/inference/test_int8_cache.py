@@ -12,6 +12,7 @@ from phijax.inference.sampling import Sampling
 from phijax.model import cached, cached_ops, params
 from phijax.model.backend import CHOICES
 from phijax.model.config import ModelConfig
+from phijax.model.inference_layout import InferenceLayout
 from phijax.model.kernels import decode
 from phijax.model.kernels.int8_lines import from_int8, to_int8
 from phijax.parallel.mesh import MeshConfig, make_mesh
@@ -81,22 +82,22 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_it_saves(stacked, dtype):
-    path = cached.Path(unrolled=False, stacked=stacked, dtype=dtype)
+    layout = InferenceLayout(unrolled=False, stacked=stacked, dtype=dtype)
 
-    def size(path):
-        arrays = jax.eval_shape(lambda: cached.empty_cache(MODEL, path, 4, [256, 256]))
+    def size(layout):
+        arrays = jax.eval_shape(lambda: cached.empty_cache(MODEL, layout, 4, [256, 256]))
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(arrays))
 
     wide = 2 if dtype == "bfloat16" else 4
     # Integers, and two bytes of a scale for the 48 numbers of a head.
-    assert size(dataclasses.replace(path, cache_dtype="int8")) / size(path) == pytest.approx((1 + 2 / 48) / wide)
+    assert size(dataclasses.replace(layout, cache_dtype="int8")) / size(layout) == pytest.approx((1 + 2 / 48) / wide)
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
 def test_cut_by_heads_and_by_time(weights, tensor):
     """Four chips do not divide the two heads of keys: each then has a part of the places."""
     ours = generator(weights, tensor=tensor)
-    assert (ours._path.cut_by_time is not None) == (tensor == 4)
+    assert (ours._layout.cut_by_time is not None) == (tensor == 4)
     for a, b in zip(ours.generate(PROMPTS, GREEDY), generator(weights).generate(PROMPTS, GREEDY), strict=True):
         assert a.tokens == b.tokens
         np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=2e-3)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from phijax.errors import UserError
-from phijax.inference.sampling import Plan, Sampling, Settings, choose, filtered, penalised
+from phijax.inference.sampling import Sampling, Settings, choose, filtered, penalised
+from phijax.model.kernels.rows import each_row
 
 torch = pytest.importorskip("torch")
 processors = pytest.importorskip("transformers.generation.logits_process")
@@ -44,7 +45,10 @@ def theirs(temperature: float, top_k: int, top_p: float, min_p: float) -> np.nda
     + [(600, 0.99, 0.0), (0, 1.0, 1.0)],
 )
 def test_filtered_distributions_are_those_of_transformers(temperature, top_k, top_p, min_p):
-    ours = filtered(jnp.asarray(logits()) / temperature, np.int32(top_k), np.float32(top_p), np.float32(min_p))
+    settings = (
+        np.full(4, value, kind) for value, kind in ((top_k, np.int32), (top_p, np.float32), (min_p, np.float32))
+    )
+    ours = filtered(jnp.asarray(logits()) / temperature, *settings)
     expected = theirs(temperature, top_k, top_p, min_p)
     got = np.asarray(jax.nn.softmax(ours))
     np.testing.assert_array_equal(got > 0, expected > 0)
@@ -57,8 +61,16 @@ def test_repetition_penalty_is_that_of_transformers(penalty):
     seen = np.zeros((4, VOCABULARY), bool)
     np.put_along_axis(seen, occurred, True, axis=1)
     expected = processors.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(occurred), torch.tensor(logits()))
-    got = penalised(jnp.asarray(logits()), jnp.asarray(seen), np.float32(penalty))
+    got = penalised(jnp.asarray(logits()), jnp.asarray(seen), np.full(4, penalty, np.float32))
     np.testing.assert_allclose(got, expected.numpy(), rtol=1e-6)
+
+
+def rows_of(samplings, names) -> Settings:
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *map(Settings.of, samplings, names))
+
+
+def zeros(count: int) -> np.ndarray:
+    return np.zeros(count, np.int32)
 
 
 def test_draws_have_their_probabilities_and_keep_to_the_filter():
@@ -66,8 +78,8 @@ def test_draws_have_their_probabilities_and_keep_to_the_filter():
     count = 20_000
     row = jnp.asarray(np.log([0.5, 0.25, 0.15, 0.07, 0.03]), jnp.float32)
     sampling = Sampling(temperature=1, top_k=3)
-    tokens, logprobs = jax.jit(functools.partial(choose, sampling.plan))(
-        Settings.of(sampling), jnp.tile(row, (count, 1)), None, jnp.arange(count), jnp.zeros(count, jnp.int32)
+    tokens, logprobs = jax.jit(choose)(
+        rows_of([sampling] * count, range(count)), jnp.tile(row, (count, 1)), np.zeros((count, 5), bool), zeros(count)
     )
     found = np.bincount(tokens, minlength=5)
     expected = np.array([0.5, 0.25, 0.15, 0, 0]) / 0.9 * count
@@ -76,17 +88,46 @@ def test_draws_have_their_probabilities_and_keep_to_the_filter():
 
 
 def test_greedy_takes_the_first_of_the_likeliest():
-    sampling = Sampling(temperature=0)
-    assert sampling.plan == Plan(draws=False, filters=False, penalises=False)
     tokens, _ = choose(
-        sampling.plan, Settings.of(sampling), jnp.asarray(logits()), None, jnp.arange(4), jnp.zeros(4, jnp.int32)
+        rows_of([Sampling(temperature=0)] * 4, range(4)),
+        jnp.asarray(logits()),
+        np.zeros((4, VOCABULARY), bool),
+        zeros(4),
     )
     np.testing.assert_array_equal(tokens, logits().argmax(-1))
 
 
-@functools.cache
-def compiled(plan: Plan):
-    return jax.jit(functools.partial(choose, plan))
+DIFFERENT = [
+    {"temperature": 0},
+    {"temperature": 0.7, "seed": 4},
+    {"temperature": 1.3, "top_k": 7},
+    {"temperature": 0.9, "top_p": 0.6, "seed": 9},
+    {"temperature": 0, "repetition_penalty": 1.7},
+    {"temperature": 1.1, "min_p": 0.1, "repetition_penalty": 0.6},
+    {"temperature": 1, "top_p": 0},
+    {"temperature": 2, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 2**32 - 1},
+]
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_a_row_has_its_own_settings_whatever_its_neighbours_ask(one_by_one):
+    """All together by one program, each alone by one; where rows are computed one by one, to the last bit."""
+    rng = np.random.default_rng(5)
+    rows = rng.standard_normal((len(DIFFERENT), VOCABULARY)).astype(np.float32) * 3
+    seen = rng.random(rows.shape) < 0.3
+    settings = rows_of([Sampling(**each) for each in DIFFERENT], range(len(DIFFERENT)))
+    given = np.arange(len(DIFFERENT), dtype=np.int32)
+    f = jax.jit(lambda count, s, *rest: each_row(lambda *a: choose(Settings(*a[3:]), *a[:3]), count)(*rest, *s))
+    together = f(np.int32(len(given)) if one_by_one else None, settings, rows, seen, given)
+    for i in range(len(DIFFERENT)):
+        one, *rest = jax.tree.map(lambda a, i=i: np.repeat(a[i : i + 1], 2, axis=0), (settings, rows, seen, given))
+        tokens, logprobs = f(np.int32(1) if one_by_one else None, one, *rest)
+        assert tokens[0] == together[0][i]
+        np.testing.assert_allclose(logprobs[0], together[1][i], rtol=0, atol=0 if one_by_one else 1e-6)
+    assert len(set(together[0].tolist())) > 3
+
+
+compiled = jax.jit(choose)
 
 
 def choice(sampling: Sampling) -> list[int]:
@@ -94,10 +135,7 @@ def choice(sampling: Sampling) -> list[int]:
     rows = np.concatenate([logits(), np.zeros((1, VOCABULARY), np.float32)])
     rows[4, 3], rows[4, 9] = 2.0, np.nextafter(np.nextafter(np.float32(2), 3), 3)
     rows = np.concatenate([rows, np.full((5, 12), -np.inf, np.float32)], axis=1)  # as where the vocabulary is padded
-    seen = jnp.zeros(rows.shape, bool) if sampling.plan.penalises else None
-    tokens, logprobs = compiled(sampling.plan)(
-        Settings.of(sampling), jnp.asarray(rows), seen, jnp.arange(5), jnp.zeros(5, jnp.int32)
-    )
+    tokens, logprobs = compiled(rows_of([sampling] * 5, range(5)), rows, np.zeros(rows.shape, bool), zeros(5))
     assert np.isfinite(logprobs).all()
     return tokens.tolist()
 
@@ -196,5 +234,5 @@ def test_what_was_given_alone_or_as_numpy_has_it_is_what_it_says():
 
 
 def test_top_p_of_nothing_takes_the_likeliest():
-    assert Sampling(temperature=1, top_p=0).plan == Sampling(temperature=0).plan
+    assert not Sampling(temperature=1, top_p=0).draws
     assert choice(Sampling(temperature=1, top_p=0.0)) == choice(Sampling(temperature=0))

@@ -45,9 +45,13 @@ def weights() -> params.Params:
 
 @pytest.fixture(scope="module")
 def small_weights(weights) -> params.Params:
-    """int4 in groups of 64."""
+    return in_four_bits(MODEL, weights)
+
+
+def in_four_bits(model: ModelConfig, weights: params.Params) -> params.Params:
+    """In groups of 64."""
     out = params.flat(weights)
-    for path, scheme in policy.assign(MODEL, policy.parse("int4_g64")).items():
+    for path, scheme in policy.assign(model, policy.parse("int4_g64")).items():
         stack = np.asarray(out[path])
         matrices = stack if stack.ndim == 3 else stack[None]
         rounded = [round_to_nearest(m, scheme, policy.summed_axis(path)) for m in matrices]
@@ -59,15 +63,15 @@ def small_weights(weights) -> params.Params:
 
 
 def as_on_tpu(monkeypatch, weights, *, tensor: int = 1, model: ModelConfig = MODEL, **changes) -> Generator:
-    """A generator with the path that a TPU's mesh gets."""
-    chosen = placement.choose_path
+    """A generator with the layout that a TPU's mesh gets."""
+    chosen = placement.choose_layout
 
     def choose(c, backend, mesh, *rest, **named):
-        path = chosen(c, backend, mesh, *rest, **named)
+        layout = chosen(c, backend, mesh, *rest, **named)
         mesh = mesh if mesh.size > 1 else None
-        return dataclasses.replace(path, stacked=True, least_rows=8, interpret=True, mesh=mesh, **changes)
+        return dataclasses.replace(layout, stacked=True, least_rows=8, interpret=True, mesh=mesh, **changes)
 
-    monkeypatch.setattr(placement, "choose_path", choose)
+    monkeypatch.setattr(placement, "choose_layout", choose)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=tensor), jax.devices()[:tensor])
     return Generator(model, weights, None, PLAIN, mesh)
 
@@ -102,6 +106,24 @@ def test_groups_by_the_kernel(monkeypatch, small_weights, tensor):
     assert_same(fast.generate(PROMPTS, GREEDY), expected, 2e-5)
 
 
+@pytest.mark.slow
+def test_biases_layer_norm_and_no_gate(monkeypatch):
+    """GPT-2's layers around the kernels' products; no rotation before attention."""
+    kinds = {"positions": "learned", "norm": "layer", "bias": True, "activation": "gelu_tanh", "gated": False}
+    model = dataclasses.replace(MODEL, tied_head=True, sliding_window=None, **kinds)
+    rng = np.random.default_rng(0)
+    drawn = {
+        path: jnp.asarray(rng.standard_normal(shape, np.float32) * (0.3 if "/" in path else 1) * shape[-1] ** -0.5)
+        for path, shape in params.shapes(model).items()
+    }
+    weights = in_four_bits(model, params.nested({p: a + 1 if p.endswith("scale") else a for p, a in drawn.items()}))
+    expected = Generator(model, weights, None, PLAIN).generate(PROMPTS, GREEDY)
+    assert len({token for answer in expected for token in answer.tokens}) > 3
+    fast = as_on_tpu(monkeypatch, weights, tensor=2, model=model)
+    assert isinstance(fast._weights["blocks"]["mlp"]["up"], TpuIntegers)
+    assert_same(fast.generate(PROMPTS, GREEDY), expected, 2e-5)
+
+
 def test_eight_devices_give_what_one_does(small_weights):
     """By XLA alone: rows of matrices over eight devices, the four heads of keys over none of them, places over all."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=8), jax.devices())
@@ -126,13 +148,13 @@ def test_the_long_list_takes_over(monkeypatch, weights):
 
 
 @pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed: there are no TPUs to make a mesh of")
-def test_a_tpu_gets_this_path():
+def test_a_tpu_gets_this_layout():
     chips = tpu_devices("v5e:2x2")
-    path = placement.choose_path(MODEL, CHOICES["tpu"], make_mesh(MeshConfig(), chips[:1]))
-    assert path.stacked and path.least_rows == 8 and not path.interpret and path.mesh is None
+    layout = placement.choose_layout(MODEL, CHOICES["tpu"], make_mesh(MeshConfig(), chips[:1]))
+    assert layout.stacked and layout.least_rows == 8 and not layout.interpret and layout.mesh is None
     two = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2), chips[:2])
-    assert placement.choose_path(MODEL, CHOICES["tpu"], two).mesh is two
+    assert placement.choose_layout(MODEL, CHOICES["tpu"], two).mesh is two
     odd = dataclasses.replace(MODEL, num_heads=9, num_kv_heads=3)  # cut by time, by XLA
-    assert not placement.choose_path(odd, CHOICES["tpu"], two).stacked
-    on_cpu = placement.choose_path(MODEL, CHOICES["cpu"], make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert not placement.choose_layout(odd, CHOICES["tpu"], two).stacked
+    on_cpu = placement.choose_layout(MODEL, CHOICES["cpu"], make_mesh(MeshConfig(), jax.devices()[:1]))
     assert not on_cpu.stacked and on_cpu.least_rows == 2

@@ -45,6 +45,23 @@ LONG = dataclasses.replace(
     ),
 )
 PARTIAL = dataclasses.replace(PHI3, partial_rotary_factor=0.75, tied_head=True, sliding_window=7)
+GPT2 = ModelConfig(
+    vocab_size=400,
+    model_dim=96,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=6,
+    head_dim=16,
+    ffn_dim=224,
+    max_position=64,
+    tied_head=True,
+    norm_eps=2e-5,
+    positions="learned",
+    norm="layer",
+    bias=True,
+    activation="gelu_tanh",
+    gated=False,
+)
 LLAMA = dataclasses.replace(PHI3, num_heads=4, num_kv_heads=2, head_dim=16, tied_head=True, norm_eps=1e-6)
 
 

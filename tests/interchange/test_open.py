@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from phijax.errors import UserError
 from phijax.interchange.facts import Facts
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.interchange.load import load_params
 from phijax.interchange.native import write as native_write
 from phijax.interchange.open import open_checkpoint
@@ -103,6 +105,36 @@ def test_the_tokenizer_comes_with_it(workdir, tokenizer, tmp_path):
     alone = shutil.copytree(workdir / "checkpoints" / "5", tmp_path / "alone")
     with pytest.raises(UserError, match="has no tokenizer"):
         open_checkpoint(alone).tokenizer()
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_newest_step_without_its_manifest_is_said(workdir, tmp_path, verify):
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    (copy / "checkpoints" / "5" / "manifest.json").unlink()
+    said = r"5 is no step: it has no manifest\.json, as an interrupted copy leaves it\.\nUsing step 2 instead"
+    with pytest.warns(UserWarning, match=said):
+        assert open_checkpoint(copy, verify=verify).facts.step == 2
+    (copy / "checkpoints" / "5" / "unfinished.json").write_text("{}")
+    with pytest.warns(UserWarning, match="5 is no step: it is being saved, or its save was cut off"):
+        open_checkpoint(copy, verify=verify)
+
+
+def test_a_manifest_that_is_whole_and_says_what_cannot_be_is_refused(workdir, tmp_path):
+    """As somebody who means harm writes it: its digest is right."""
+    copy = shutil.copytree(workdir / "checkpoints" / "5", tmp_path / "5")
+    content = manifest.read(epath.Path(copy))
+    for name, value, words in (
+        ("norm_eps", float("nan"), "norm_eps=nan must be a finite number above 0"),
+        ("rope_theta", -1, "rope_theta=-1 must be a finite number above 0"),
+        ("num_layers", True, "num_layers=True must be a whole number from 1"),
+        ("num_kv_heads", 3, "num_kv_heads=3 does not divide"),
+    ):
+        identity = content["identity"] | {"model": content["identity"]["model"] | {name: value}}
+        changed = content | {"identity": identity}
+        digest = f"{zlib.crc32(json.dumps(changed, sort_keys=True).encode()):08x}"
+        (copy / "manifest.json").write_text(json.dumps({**changed, "crc32": digest}))
+        with pytest.raises(UserError, match=words):
+            open_checkpoint(copy)
 
 
 def test_the_tokenizer_is_the_one_that_it_was_saved_with(workdir, tokenizer, tmp_path):
@@ -251,7 +283,7 @@ def test_each_of_two_processes_reads_its_own_devices_slices(workdir, tmp_path, k
     if kind == "huggingface":
         path = tmp_path / "hf"
         opened = open_checkpoint(workdir)
-        huggingface_folder.write(opened, path, huggingface_export.folder(opened, "phi3", None))
+        huggingface_folder.write(opened, path, huggingface_export.folder(opened, FAMILIES["phi3"], None))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -13,6 +13,7 @@ from phijax.interchange import tokenizer_check
 from phijax.interchange.facts import Facts
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.interchange.open import open_checkpoint
 from phijax.text.beginning import post_processor
 from phijax.text.open import open_tokenizer
@@ -24,7 +25,7 @@ TEXTS = (*tokenizer_check.TEXTS, *TEXT.split("\n")[:5], "<|user|>\n Hi  there<|e
 
 
 def export(source, output, layout="phi3", say=lambda line: None):
-    folder = huggingface_export.folder(source, layout, None)
+    folder = huggingface_export.folder(source, FAMILIES[layout], None)
     huggingface_folder.write(source, epath.Path(output), folder, say=say)
     return output
 

@@ -11,7 +11,7 @@ from etils import epath
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "interchange"))
 from gguf_case import logits, tokenizer
-from small_weights_case import CASES, STOPS, Small, expected, layout_of
+from small_weights_case import CASES, LEARNED_CASES, STOPS, Small, expected, family_of
 
 import phijax
 from phijax import export
@@ -34,7 +34,7 @@ def small(tmp_path_factory):
 
 
 def write(opened, output, dtype=None):
-    folder = mlx_export.folder(opened, layout_of(opened), dtype and DTYPES[dtype])
+    folder = mlx_export.folder(opened, family_of(opened), dtype and DTYPES[dtype])
     huggingface_folder.write(opened, epath.Path(output), folder)
     return output
 
@@ -46,14 +46,18 @@ def theirs(folder, tokens):
     return np.array(model(mx.array(tokens)[None])[0])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *LEARNED_CASES])
 def test_dequantised_by_mlx_the_weights_are_ours(case, small, tmp_path):
     """In float32, which holds every product; in float16 mx.dequantize itself rounds them."""
     opened = small(case)
     model, config = mlx_utils.load_model(write(opened, tmp_path / "out"), strict=True)
     modules = dict(model.named_modules())
-    for name, wide in expected(opened, layout_of(opened)).items():
-        module = modules[name.removesuffix(".weight")]
+    for name, wide in expected(opened, family_of(opened).mlx_rows or family_of(opened).rows).items():
+        module, _, kind = name.rpartition(".")
+        module = modules[module]
+        if kind == "bias":
+            np.testing.assert_array_equal(np.array(module.bias), wide.astype(np.float16), err_msg=name)
+            continue
         got, wanted = module.weight, wide.astype(np.float16)  # what is dense is float16 there
         if hasattr(module, "scales"):
             scales, biases = (getattr(module, part).astype(mx.float32) for part in ("scales", "biases"))
@@ -63,7 +67,7 @@ def test_dequantised_by_mlx_the_weights_are_ours(case, small, tmp_path):
     assert config["eos_token_id"] == [tokenizer().added_tokens[stop] for stop in STOPS]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *LEARNED_CASES])
 def test_logits_are_ours(case, small, tmp_path):
     opened = small(case)
     tokens = np.random.default_rng(0).integers(0, 380, 40).tolist()

@@ -25,31 +25,62 @@ DECLARED = {
     "blocks/mlp/up": ("gate_up", -1, True),
     "blocks/mlp/down": ("down", -2, True),
 }
+OF_GPT2 = {"position_embedding": (None, -1, True)} | {
+    path: (None, -1, False)
+    for path in (
+        "final_norm/bias",
+        "blocks/attention_norm/bias",
+        "blocks/attention/q_bias",
+        "blocks/attention/k_bias",
+        "blocks/attention/v_bias",
+        "blocks/attention/o_bias",
+        "blocks/mlp_norm/bias",
+        "blocks/mlp/up_bias",
+        "blocks/mlp/down_bias",
+    )
+}
 
 
 def test_what_each_leaf_declares():
     """By hand: a wrong axis would put groups of scales across inputs, a wrong kind another scheme."""
     for name, c in PRESETS.items():
-        leaves = params.leaves(c)
-        expected = {path: facts for path, facts in DECLARED.items() if path != "head" or not c.tied_head}
+        leaves, lacks = params.leaves(c), {"head"} if c.tied_head else set()
+        expected = DECLARED
+        if name.startswith("gpt2"):
+            expected, lacks = expected | OF_GPT2, lacks | {"blocks/mlp/gate"}
+        expected = {path: facts for path, facts in expected.items() if path not in lacks}
         found = {path: (leaf.kind, leaf.summed_axis, leaf.decayed) for path, leaf in leaves.items()}
         assert found == expected, name
 
 
 def test_rooms_that_know_a_path_alone_are_told_the_same():
-    for path, (kind, axis, _) in DECLARED.items():
+    for path, (kind, axis, _) in (DECLARED | OF_GPT2).items():
         assert (policy.kind_of(path), policy.summed_axis(path)) == (kind, axis), path
     assert policy.kind_of("blocks/attention/x") is None
     assert {kind for kind, _, _ in DECLARED.values()} - {None} == set(policy.KINDS)
 
 
 def test_a_fold_scales_the_inputs_of_one_kind_and_its_inverse_makes_them():
+    """down's inputs are proportional to the rows of up where these are multiplied with a gate, and only there."""
     c = PRESETS["tiny"]
-    inputs = {"qkv": c.model_dim, "gate_up": c.model_dim, "down": c.ffn_dim, "head": c.model_dim}
-    for fold, (leaf, axis) in awq.INVERSE.items():
-        assert policy.paths_of(fold)
-        assert params.shapes(c)[leaf][axis] == inputs.pop(fold)
-    assert not inputs
+    assert awq.inverses(c) == {
+        "qkv": ("blocks/attention_norm/scale",),
+        "gate_up": ("blocks/mlp_norm/scale",),
+        "down": ("blocks/mlp/up",),
+        "head": ("final_norm/scale",),
+    }
+    assert awq.inverses(PRESETS["gpt2"]) == {
+        "qkv": ("blocks/attention_norm/bias", "blocks/attention_norm/scale"),
+        "gate_up": ("blocks/mlp_norm/bias", "blocks/mlp_norm/scale"),
+    }
+    both = dataclasses.replace(PRESETS["tiny"], bias=True)
+    assert awq.inverses(both)["down"] == ("blocks/mlp/up", "blocks/mlp/up_bias")
+    for model in (c, PRESETS["gpt2"], both):
+        leaves = params.leaves(model)
+        for fold, paths in awq.inverses(model).items():
+            size = {"down": model.ffn_dim}.get(fold, model.model_dim)
+            assert {leaves[path].shape[leaves[path].result_axis] for path in paths} == {size}
+            assert {leaves[path].shape[leaves[path].summed_axis] for path in policy.paths_of(model, fold)} == {size}
 
 
 def test_a_leaf_starts_where_it_says(monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 from phijax.errors import UserError
 from phijax.model import cached
 from phijax.model.backend import ATTENTION
+from phijax.model.inference_layout import InferenceLayout
 from phijax.model.kernels import cpu_int4, decode_tpu
 from phijax.model.kernels.decode import cached_attention
 from phijax.model.kernels.stacked import stacked_attention
@@ -59,8 +60,8 @@ def test_attention_over_a_cache_is_causal():
     c = PRESETS["tiny"]
     line = jnp.zeros((1, c.num_kv_heads, 1, c.head_dim))
     place = jnp.zeros((1, 1), jnp.int32)
-    pieces = cached.empty_cache(c, cached.Path(unrolled=True), 1, (16,))[0]
-    stack = cached.empty_cache(c, cached.Path(unrolled=False, stacked=True), 1, (256,))
+    pieces = cached.empty_cache(c, InferenceLayout(unrolled=True), 1, (16,))[0]
+    stack = cached.empty_cache(c, InferenceLayout(unrolled=False, stacked=True), 1, (256,))
     layer = jnp.int32(0)
     with pytest.raises(UserError, match="cached attention computes causal masks alone"):
         cached_attention(line, pieces, place, mask=BOTH_SIDES)

@@ -21,6 +21,10 @@ PARAMETERS = {
     "phi4_mini": 3_836_021_760,
     "llama2_7b": 6_738_415_616,
     "llama2_13b": 13_015_864_320,
+    "gpt2": 124_439_808,
+    "gpt2_medium": 354_823_168,
+    "gpt2_large": 774_030_080,
+    "gpt2_xl": 1_557_611_200,
     "tiny": 2 * 2048 * 192 + 4 * (192 * 192 * 3 + 3 * 512 * 192 + 2 * 192) + 192,
 }
 
@@ -33,6 +37,10 @@ PUBLISHED = {
     "phi4_mini": "phi-4-mini",
     "llama2_7b": "llama-2-7b",
     "llama2_13b": "llama-2-13b",
+    "gpt2": "gpt2-124m",
+    "gpt2_medium": "gpt2-355m",
+    "gpt2_large": "gpt2-774m",
+    "gpt2_xl": "gpt2-1.5b",
 }
 
 CONFIG_KEYS = {
@@ -49,6 +57,14 @@ CONFIG_KEYS = {
     "sliding_window": "sliding_window",
     "tied_head": "tie_word_embeddings",
     "norm_eps": "rms_norm_eps",
+}
+GPT2_KEYS = {
+    "rope_theta": None,
+    "partial_rotary_factor": None,
+    "sliding_window": None,
+    "norm_eps": "layer_norm_epsilon",
+    "positions": "position_embedding",
+    "bias": "attention_bias",
 }
 
 FACTORS = {
@@ -76,13 +92,16 @@ def test_parameter_counts(name):
 def test_numbers_equal_the_published_configs(shared, name):
     published = json.loads((shared / "reference/configs.json").read_text())["models"][PUBLISHED[name]]
     c = PRESETS[name]
-    for ours, theirs in CONFIG_KEYS.items():
-        assert getattr(c, ours) == published[theirs], ours
+    keys = CONFIG_KEYS | (GPT2_KEYS if published["architecture"] == "GPT2LMHeadModel" else {})
+    for ours, theirs in keys.items():
+        assert theirs is None or getattr(c, ours) == published[theirs], ours
+    kinds = {"rmsnorm": "rms", "layernorm": "layer", "silu": "silu", "gelu_new": "gelu_tanh"}
+    assert (c.norm, c.activation) == (kinds[published["norm"]], kinds[published["hidden_act"]])
     assert params.count(c) == published["parameters"]["total"]
     blocks = {path: shape for path, shape in params.shapes(c).items() if path.startswith("blocks/")}
     per_layer = sum(math.prod(shape) for shape in blocks.values()) // c.num_layers
     assert per_layer == published["parameters"]["per_layer"]
-    if published["rope_scaling"] and not c.requires_long_rope:
+    if published.get("rope_scaling") and not c.requires_long_rope:
         assert c.long_rope.original_max_position == published["original_max_position_embeddings"]
     else:
         assert c.long_rope is None
@@ -171,10 +190,10 @@ def test_medium_128k_wants_its_lists(tmp_path):
     "text, message",
     [
         (None, "no such file"),
-        ("{", "no LongRoPE lists"),
-        ("[]", "no LongRoPE lists"),
-        ('{"rope_scaling": null}', "no LongRoPE lists"),
-        ('{"rope_scaling": {"short_factor": [1], "long_factor": [1]}}', "no LongRoPE lists"),
+        ("{", "is not JSON"),
+        ("[]", "must hold one object"),
+        ('{"rope_scaling": null}', "rope_parameters is missing"),
+        ('{"rope_scaling": {"short_factor": [1], "long_factor": [1]}}', "original_max_position_embeddings is missing"),
         (
             '{"original_max_position_embeddings": 64, "rope_scaling": {"short_factor": [1.0], "long_factor": [1.0]}}',
             r"short_factor has 1 entries; rotary_dim / 2 = 64",
@@ -199,6 +218,10 @@ def test_bad_long_rope_file(tmp_path, text, message):
         ({"partial_rotary_factor": 0.01}, r"0 rotated dimensions of 32"),
         ({"partial_rotary_factor": 1.5}, r"48 rotated dimensions of 32"),
         ({"sliding_window": 0}, r"sliding_window=0"),
+        ({"positions": "rope"}, r"model\.positions='rope' must be rotary or learned"),
+        ({"norm": 1}, r"model\.norm=1 must be rms or layer"),
+        ({"activation": "relu"}, r"model\.activation='relu' must be silu or gelu_tanh"),
+        ({"positions": "learned", "head_dim": 32, "long_rope_from": "phi4_mini"}, "learned: nothing rotates"),
     ],
 )
 def test_bad_numbers_are_refused(changes, message):

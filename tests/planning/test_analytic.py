@@ -52,6 +52,7 @@ COMPILED = [
     ("phi3_mini", "v6e:16x16", MESH, 2, 1, 4096, "save_all_but_activation", "sparse_core", 0.679, 21.21),
     ("phi3_mini", "v6e:16x16", MESH, 1, 2, 4096, "save_all", "sparse_core", 0.719, 13.16),
     ("phi3_medium", "v6e:16x16", WIDE, 1, 1, 4096, "save_mid_gate_up", "sparse_core", 1.040, 21.17),
+    ("gpt2_xl", "v5e:4x4", MeshConfig(data=2, fsdp=8), 4, 1, 1024, "save_all", "none", 0.587, 14.43),
     ("phi3_mini", "v5p:4x4x8", LONG, 1, 1, 131_072, "save_all", "none", 8.701, 63.28),
     ("phi3_mini", "v5p:4x4x8", LONG, 1, 1, 131_072, "save_all", "sparse_core", 8.414, 63.1),
 ]

@@ -31,6 +31,9 @@ SMALL = ModelConfig(
     ffn_dim=176,
     max_position=512,
 )
+GPT2 = dataclasses.replace(
+    SMALL, tied_head=True, positions="learned", norm="layer", bias=True, activation="gelu_tanh", gated=False
+)
 
 
 def recipe(model=SMALL, **backend) -> Recipe:
@@ -88,11 +91,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("remat", "attention", "scan", "dtype"), CASES)
-def test_saved_activations_are_what_autodiff_keeps(remat, attention, scan, dtype):
+OTHERS = [
+    (dataclasses.replace(SMALL, activation="gelu_tanh"), ("none", "dense", True, "bfloat16")),
+    (dataclasses.replace(SMALL, gated=False), ("none", "blocked", False, "float32")),
+    *((GPT2, case) for case in CASES[:4] + CASES[-4:]),
+]
+
+
+@pytest.mark.parametrize(("model", "case"), [*((SMALL, case) for case in CASES), *OTHERS])
+def test_saved_activations_are_what_autodiff_keeps(model, case):
     """To the byte: all arrays with a row and a token dimension that the backward pass of `hidden` is handed."""
-    rows, length = 3, 256
-    r = recipe(attention=attention, scan_layers=scan, remat=remat, compute_dtype=dtype)
+    rows, length, (remat, attention, scan, dtype) = 3, 256, case
+    r = recipe(model, attention=attention, scan_layers=scan, remat=remat, compute_dtype=dtype)
     kept = residuals(r, rows, length)
     assert summary.saved_per_token(r, 1, length) * rows * length == sum(a.size * a.dtype.itemsize for a in kept)
 

@@ -19,6 +19,8 @@ from phijax.quantization import awq, calibrate, policy
 LONG = dataclasses.replace(  # every branch of the layer: groups of heads, a window, LongRoPE
     MODEL, sliding_window=7, long_rope=LongRope((1.0,) * 6, (1.0, 1.5, 2.0, 3.0, 4.0, 5.0), original_max_position=16)
 )
+BIASED = dataclasses.replace(MODEL, norm="layer", bias=True, positions="learned", activation="gelu_tanh")
+UNGATED = dataclasses.replace(BIASED, gated=False)
 ASSIGNED = policy.assign(MODEL, policy.parse(SCHEME))
 
 
@@ -66,12 +68,12 @@ def decoder(c, flat, ids, what: str) -> np.ndarray:
     return np.asarray(jax.jit(forward, compiler_options=QUICK)(params.nested(flat)))
 
 
-@pytest.mark.parametrize("c", [MODEL, LONG])
+@pytest.mark.parametrize("c", [MODEL, LONG, UNGATED])
 def test_layer_by_layer_it_is_the_decoder(c):
     flat = uneven_params(c)
     *_, (number, _, inputs, x) = calibrate.layers(c, Source(flat).read, tokens())
     assert number == 1 and inputs.down.shape == (3, 24, 96) and inputs.o.shape == (3, 24, 48)
-    got = calibrate.final_norm(c, flat["final_norm/scale"], x)
+    got = calibrate.final_norm(c, Source(flat).read, x)
     expected = decoder(c, flat, tokens(), "hidden")
     # float32 sums in another order, through norms that widen some channels by e^3; a wrong rotation moves it by 1e-1.
     np.testing.assert_allclose(got, expected, rtol=0, atol=5e-5 * np.abs(expected).max())
@@ -94,18 +96,42 @@ def whole(source) -> dict:
 
 def test_folding_changes_weights_but_not_the_model(folds):
     flat = uneven_params(MODEL)
-    folded = whole(FoldedSource(Source(flat), folds))
+    folded = whole(FoldedSource(Source(flat), MODEL, folds))
     expected = decoder(MODEL, flat, tokens(), "logits")
     got = decoder(MODEL, folded, tokens(), "logits")
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
     changed = {path for path, value in flat.items() if not np.array_equal(folded[path], value)}
     scaled = [name for name, scales in folds.items() if np.any(scales != 1)]  # by the exponent 0 nothing is
-    assert set(folds) == set(awq.INVERSE) and {"qkv", "gate_up", "head"} <= set(scaled)
-    assert changed == {path for name in scaled for path in (*policy.paths_of(name), awq.INVERSE[name][0])}
+    takes_inverse = awq.inverses(MODEL)
+    assert set(folds) == set(takes_inverse) and {"qkv", "gate_up", "head"} <= set(scaled)
+    assert changed == {path for name in scaled for path in (*policy.paths_of(MODEL, name), *takes_inverse[name])}
+
+
+@pytest.mark.parametrize(
+    "c", [pytest.param(BIASED, id="with a gate", marks=pytest.mark.slow), pytest.param(UNGATED, id="without")]
+)
+def test_biases_take_the_inverse_too(c):
+    """Of LayerNorm, and of up where there is a gate; without one no factor passes the activation, and none is tried."""
+    flat, assigned = uneven_params(c), policy.assign(c, policy.parse("int4"))
+    folds = awq.choose(c, Source(flat).read, assigned, tokens(8)).folds
+    assert set(folds) == {"qkv", "gate_up", "head"} | ({"down"} if c.gated else set())
+    # Far from one, whatever the rows of this test chose.
+    random = np.random.default_rng(5)
+    folds = {name: np.exp(random.standard_normal(scales.shape)).astype(np.float32) for name, scales in folds.items()}
+    folded = whole(FoldedSource(Source(flat), c, folds))
+    expected = decoder(c, flat, tokens(), "logits")
+    np.testing.assert_allclose(
+        decoder(c, folded, tokens(), "logits"), expected, rtol=0, atol=1e-4 * np.abs(expected).max()
+    )
+    changed = {path for path, value in flat.items() if not np.array_equal(folded[path], value)}
+    assert (
+        changed == {path for name in folds for path in (*policy.paths_of(c, name), *awq.inverses(c)[name])}
+        and "blocks/mlp_norm/bias" in changed
+    )
 
 
 def test_parts_are_parts_of_the_whole(folds):
-    source = FoldedSource(Source(uneven_params(MODEL)), folds)
+    source = FoldedSource(Source(uneven_params(MODEL)), MODEL, folds)
     all_of_it = whole(source)
     for path in ("blocks/mlp/up", "blocks/mlp/down", "blocks/attention/q"):
         index = (slice(1, 2), slice(5, 9), slice(3, 40))
@@ -127,7 +153,7 @@ def test_large_channels_are_made_larger(folds):
 
 def test_importance_is_that_of_the_folded_models_inputs(choice):
     """As the layer by layer run over the folded weights sees them."""
-    folded = FoldedSource(Source(uneven_params(MODEL)), choice.folds)
+    folded = FoldedSource(Source(uneven_params(MODEL)), MODEL, choice.folds)
     *_, (_, _, inputs, _) = calibrate.layers(MODEL, folded.read, tokens())
     given = {"attention/k": (inputs.qkv, "qkv"), "attention/o": (inputs.o, None), "mlp/down": (inputs.down, "down")}
     for path, (x, fold) in given.items():
@@ -152,7 +178,7 @@ def test_the_model_moves_less_than_by_rounding_alone(folds):
         got = jax.nn.log_softmax(decoder(MODEL, small, other, "logits"))
         return float(jnp.mean(jnp.sum(jnp.exp(reference) * (reference - got), -1)))
 
-    assert divergence(whole(FoldedSource(Source(flat), folds))) < 0.8 * divergence(flat)
+    assert divergence(whole(FoldedSource(Source(flat), MODEL, folds))) < 0.8 * divergence(flat)
 
 
 @pytest.mark.parametrize("axis", [-1, -2])
@@ -183,7 +209,7 @@ def test_hessians_are_of_the_inputs_and_skip_layers_that_are_done():
     for path, given in expected.items():
         wide = np.asarray(given, np.float64).reshape(-1, given.shape[-1])
         np.testing.assert_allclose(hessians(path, 1), wide.T @ wide, rtol=1e-3, atol=1e-4 * np.abs(wide.T @ wide).max())
-    into_head = np.asarray(calibrate.final_norm(MODEL, flat["final_norm/scale"], x)).reshape(-1, 64)
+    into_head = np.asarray(calibrate.final_norm(MODEL, Source(flat).read, x)).reshape(-1, 64)
     np.testing.assert_allclose(
         hessians("head", 0), into_head.T @ into_head, rtol=1e-3, atol=1e-4 * np.abs(into_head.T @ into_head).max()
     )

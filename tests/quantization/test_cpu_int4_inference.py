@@ -10,7 +10,7 @@ from quantized_case import MODEL, one_device, quantized_params, random_params
 from phijax.inference import placement, programs
 from phijax.inference.generator import Generator
 from phijax.inference.prefix_cache import PrefixCache
-from phijax.inference.sampling import Sampling, Settings
+from phijax.inference.sampling import Sampling
 from phijax.model import params
 from phijax.model.backend import CHOICES
 from phijax.model.kernels import cpu_int4_library
@@ -101,13 +101,9 @@ def test_the_next_turn_of_a_conversation_has_its_bits():
 def test_decoding_is_four_calls_a_layer():
     """Nothing of a layer is left to small programs, and no weight is widened."""
     generator = Generator(MODEL, stored())
-    rows = generator._rows([[1, 2]], [0], 2, False)
-    frequencies = np.stack([generator._frequencies(2)] * 2)
-    sampling = Sampling(temperature=0)
-    text = programs.step.lower(
-        MODEL, generator._path, 1.0, sampling.plan, generator._weights, generator._empty_cache(1, 8),
-        Settings.of(sampling), rows, frequencies, np.ones(2, np.int32), np.int32(1),
-    ).compile().as_text()  # fmt: skip
+    given = (np.zeros(2, np.int32), np.ones(2, np.int32), np.stack([generator._frequencies(2)] * 2), np.int32(1))
+    cache = generator._empty_cache(1, 8)
+    text = programs.step.lower(MODEL, generator._layout, 1.0, generator._weights, cache, *given).compile().as_text()
     for target, count in (("product", 2 * MODEL.num_layers + 1), ("gated", MODEL.num_layers), ("attend", 2)):
         assert text.count(f'custom_call_target="phijax_cpu_int4_{target}"') == count, target
 

@@ -97,22 +97,22 @@ def test_what_goes_into_the_program_is_quantized(small, platform):
     """Every matrix enters the decode step as integers and scales: none is widened before it; layers unrolled (CPU) or
     scanned (TPU)."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    path = placement.choose_path(MODEL, CHOICES[platform], mesh)
+    layout = placement.choose_layout(MODEL, CHOICES[platform], mesh)
     weights = placement.place(
-        MODEL, path, load_params(open_checkpoint(small), mesh, dtype=path.dtype, keep_quantized=True), mesh
+        MODEL, layout, load_params(open_checkpoint(small), mesh, dtype=layout.dtype, keep_quantized=True), mesh
     )
-    cache = programs.cache_maker(MODEL, path, 1, (256,), placement.cache_sharding(MODEL, path, mesh))()
+    cache = programs.cache_maker(MODEL, layout, 1, (256,), placement.cache_sharding(MODEL, layout, mesh))()
     frequencies = np.zeros(MODEL.rotary_dim // 2, np.float32)
     tokens = np.zeros(16, np.int32)
     zero = np.int32(0)
-    traced = programs.prefill.trace(MODEL, path, 1.0, False, weights, cache, tokens, zero, zero, frequencies)
+    traced = programs.prefill.trace(MODEL, layout, 1.0, False, weights, cache, tokens, zero, zero, frequencies)
     count: dict[str, int] = {}
     for variable in traced.jaxpr.in_avals:
         count[str(variable.dtype)] = count.get(str(variable.dtype), 0) + 1
-    layers = 1 if not path.unrolled else 2
+    layers = 1 if not layout.unrolled else 2
     assert count["int4"] == 6 * layers + 2 and count["int8"] == layers  # embedding and head; o
     assert count["float16"] == 7 * layers + 2
-    wide = [v for v in traced.jaxpr.in_avals if v.dtype == jnp.dtype(path.dtype) and v.ndim == 2 and v.shape[-1] > 8]
+    wide = [v for v in traced.jaxpr.in_avals if v.dtype == jnp.dtype(layout.dtype) and v.ndim == 2 and v.shape[-1] > 8]
     assert all(v.shape == (2, 64) for v in wide)  # stacked norms
 
 
@@ -146,7 +146,7 @@ def test_held_out_rows_of_shards_and_shards_of_another_tokenizer(workdir, small,
 def test_dry_run_shows_the_table_and_writes_nothing(workdir, tmp_path, capsys):
     assert run(quantize, f"--checkpoint={workdir}", f"--scheme={SCHEME}", "--dry_run") == 0
     printed = capsys.readouterr().out
-    assert "gate_up     int4_g32" in printed and "norms       as stored" in printed and "would write" in printed
+    assert "gate_up     int4_g32" in printed and "others      as stored" in printed and "would write" in printed
     assert not list(tmp_path.iterdir())
 
 

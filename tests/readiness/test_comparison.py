@@ -49,7 +49,9 @@ def test_the_digest_of_the_code_sees_a_changed_kernel_and_nothing_that_was_built
 )
 def test_processes_of_one_host_share_its_memory(needed, verdict):
     hosts = [named(0), named(0), named(1)]
-    assert comparison.memory(hosts, [gb * GB for gb in needed]).verdict == verdict
+    found = comparison.memory(hosts, [{"state": gb * GB // 4, "a save": gb * GB * 3 // 4} for gb in needed])
+    assert found.verdict == verdict
+    assert "state" in found.text and "a save" in found.text  # whose bytes they are
 
 
 def test_memory_without_a_config_is_only_told():

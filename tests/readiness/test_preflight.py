@@ -6,11 +6,16 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 from synthetic_shards import write_synthetic
 
 from phijax import config as configs
 from phijax import preflight
+from phijax.parallel.mesh import make_mesh
+from phijax.planning.cpu_process import IMPORTED
+from phijax.run.recipe import make_recipe
+from phijax.training.program import abstract_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 CHILD = pathlib.Path(__file__).with_name("preflight_child.py")
@@ -82,11 +87,21 @@ def test_one_process_with_a_config(config, tmp_path):
 
 
 def test_moments_on_the_host_are_needed_beside_a_save(config):
+    loaded = [configs.load(str(config), [("optimizer.moments", place)]) for place in ("host", "device")]
+    mesh = make_mesh(loaded[0].mesh, jax.devices())
     there, here = (
-        preflight.needs_of(configs.load(str(config), [("optimizer.moments", place)])) for place in ("host", "device")
+        preflight.host_memory(one, abstract_state(make_recipe(one, dict(mesh.shape), "cpu", None), mesh))
+        for one in loaded
     )
     # Parameters and both moments are a checkpoint; two thirds of it stay on the host.
-    assert there.memory - here.memory == pytest.approx(there.state_bytes * 2 / 3, rel=0.05)
+    assert there["a save"] == here["a save"] and here["the optimizer's moments"] == 0
+    assert there["the optimizer's moments"] == pytest.approx(there["a save"] * 2 / 3, rel=0.05)
+
+
+def test_a_process_on_a_cpu_has_all_of_the_memory(config):
+    needs = preflight.needs_of(configs.load(str(config), []))
+    state = needs.state_bytes
+    assert sum(needs.memory.values()) > IMPORTED + 2 * state  # one to train, one that is being written
 
 
 def test_what_the_config_names_and_is_not_there(config, tmp_path):

@@ -10,30 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from opened_report import opened
 
 from phijax.errors import UserError
 from phijax.report.config import LoggingConfig
 from phijax.report.meter import Meter
-from phijax.report.report import EventLog, Report, open_report
+from phijax.report.report import EventLog, Report
 from phijax.report.writers import JsonLines, read_metrics
-
-QUIET = dict(tensorboard=False, plot=False)
-
-
-def opened(workdir, first_step=0, total_steps=10, stream=None, process_index=0, **config):
-    return open_report(
-        LoggingConfig(**(QUIET | config)),
-        workdir,
-        first_step=first_step,
-        total_steps=total_steps,
-        tokens_before=lambda step: 100 * step,
-        flops_per_token=lambda step: 6.0,
-        peak_flops_per_device=1e9,
-        device_count=1,
-        process_index=process_index,
-        baselines={"uniform": 9.0},
-        stream=stream or io.StringIO(),
-    )
 
 
 @jax.jit
@@ -247,7 +230,7 @@ CHILD = """
 import sys, os, signal
 sys.path[:0] = [{root!r}, {here!r}]
 from pathlib import Path
-from test_report import opened
+from opened_report import opened
 report = opened(Path(sys.argv[1]), first_step=int(sys.argv[2]), total_steps=1000, every_steps=1)
 for step in range(int(sys.argv[2]), 1000):
     report.add(step, {{"loss": 1 / (step + 1)}})
@@ -273,10 +256,13 @@ def test_sigkill_and_restart_leave_the_file_of_an_unbroken_run(tmp_path):
     assert [event["step"] for event in events(tmp_path, "start")] == [0, 50, 110]
 
 
-def test_the_mean_over_no_token_is_not_a_loss_of_zero(tmp_path):
+def test_the_mean_over_nothing_is_not_zero(tmp_path):
+    """Each by its own divisor."""
     with opened(tmp_path, every_steps=1, total_steps=2) as report:
-        report.add(0, {"loss": jnp.float32(0), "nll": jnp.float32(0), "predicted_tokens": jnp.float32(0)})
-        report.add(1, {"loss": jnp.float32(2), "nll": jnp.float32(2), "predicted_tokens": jnp.float32(5)})
+        for step, (tokens, pairs) in enumerate([(0, 3), (5, 0)]):
+            means = {name: jnp.float32(step) for name in ("loss", "nll", "margin")}
+            report.add(step, means | {"predicted_tokens": jnp.float32(tokens), "pairs": jnp.float32(pairs)})
     first, second = lines(tmp_path)
     assert np.isnan(first["loss"]) and np.isnan(first["nll"]) and first["predicted_tokens"] == 0
-    assert (second["loss"], second["nll"]) == (2, 2)
+    assert first["margin"] == 0 and np.isnan(second["margin"])
+    assert (second["loss"], second["nll"]) == (1, 1)

@@ -131,14 +131,18 @@ class Runs:
         *arguments: str,
         devices: int = 1,
         config: pathlib.Path | None = None,
+        program: Sequence[str] = ("-m", "phijax.main"),
         **popen,
     ) -> Iterator[Process]:
-        """phijax.main --config=... --workdir=WORKDIR ARGUMENTS on `devices` virtual devices; killed at the end."""
+        """phijax.main --config=... --workdir=WORKDIR ARGUMENTS on `devices` virtual devices; killed at the end.
+
+        Args: program: another, which takes the same.
+        """
         if workdir is not None:
             self.share_compiled(workdir)
             arguments = (f"--workdir={workdir}", *arguments)
         log = self.folder / f"output-{next(self._count)}.txt"
-        command = [sys.executable, "-m", "phijax.main", f"--config={config or self.experiment}", *arguments]
+        command = [sys.executable, *program, f"--config={config or self.experiment}", *arguments]
         with open(log, "wb") as file:
             child = subprocess.Popen(
                 command, cwd=ROOT, env=environment(devices), stdout=file, stderr=subprocess.STDOUT, **popen

@@ -3,7 +3,6 @@
 import contextlib
 import types
 
-from phijax.data.mixture import Phase, Source
 from phijax.run import assemble
 
 
@@ -24,10 +23,7 @@ def test_nothing_counts_while_a_program_is_compiled(monkeypatch):
 
     monkeypatch.setattr(assemble.program, "lower_train_step", lower)
     monkeypatch.setattr(assemble.program, "compile_with_options", lambda lowered, recipe: lowered)
-    phases = tuple(Phase(3, length, 8, (Source("a", 1),)) for length in (64, 128))
-    batches = types.SimpleNamespace(
-        plan=types.SimpleNamespace(phases=phases), shape=lambda phase: phase.sequence_length
-    )
+    batches = types.SimpleNamespace(shape_at=lambda step: 64 if step < 3 else 128)
     cache = types.SimpleNamespace(tried=lambda one: one)
     programs = assemble.Programs(None, None, batches, pausing("report"), pausing("watchdog"), cache)
     for step in range(6):

@@ -40,10 +40,11 @@ def test_every_program_of_a_run_is_tried_before_it_is_believed(monkeypatch):
     monkeypatch.setattr(assemble, "_compiled_eval", lambda *unused: "an evaluation")
     tried = []
     cache = types.SimpleNamespace(tried=lambda program: tried.append(program) or program)
-    phases = [types.SimpleNamespace(steps=4)]
-    batches = types.SimpleNamespace(plan=types.SimpleNamespace(phases=phases), shape=lambda phase: (1, 8, 64))
+    batches = types.SimpleNamespace(shape_at=lambda step: (1, 8, 64))
     pausing = types.SimpleNamespace(pause=contextlib.nullcontext)
     programs = assemble.Programs(None, None, batches, pausing, pausing, cache)
     assert [programs(step) for step in range(2)] == ["a step", "a step"]
-    assemble.make_evaluator(None, None, EvaluationSet("b", "there", None, (1, 8, 64)), None, None, cache)
+    recipe = types.SimpleNamespace(objective=lambda length: types.SimpleNamespace(reads={}, held_out={}))
+    shards = types.SimpleNamespace(block=64, records_per_shard=[8])
+    assemble.make_evaluator(recipe, None, EvaluationSet("b", "there", shards, (1, 8, 64)), None, None, cache)
     assert tried == ["a step", "an evaluation"]

@@ -19,7 +19,7 @@ from phijax.checkpoint import host_memory, manifest, reading
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
 from phijax.checkpoint.run_state import RunCheckpoints
-from phijax.data.batch import batch_sharding
+from phijax.data.batch import TEXT_KEYS, batch_sharding
 from phijax.data.loader import Loader
 from phijax.errors import UserError
 from phijax.model import params
@@ -166,7 +166,7 @@ def assembled(experiment: pathlib.Path):
     config = configs.load(str(experiment))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     recipe = recipes.make_recipe(config, dict(mesh.shape), "cpu", None)
-    return config, recipe, mesh, Loader(recipes.open_plan(config, recipe.model), config.data, mesh)
+    return config, recipe, mesh, Loader(recipes.open_rows(config, recipe.model), TEXT_KEYS, config.data, mesh)
 
 
 def test_init_from_begins_at_step_0_with_those_weights(runs, unbroken, as_llama, tmp_path):
@@ -180,7 +180,7 @@ def test_init_from_begins_at_step_0_with_those_weights(runs, unbroken, as_llama,
     _, recipe, mesh, loader = assembled(runs.experiment)
     like = {"params": params.abstract(recipe.model, mesh)}
     weights = reading.restore_arrays(step, like, partial=True)["params"]
-    _, batch = next(loader.starting_at(0))
+    batch = loader.starting_at(0)(0, None)
     score = functools.partial(eval_step, objective=recipe.objective(64))
     nll, weight = jax.jit(score, compiler_options=QUICK)(weights, {}, jax.device_put(batch, batch_sharding(mesh)))
     assert first["predicted_tokens"] == float(weight)

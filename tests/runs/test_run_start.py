@@ -19,6 +19,7 @@ from phijax.interchange.gguf.open import open_gguf
 from phijax.interchange.gguf.write import write_gguf
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.interchange.native import quantize as native_quantize
 from phijax.interchange.native import write as native_write
 from phijax.interchange.native.source import model_of
@@ -124,7 +125,7 @@ def assert_travelled(opened, *, ids=(END, USER, TOKENIZER.end_of_text)) -> None:
 
 
 def exported(opened, folder: pathlib.Path, layout: str) -> pathlib.Path:
-    huggingface_folder.write(opened, folder, huggingface_export.folder(opened, layout, None))
+    huggingface_folder.write(opened, folder, huggingface_export.folder(opened, FAMILIES[layout], None))
     return folder
 
 
@@ -137,7 +138,7 @@ def small(opened, folder: pathlib.Path) -> pathlib.Path:
 def test_what_came_with_the_weights_goes_into_every_export(went_on, tmp_path):
     opened = open_checkpoint(went_on)
     assert_travelled(opened)
-    assert huggingface_export.choose_layout(opened, "hf") == "llama"  # the class that the weights came from
+    assert huggingface_export.choose_family(opened, "hf").model_type == "llama"  # the class that the weights came from
     alone = shutil.copytree(went_on / "checkpoints" / "6", tmp_path / "alone")  # a step without its run
     assert open_checkpoint(alone).stop_ids == opened.stop_ids
     again = tmp_path / "ours"
@@ -145,7 +146,7 @@ def test_what_came_with_the_weights_goes_into_every_export(went_on, tmp_path):
     for number, each in enumerate((opened, open_checkpoint(again), open_checkpoint(small(opened, tmp_path / "small")))):
         assert_travelled(each)
         for layout in ("llama", "phi3"):
-            if huggingface_export.huggingface_config.unwritable(each.model, layout) is None:
+            if FAMILIES[layout].unwritable(each.model) is None:
                 folder = exported(each, tmp_path / f"{layout}{number}", layout)
                 assert_travelled(open_checkpoint(folder))
                 generation = json.loads((folder / "generation_config.json").read_text())

@@ -1,10 +1,12 @@
 """Reads out of a compiled program which devices exchange data, and whether once or in a loop."""
 
+import collections
 import re
 
 import numpy as np
 
 from phijax.parallel import hlo
+from phijax.parallel.program_text import parse
 
 
 def device_groups(line: str) -> list[list[int]]:
@@ -54,4 +56,25 @@ def over_axis(text: str, shape: tuple[int, ...], *, axis: int) -> list[tuple[str
         groups = device_groups(line)
         if any(len({place[d] for d in group}) > 1 for group in groups):
             found.append((line, computation in inside))
+    return found
+
+
+def moved(text: str, kind: str) -> collections.Counter:
+    """(dtype, shape without ones) of the arrays that collectives of one kind make -> how often in a run of the program.
+
+    Args:
+      text: of a program compiled for CPUs. kind: "all-gather", "all-reduce", "reduce-scatter".
+    """
+    program, found = parse(text), collections.Counter()
+
+    def visit(computation: str, times: int) -> None:
+        for o in program.computations[computation]:
+            if o.opcode == kind:
+                for a in o.arrays:
+                    found[a.dtype, tuple(n for n in a.shape if n > 1)] += times
+            elif o.opcode in ("while", "call", "conditional"):
+                for called in o.called:
+                    visit(called, times * (program.trips(o) if o.opcode == "while" else 1))
+
+    visit(program.entry, 1)
     return found

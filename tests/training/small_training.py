@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from phijax.data.batch import DTYPES, batch_sharding
+from phijax.data.batch import TEXT_KEYS, batch_sharding
 from phijax.model.backend import Backend
 from phijax.model.config import ModelConfig
 from phijax.model.cross_entropy import LossConfig
@@ -59,7 +59,7 @@ def host_batch(shape: BatchShape, seed: int = 0) -> dict[str, np.ndarray]:
         "positions": half,
         "weights": row_weights.reshape(shape),
     }
-    return {name: arrays[name].astype(dtype) for name, dtype in DTYPES.items()}
+    return {name: arrays[name].astype(key.dtype) for name, key in TEXT_KEYS.items()}
 
 
 def on_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

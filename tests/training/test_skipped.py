@@ -5,7 +5,7 @@ import functools
 
 import jax.numpy as jnp
 import pytest
-from test_training_loop import PACE, Recorded, run
+from recorded_loop import PACE, Recorded, run
 
 from phijax.training.loop import Diverged, NothingLearned, Pace
 
@@ -105,6 +105,13 @@ def test_a_run_of_steps_without_tokens_ends_with_a_message():
         with pytest.raises(NothingLearned, match="None of the run's 6 steps changed a weight"):
             run(Skipping(**nothing), short)
     assert run(Skipping(empty=range(5)), short).step == 6
+
+
+def test_what_is_counted_has_the_name_that_the_objective_gives_it():
+    recorded = Skipping(empty={2, 3, 4, 5})
+    with pytest.raises(NothingLearned, match="up to step 5"):
+        run(recorded, LONG, counted="pairs")
+    assert "add 0 loss pairs skipped_steps skipped_in_a_row" in recorded.events
 
 
 def test_many_rows_of_them_do_not_fill_the_screen():

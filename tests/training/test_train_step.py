@@ -9,9 +9,10 @@ import optax
 import pytest
 from small_training import SMALL, assert_bits_equal, host, host_batch, recipe
 
+from phijax.data.batch import TEXT_KEYS
 from phijax.errors import UserError
 from phijax.model import params as model_params
-from phijax.training.objectives import ReadBatch
+from phijax.training.objectives import Objective, ReadBatch
 from phijax.training.optimizer import OptimizerConfig, make_optimizer
 from phijax.training.state import new_state
 from phijax.training.step import accumulate, eval_step, train_step
@@ -21,24 +22,34 @@ DECAYED = {"table": True, "scale": False}
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=0.1, warmup_steps=0, schedule="linear"), DECAYED, 20)
 
 
+READS = {name: TEXT_KEYS[name] for name in ("tokens", "targets", "weights")}
+
+
+def objective(function) -> Objective:
+    return Objective(READS, {"nll": "tokens"}, function)
+
+
+@objective
 def squares(params, frozen, batch, key):
-    """A weighted regression; `extra` switches on a gradient, or a loss, that is not finite by itself."""
+    """A weighted regression."""
     x = params["table"][batch["tokens"]]
     error = jnp.sum(x * params["scale"], -1) - batch["targets"]
     loss = jnp.sum(batch["weights"] * jnp.square(error))
-    return loss, jnp.sum(batch["weights"]), {"nll": loss}
+    return loss, {"tokens": jnp.sum(batch["weights"])}, {"nll": loss}
 
 
+@objective
 def infinite_gradient(params, frozen, batch, key):
     """The slope of the square root at 0: the loss stays finite."""
-    loss, weight, auxiliary = squares(params, frozen, batch, key)
-    return loss + jnp.sqrt(params["scale"][0] - jax.lax.stop_gradient(params["scale"][0])), weight, auxiliary
+    loss, *rest = squares.function(params, frozen, batch, key)
+    return loss + jnp.sqrt(params["scale"][0] - jax.lax.stop_gradient(params["scale"][0])), *rest
 
 
+@objective
 def infinite_loss(params, frozen, batch, key):
     """No gradient flows from what is infinite."""
-    loss, weight, auxiliary = squares(params, frozen, batch, key)
-    return loss + jnp.inf, weight, auxiliary
+    loss, *rest = squares.function(params, frozen, batch, key)
+    return loss + jnp.inf, *rest
 
 
 def start(frozen=None):
@@ -85,13 +96,13 @@ def expected_gradients(state, batch):
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 def test_accumulated_gradients_are_those_of_all_rows(micro_batches):
     state, batch = start(), rows(micro_batches)
-    gradients, loss_sum, weight_sum, auxiliary = summed()(state, batch)
+    gradients, loss_sum, counts, sums = summed()(state, batch)
     expected = expected_gradients(state, batch)
     for name, value in expected.items():  # float32 sums of 48 terms
         np.testing.assert_allclose(gradients[name], value, rtol=0, atol=1e-6 * np.abs(value).max())
         assert gradients[name].dtype == jnp.float32
-    np.testing.assert_allclose(weight_sum, batch["weights"].sum(), rtol=1e-6)
-    assert loss_sum == auxiliary["nll"]
+    np.testing.assert_allclose(counts["tokens"], batch["weights"].sum(), rtol=1e-6)
+    assert loss_sum == sums["nll"]
 
 
 def test_a_mean_of_means_would_be_something_else():
@@ -108,8 +119,8 @@ def test_a_mean_of_means_would_be_something_else():
 @pytest.mark.parametrize("micro_batches", [2, 4])
 def test_micro_batches_do_not_change_a_step(micro_batches):
     states, metrics = zip(*(program()(start(), rows(a)) for a in (1, micro_batches)), strict=True)
-    for name, whole in vars(metrics[0]).items():
-        np.testing.assert_allclose(vars(metrics[1])[name], whole, rtol=1e-6, err_msg=name)
+    for name, whole in metrics[0].by_name().items():
+        np.testing.assert_allclose(metrics[1].by_name()[name], whole, rtol=1e-6, err_msg=name)
     # Adam divides each gradient by its own size, so a relative 1e-6 of it is one of the update: 0.1 here.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), states[0].params, states[1].params)
 
@@ -232,8 +243,9 @@ def test_a_step_without_a_predicted_token_neither_ends_nor_lengthens_a_row_of_ba
 def test_each_micro_batch_has_its_own_key_and_each_step():
     """A key that repeated would give two micro-batches the same dropout."""
 
+    @objective
     def drawn(params, frozen, batch, key):
-        loss, weight, _ = squares(params, frozen, batch, key)
+        loss, weight, _ = squares.function(params, frozen, batch, key)
         return loss, weight, {"nll": jax.random.uniform(key) * jnp.array([1.0, 0.0]) + jnp.array([0.0, 1.0])}
 
     def total(seed, step, count):
@@ -244,7 +256,7 @@ def test_each_micro_batch_has_its_own_key_and_each_step():
     for step in (0, 3):
         batch = rows(4)
         _, metrics = jax.jit(run)(start().replace(step=jnp.int32(step)), batch)
-        draws = np.asarray(metrics.nll) * batch["weights"].sum()
+        draws = np.asarray(metrics.means["nll"]) * batch["weights"].sum()
         np.testing.assert_allclose(draws, [total(7, step, 4), 4.0], rtol=1e-5)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from phijax.errors import UserError
 from phijax.interchange import small_matrices
-from phijax.interchange.gguf.names import Tensor
+from phijax.interchange.tensors import Tensor
 from phijax.quantization.policy import Scheme
 
 BLOCK = 32
@@ -20,12 +20,13 @@ KINDS = {4: "Q4_0", 8: "Q8_0"}  # bits -> GGUF's name
 
 def kind_of(schemes: Mapping[str, Scheme], tensor: Tensor) -> str | None:
     """What a tensor becomes; None where it is dense. Raises: UserError for what blocks cannot hold."""
-    leaves = [leaf for leaf in tensor.row.leaves if leaf in schemes]
+    parts = [part.leaf for part in tensor.parts]
+    leaves = [leaf for leaf in parts if leaf in schemes]
     if not leaves:
         return None
     # Fused parts share the bits of their blocks, not the size of their groups.
     by_bits = {leaf: Scheme(schemes[leaf].bits) for leaf in leaves}
-    scheme = small_matrices.common_scheme(by_bits, tensor.name, list(tensor.row.leaves))
+    scheme = small_matrices.common_scheme(by_bits, tensor.name, parts)
     if tensor.shape[1] % BLOCK:
         raise UserError(
             f"{tensor.name} has rows of {tensor.shape[1]} weights; {KINDS[scheme.bits]} needs a multiple of {BLOCK}. "

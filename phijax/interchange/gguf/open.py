@@ -6,32 +6,30 @@ from etils import epath
 
 from phijax.errors import UserError
 from phijax.interchange.facts import Facts
-from phijax.interchange.gguf.config import architecture_of, model_of
+from phijax.interchange.gguf.config import family_of, model_of
 from phijax.interchange.gguf.file import read_file
 from phijax.interchange.gguf.sampling import settings_of
 from phijax.interchange.gguf.source import GgufSource
 from phijax.interchange.gguf.tokenizer import open_tokenizer, stop_ids
 from phijax.interchange.opened import Opened
 
-CLASSES = {"phi3": "Phi3ForCausalLM", "llama": "LlamaForCausalLM"}  # transformers' names
-
 
 def open_gguf(path: epath.PathLike) -> Opened:
-    """A GGUF file of architecture phi3 or llama. Its header is checked; weights are read when asked for.
+    """A GGUF file of an architecture of `families/`. Its header is checked; weights are read when asked for.
 
     Raises: UserError for a file that is damaged, hostile, of another architecture, or that computes otherwise.
     """
     file = read_file(path)
-    architecture = architecture_of(file)
-    model = model_of(file, architecture)
-    source = GgufSource(file, architecture, model)
+    family = family_of(file)
+    model = model_of(file, family)
+    source = GgufSource(file, family, model)
     template = file.metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise UserError(f"{path}: tokenizer.chat_template is no text.")
     ids = {"bos_id": "bos_token_id", "eos_id": "eos_token_id", "pad_id": "padding_token_id"}
     name = file.metadata.get("general.name")
     facts = Facts(
-        architecture=CLASSES[architecture],
+        architecture=family.classes[0],
         generation=settings_of(file.metadata) or None,
         name=name if isinstance(name, str) else None,
         gguf_kinds=tuple(sorted(source.kinds())),

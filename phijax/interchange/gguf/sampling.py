@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from phijax.interchange.gguf.config import shortest
+from phijax.interchange.gguf.keys import shortest
 
 PREFIX = "general.sampling."  # llama.cpp takes these where its user says nothing
 # Of GGUF -> of transformers.

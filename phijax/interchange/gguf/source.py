@@ -1,14 +1,16 @@
 """Weights of a GGUF file under our names: slices of the mapped file, dequantised as they are read."""
 
-import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from phijax.errors import UserError
-from phijax.interchange.gguf import names as gguf_names
+from phijax.interchange.gguf import long_rope
+from phijax.interchange.gguf.families.family import Family
 from phijax.interchange.gguf.file import GgufFile, Stored, gguf_library
+from phijax.interchange.tensors import Part, Tensor, place_in_file, tensors
 from phijax.interchange.weight_source import NOT_QUANTIZED, Index, model_shapes
 from phijax.model.config import ModelConfig
 
@@ -18,13 +20,12 @@ QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5
 _AT_ONCE = 1 << 22  # values dequantised in one piece: its intermediate arrays take some ten times as much
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where one leaf lies: in one tensor, or in one for each layer, from row `first` of it on."""
+class _Place(NamedTuple):
+    """Where one layer of a leaf is."""
 
-    row: gguf_names.Row
-    stored: tuple[Stored, ...]
-    first: int
+    tensor: Tensor
+    part: Part
+    stored: Stored
 
 
 class GgufSource:
@@ -32,56 +33,55 @@ class GgufSource:
 
     schemes = NOT_QUANTIZED
 
-    def __init__(self, file: GgufFile, architecture: str, c: ModelConfig):
+    def __init__(self, file: GgufFile, family: Family, c: ModelConfig):
         """Raises: UserError for a tensor that is missing, surplus, of another shape or of a kind that is not read."""
         self._file, self._c, self._shapes = file, c, model_shapes(c)
-        wanted = gguf_names.tensors(architecture, c)
+        wanted = tensors(c, family.rows)
         _check(file, wanted)
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, list[_Place]] = {path: [] for path in self._shapes}  # by layer
         for tensor in wanted:
-            first = 0
-            for path, rows in zip(tensor.row.leaves, tensor.rows, strict=True):
-                before = self._places[path].stored if path in self._places else ()
-                self._places[path] = _Place(tensor.row, (*before, file.tensors[tensor.name]), first)
-                first += rows
+            for part in tensor.parts:
+                self._places[part.leaf].append(_Place(tensor, part, file.tensors[tensor.name]))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
 
     def dtype(self, path: str) -> np.dtype:
-        kinds = {_PLAIN.get(stored.kind.name, _PLAIN["F32"]) for stored in self._places[path].stored}
+        kinds = {_PLAIN.get(stored.kind.name, _PLAIN["F32"]) for *_, stored in self._places[path]}
         return kinds.pop() if len(kinds) == 1 else _PLAIN["F32"]  # float32 holds every value of the narrower two
 
     def kinds(self) -> set[str]:
         """How the matrices are stored, by ggml's names."""
-        return {s.kind.name for place in self._places.values() for s in place.stored if len(s.shape) == 2}
+        return {p.stored.kind.name for places in self._places.values() for p in places if p.tensor.matrix}
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        place, shape = self._places[path], self._shapes[path]
-        spans = [range(n)[part] for n, part in zip(shape, index, strict=True)]
-        stacked = "{layer}" in place.row.name
-        layers = [place.stored[i] for i in spans[0]] if stacked else place.stored
-        inner = spans[1:] if stacked else spans
-        out = np.empty((len(layers), *map(len, inner)), self.dtype(path))
-        for layer, stored in zip(out, layers, strict=True):
-            self._fill(layer, path, place, stored, inner)
+        places, shape = self._places[path], self._shapes[path]
+        stacked = places[0].part.layer is not None
+        if stacked:
+            places, shape, index = places[index[0]], shape[1:], index[1:]
+        inner = [range(n)[part] for n, part in zip(shape, index, strict=True)]
+        out = np.empty((len(places), *map(len, inner)), self.dtype(path))
+        for layer, place in zip(out, places, strict=True):
+            self._fill(layer, place, inner)
         return out if stacked else out[0]
 
-    def _fill(self, out: np.ndarray, path: str, place: _Place, stored: Stored, spans: Sequence[range]) -> None:
-        """One layer's slice. out: (rows, columns), or (D,) for a norm."""
+    def _fill(self, out: np.ndarray, place: _Place, spans: Sequence[range]) -> None:
+        """One layer's slice. out: (rows, columns) of the leaf, or (D,) where that is no matrix."""
+        tensor, part, stored = place
+        first = part.start
         if len(spans) == 1:
-            out[:] = self._values(stored, slice(0, 1), spans[0])[0]
+            columns = range(first + spans[0].start, first + spans[0].stop)
+            out[:] = self._values(stored, slice(0, 1), columns)[0]
             return
-        target, (rows, columns) = (out.T, spans[::-1]) if place.row.transposed else (out, spans)
+        target, (rows, columns) = (out.T, spans[::-1]) if tensor.turned(part) else (out, spans)
         where = None
-        if place.row.interleaved:
-            heads = gguf_names.heads_of(path, self._c)
-            where = gguf_names.place_in_file(heads, self._c.head_dim)[rows.start : rows.stop]
+        if tensor.interleaved:
+            where = place_in_file(part.rows, self._c.head_dim)[rows.start : rows.stop]
         step = max(1, _AT_ONCE // max(1, len(columns)))
         for start in range(0, len(rows), step):
-            part = slice(start, min(start + step, len(rows)))
-            lines = slice(place.first + rows.start + part.start, place.first + rows.start + part.stop)
-            target[part] = self._values(stored, lines if where is None else where[part], columns)
+            some = slice(start, min(start + step, len(rows)))
+            lines = slice(first + rows.start + some.start, first + rows.start + some.stop)
+            target[some] = self._values(stored, lines if where is None else first + where[some], columns)
 
     def _values(self, stored: Stored, lines: slice | np.ndarray, columns: range) -> np.ndarray:
         """(lines, columns) of a tensor's matrix. Only the blocks that hold these columns are read."""
@@ -101,9 +101,9 @@ class GgufSource:
         return values
 
 
-def _check(file: GgufFile, wanted: Sequence[gguf_names.Tensor]) -> None:
+def _check(file: GgufFile, wanted: Sequence[Tensor]) -> None:
     expected = {tensor.name: tensor.shape for tensor in wanted}
-    lists = {gguf_names.LONG_FACTORS, gguf_names.SHORT_FACTORS}
+    lists = {long_rope.LONG_FACTORS, long_rope.SHORT_FACTORS}
     problems = [f"{name}: missing" for name in expected if name not in file.tensors]
     for name, stored in file.tensors.items():
         if name in lists:

@@ -3,7 +3,7 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, Literal
 
 import jax.numpy as jnp
@@ -13,13 +13,16 @@ from etils import epath
 from phijax.errors import UserError
 from phijax.interchange import model_card, small_matrices, tokenizer_files
 from phijax.interchange.gguf import integers as gguf_integers
-from phijax.interchange.gguf import names as gguf_names
+from phijax.interchange.gguf import long_rope
 from phijax.interchange.gguf import sampling as gguf_sampling
-from phijax.interchange.gguf.config import exact_lists, keys_of, lacks
+from phijax.interchange.gguf.config import keys_of
+from phijax.interchange.gguf.families import FAMILIES
+from phijax.interchange.gguf.families.family import Family
 from phijax.interchange.gguf.file import gguf_library
 from phijax.interchange.gguf.tokenizer import NAMED_STOPS, PHI3_NAMES, PREFIX, STOPS_KEY
 from phijax.interchange.gguf.vocabulary import vocabulary
 from phijax.interchange.opened import Opened
+from phijax.interchange.tensors import Part, Tensor, interleave, tensors
 from phijax.storage import atomic, durable, staging
 
 Kind = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0"]
@@ -41,7 +44,7 @@ def write_gguf(
     *,
     kind: Kind,
     keep_integers: bool = True,
-    architecture: Literal["phi3", "llama"] | None = None,
+    architecture: str | None = None,
     name: str | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
@@ -54,7 +57,7 @@ def write_gguf(
     Args:
       keep_integers: what a checkpoint of ours stores quantised becomes Q4_0 or Q8_0, integer for integer, whatever
         `kind` the others get.
-      architecture: None: as the checkpoint says, phi3 where it says nothing.
+      architecture: a name of FAMILIES; None: `family_for`.
       name: of the model, shown by those who read it; that of a phi3 file always holds "phi3", since llama.cpp's rule
         for whitespace behind special tokens hangs on it.
       say: is told, in a line, what a reader will do otherwise.
@@ -63,25 +66,26 @@ def write_gguf(
     """
     if kind not in KINDS:
         raise UserError(f"kind={kind!r} is not written; written are {', '.join(KINDS)}.")
-    architecture = architecture or architecture_for(opened)
-    plan = gguf_names.tensors(architecture, opened.model)
+    family = FAMILIES[architecture] if architecture else family_for(opened)
+    keys = keys_of(opened.model, family)
+    plan = tensors(opened.model, family.rows)
     small = _small(opened, plan) if keep_integers else {}
     kinds = {tensor.name: small.get(tensor.name) or _kind(tensor, kind) for tensor in plan}
     most = _most(plan, kinds)
     path = output_path(epath.Path(output), opened, most, overwrite)
-    header = _header(opened, architecture, most, name, say)
+    header = _header(opened, family, keys, most, name, say)
     if small:
         counted = Counter(kinds[tensor.name] for tensor in plan)
         say("quantised weights integer for integer: " + ", ".join(f"{n} tensors {k}" for k, n in counted.items()))
     if opened.model.sliding_window:
         say(
             f"warning: the sliding window of {opened.model.sliding_window} is written, but llama.cpp does not use it "
-            f"with architecture {architecture!r}: texts longer than that give other outputs there"
+            f"with architecture {family.architecture!r}: texts longer than that give other outputs there"
         )
-    extra = _rope_lists(opened)
+    extra = long_rope.tensors_of(opened.model)
     staging.check_room(path, sum(_nbytes(tensor, kinds[tensor.name]) for tensor in plan))
     with staging.staged_file(path) as temporary:
-        _write_header(temporary, header, plan, kinds, extra)
+        _write_header(temporary, family.architecture, header, plan, kinds, extra)
         with open(os.fspath(temporary), "ab") as file:
             for values in extra.values():
                 _append(file, [values])
@@ -95,36 +99,35 @@ def write_card(opened: Opened, output: epath.PathLike) -> None:
     """A model card beside the file in the folder `output`, where there is none; nothing where `output` is the file."""
     path = epath.Path(output) / model_card.FILE
     if epath.Path(output).suffix != ".gguf" and not path.exists():
-        atomic.write_text(path, model_card.render(opened, architecture_for(opened), "gguf"))
+        atomic.write_text(path, model_card.render(opened, family_for(opened).classes[0], "gguf"))
 
 
-def _small(opened: Opened, plan: list[gguf_names.Tensor]) -> dict[str, str]:
+def _small(opened: Opened, plan: list[Tensor]) -> dict[str, str]:
     """Tensor -> kind, of those that the checkpoint stores quantised."""
     schemes = opened.weights.schemes
     found = {tensor.name: gguf_integers.kind_of(schemes, tensor) for tensor in plan}
     return {name: kind for name, kind in found.items() if kind}
 
 
-def _most(plan: list[gguf_names.Tensor], kinds: dict[str, str]) -> str:
+def _most(plan: list[Tensor], kinds: dict[str, str]) -> str:
     """The kind that most weights are of: the file's."""
     counts: Counter[str] = Counter()
     for tensor in plan:
-        if len(tensor.shape) > 1:
+        if tensor.matrix:
             counts[kinds[tensor.name]] += math.prod(tensor.shape)
     return counts.most_common(1)[0][0]
 
 
-def architecture_for(opened: Opened) -> str:
-    """phi3 or llama: what the checkpoint was, phi3 where it does not say; the other one where only that can hold it."""
-    split = opened.facts.architecture in ("LlamaForCausalLM", "MistralForCausalLM")
-    order = (gguf_names.LLAMA, gguf_names.PHI3) if split else (gguf_names.PHI3, gguf_names.LLAMA)
-    return next((name for name in order if lacks(opened.model, name) is None), order[0])
+def family_for(opened: Opened) -> Family:
+    """The architecture that is written for the class that the checkpoint was of; the first that can hold the model."""
+    order = sorted(FAMILIES.values(), key=lambda family: opened.facts.architecture not in family.classes)
+    return next((family for family in order if family.unwritable(opened.model) is None), order[0])
 
 
 def planned_path(opened: Opened, output: epath.PathLike, kind: str) -> epath.Path:
     """Where `write_gguf`, or `write_k_quants`, would write. Raises: UserError as they do, if it is there already."""
     if kind in KINDS:
-        plan = gguf_names.tensors(architecture_for(opened), opened.model)
+        plan = tensors(opened.model, family_for(opened).rows)
         small = _small(opened, plan)
         kind = _most(plan, {tensor.name: small.get(tensor.name) or _kind(tensor, kind) for tensor in plan})
     return output_path(epath.Path(output), opened, kind, overwrite=False)
@@ -145,9 +148,9 @@ def _safe(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-.") or "model"
 
 
-def _kind(tensor: gguf_names.Tensor, kind: str) -> str:
+def _kind(tensor: Tensor, kind: str) -> str:
     """Raises: UserError for rows that blocks do not divide."""
-    if len(tensor.shape) == 1:
+    if not tensor.matrix:
         return "F32"
     if kind in ("Q8_0", "Q4_0") and tensor.shape[-1] % 32:
         raise UserError(
@@ -157,13 +160,21 @@ def _kind(tensor: gguf_names.Tensor, kind: str) -> str:
 
 
 def _header(
-    opened: Opened, architecture: str, kind: str, name: str | None, say: Callable[[str], None]
+    opened: Opened,
+    family: Family,
+    keys: Mapping[str, Any],
+    kind: str,
+    name: str | None,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Key -> value. Whole numbers are uint32, others float32; lists of them int32 and float32; arrays float64."""
+    """Key -> value, with `keys`, the model's, among them.
+
+    Whole numbers are uint32, others float32; lists of them int32 and float32; arrays float64.
+    """
     library = gguf_library()
     name = name or str(opened.facts.name or "model")
-    if architecture == gguf_names.PHI3 and not any(part in name.lower() for part in PHI3_NAMES):
-        name = f"{name} phi3"
+    if family.named and not any(part in name.lower() for part in family.named):
+        name = f"{name} {family.named[-1]}"
     header = {
         "general.type": "model",
         "general.name": name,
@@ -171,8 +182,8 @@ def _header(
         "general.quantization_version": library.GGML_QUANT_VERSION,
         "general.alignment": _ALIGNMENT,
     }
-    header |= {f"{architecture}.{key}": value for key, value in keys_of(opened.model, architecture).items()}
-    header |= {key: np.asarray(values, np.float64) for key, values in exact_lists(opened.model).items()}
+    header |= keys
+    header |= {key: np.asarray(values, np.float64) for key, values in long_rope.exact_lists(opened.model).items()}
     tokenizer = opened.tokenizer()
     stops, phi3 = tokenizer_files.ids_of(opened, tokenizer).stops, any(part in name.lower() for part in PHI3_NAMES)
     arrays = vocabulary(tokenizer, opened.model.vocab_size, opened.facts, begin=opened.begin, stops=stops, phi3=phi3)
@@ -188,23 +199,15 @@ def _header(
     return header
 
 
-def _rope_lists(opened: Opened) -> dict[str, np.ndarray]:
-    rope = opened.model.long_rope
-    if rope is None:
-        return {}
-    lists = {gguf_names.LONG_FACTORS: rope.long_factor, gguf_names.SHORT_FACTORS: rope.short_factor}
-    return {name: np.asarray(values, np.float32) for name, values in lists.items()}
-
-
 def _write_header(
     path: epath.Path,
+    architecture: str,
     header: dict[str, Any],
-    plan: list[gguf_names.Tensor],
+    plan: list[Tensor],
     kinds: dict[str, str],
     extra: dict[str, np.ndarray],
 ) -> None:
     library = gguf_library()
-    architecture = next(key.split(".")[0] for key in header if key.endswith(".block_count"))
     writer = library.GGUFWriter(os.fspath(path), architecture)
     value_types = library.GGUFValueType
     by_type = {bool: value_types.BOOL, int: value_types.UINT32, float: value_types.FLOAT32, str: value_types.STRING}
@@ -230,7 +233,7 @@ def _write_header(
     writer.close()
 
 
-def _nbytes(tensor: gguf_names.Tensor, kind: str) -> int:
+def _nbytes(tensor: Tensor, kind: str) -> int:
     library = gguf_library()
     per_block, block_size = library.GGML_QUANT_SIZES[library.GGMLQuantizationType[kind]]
     return math.prod(tensor.shape) // per_block * block_size
@@ -243,45 +246,42 @@ def _append(file: BinaryIO, pieces: Iterator[np.ndarray] | list[np.ndarray]) -> 
         file.write(np.ascontiguousarray(piece).view(np.uint8).data)  # a buffer of bfloat16 there is not
 
 
-def _pieces(opened: Opened, tensor: gguf_names.Tensor, kind: str) -> Iterator[np.ndarray]:
+def _pieces(opened: Opened, tensor: Tensor, kind: str) -> Iterator[np.ndarray]:
     """The tensor's rows from the top, some at a time, as bytes of `kind`."""
-    model = opened.model
-    for leaf, lines in zip(tensor.row.leaves, tensor.rows, strict=True):
-        whole = () if tensor.layer is None else (slice(tensor.layer, tensor.layer + 1),)
+    source, head_dim = opened.weights, opened.model.head_dim
+    for part in tensor.parts:
+        layer = () if part.layer is None else (slice(part.layer, part.layer + 1),)
         if len(tensor.shape) == 1:
-            values = opened.weights.read(leaf, (*whole, slice(0, lines)))
-            yield converted(values.reshape(lines), kind, tensor.name)
+            values = source.read(part.leaf, (*layer, slice(0, part.rows)))
+            yield converted(values.reshape(part.rows), kind, tensor.name)
             continue
-        for part in _row_blocks(tensor, lines, model.head_dim):
+        for rows in _row_blocks(tensor, part, head_dim):
             across = slice(0, tensor.shape[1])
-            index = (across, part) if tensor.row.transposed else (part, across)
-            values = opened.weights.read(leaf, (*whole, *index))
+            index = (across, rows) if tensor.turned(part) else (rows, across)
+            values = source.read(part.leaf, (*layer, *index))
             values = values.reshape(values.shape[-2:])
-            values = values.T if tensor.row.transposed else values
-            if tensor.row.interleaved:
-                values = gguf_names.interleave(values, model.head_dim)
-            yield converted(values, kind, tensor.name)
+            values = values.T if tensor.turned(part) else values
+            yield converted(interleave(values, head_dim) if tensor.interleaved else values, kind, tensor.name)
 
 
-def _blocks(opened: Opened, tensor: gguf_names.Tensor, kind: str) -> Iterator[np.ndarray]:
+def _blocks(opened: Opened, tensor: Tensor, kind: str) -> Iterator[np.ndarray]:
     """The same of what is stored quantised."""
-    source, transposed, head_dim = opened.weights, tensor.row.transposed, opened.model.head_dim
-    for leaf, lines in zip(tensor.row.leaves, tensor.rows, strict=True):
-        for rows in _row_blocks(tensor, lines, head_dim):
-            where = (source, leaf, tensor.layer, transposed, rows)
+    source, head_dim = opened.weights, opened.model.head_dim
+    for part in tensor.parts:
+        for rows in _row_blocks(tensor, part, head_dim):
+            where = (source, part.leaf, part.layer, part.transposed, rows)
             values, scales = small_matrices.read_integers(*where), small_matrices.read_scales(*where)
-            if tensor.row.interleaved:
-                values, scales = (gguf_names.interleave(array, head_dim) for array in (values, scales))
-            yield gguf_integers.blocks(values, scales, source.schemes[leaf].bits)
+            if tensor.interleaved:
+                values, scales = (interleave(array, head_dim) for array in (values, scales))
+            yield gguf_integers.blocks(values, scales, source.schemes[part.leaf].bits)
 
 
-def _row_blocks(tensor: gguf_names.Tensor, lines: int, head_dim: int) -> Iterator[slice]:
-    """Rows of the file that are read at once, of a leaf that fills `lines` of them; of an interleaved, whole heads."""
-    height = tensor.shape[0] if tensor.row.transposed else lines
+def _row_blocks(tensor: Tensor, part: Part, head_dim: int) -> Iterator[slice]:
+    """Outputs of a part that are read at once; of an interleaved tensor, whole heads."""
     step = max(1, _AT_ONCE // tensor.shape[1])
-    if tensor.row.interleaved:
+    if tensor.interleaved:
         step = -(-step // head_dim) * head_dim
-    return (slice(start, min(start + step, height)) for start in range(0, height, step))
+    return (slice(start, min(start + step, part.rows)) for start in range(0, part.rows, step))
 
 
 def converted(values: np.ndarray, kind: str, name: str) -> np.ndarray:

@@ -15,10 +15,11 @@ import numpy as np
 
 from phijax.errors import UserError
 from phijax.interchange import small_matrices
+from phijax.interchange.huggingface.families.family import Family
 from phijax.interchange.huggingface.folder import Folder, dense_pieces, stored_dtype
-from phijax.interchange.huggingface.names import Layout, Tensor, tensors
 from phijax.interchange.huggingface.safetensors import Shape
 from phijax.interchange.opened import Opened
+from phijax.interchange.tensors import Tensor, tensors
 from phijax.quantization import packing
 from phijax.quantization.policy import Scheme
 
@@ -27,19 +28,18 @@ DENSE = ("embedding", "head")
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 
 
-def folder(opened: Opened, layout: Layout, dtype: np.dtype | None) -> Folder:
+def folder(opened: Opened, family: Family, dtype: np.dtype | None) -> Folder:
     """Integers and scales are those of the checkpoint, bit for bit.
 
     Args: dtype: of what is dense. None: of embedding and head `compute_dtype`, of the others as stored.
     Raises: UserError for a checkpoint that is not quantised, and for what the format cannot hold.
     """
-    planned, compute = _planned(opened, layout), compute_dtype(opened, dtype)
-    shapes = [shape for tensor, scheme in planned for shape in _shapes(opened, tensor, scheme, dtype)]
-    by_module = {_module(tensor): (tensor, scheme) for tensor, scheme in planned}
+    planned, compute = _planned(opened, family), compute_dtype(opened, dtype)
+    of_shape = {s: (tensor, scheme) for tensor, scheme in planned for s in _shapes(opened, tensor, scheme, dtype)}
 
     def pieces(shape: Shape) -> Iterator[np.ndarray]:
-        module, _, kind = shape.name.rpartition(".")
-        tensor, scheme = by_module[module]
+        tensor, scheme = of_shape[shape]
+        kind = shape.name.rpartition(".")[2]
         if scheme is None:
             yield from dense_pieces(opened.weights, tensor, shape.dtype)
         elif kind == SHAPE:
@@ -53,7 +53,7 @@ def folder(opened: Opened, layout: Layout, dtype: np.dtype | None) -> Folder:
                 )
 
     keys = {"quantization_config": quantization_config(planned)}
-    return Folder(FORMAT, layout, shapes, pieces, compute, keys, _notes(opened, compute))
+    return Folder(FORMAT, family, list(of_shape), pieces, compute, keys, _notes(opened, compute))
 
 
 def _shapes(opened: Opened, tensor: Tensor, scheme: Scheme | None, dtype: np.dtype | None) -> list[Shape]:
@@ -89,7 +89,7 @@ def quantization_config(planned: list[tuple[Tensor, Scheme | None]]) -> dict[str
     """config.json's key: a group for each scheme, its targets the names of linear layers, without numbers."""
     names: dict[Scheme | None, list[str]] = {}
     for tensor, scheme in planned:
-        if len(tensor.shape) == 2 and tensor.parts[0].leaf != "embedding":
+        if tensor.matrix and tensor.parts[0].leaf != "embedding":
             name = _module(tensor).rpartition(".")[2]
             names.setdefault(scheme, [])
             names[scheme] += [name] * (name not in names[scheme])
@@ -123,14 +123,19 @@ def _matching(name: str) -> str:
     return rf"re:.*\.{re.escape(name)}$"
 
 
-def _planned(opened: Opened, layout: Layout) -> list[tuple[Tensor, Scheme | None]]:
+def _planned(opened: Opened, family: Family) -> list[tuple[Tensor, Scheme | None]]:
     """Each tensor and its scheme; None: dense. Raises: UserError."""
     schemes = small_matrices.require_quantized(opened, FORMAT)
     found = []
-    for tensor in tensors(opened.model, layout):
+    for tensor in tensors(opened.model, family.rows):
         scheme = None
         if tensor.parts[0].leaf not in DENSE:
             scheme = small_matrices.scheme_of(schemes, tensor)
+        if scheme and tensor.inputs_first:
+            raise UserError(
+                f"{opened.path}: {family.class_name} has no linear layer for {tensor.name}, and this format's readers "
+                "quantise linear layers alone. Take --format=gguf, or hf."
+            )
         if scheme and tensor.shape[1] * scheme.bits % 32:
             raise UserError(
                 f"{tensor.name} has {tensor.shape[1]} inputs of {scheme.bits} bits, which do not fill words of 32 bits."

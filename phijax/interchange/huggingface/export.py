@@ -4,11 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from phijax.errors import UserError
-from phijax.interchange.huggingface import config as huggingface_config
+from phijax.interchange.huggingface.families import FAMILIES
+from phijax.interchange.huggingface.families.family import Family
 from phijax.interchange.huggingface.folder import Folder, dense_pieces, stored_dtype
-from phijax.interchange.huggingface.names import Layout, tensors
 from phijax.interchange.huggingface.safetensors import Shape
 from phijax.interchange.opened import Opened
+from phijax.interchange.tensors import tensors
 
 DTYPES = {
     "bfloat16": np.dtype(jnp.bfloat16),
@@ -17,38 +18,33 @@ DTYPES = {
 }
 
 
-def choose_layout(opened: Opened, format: str) -> Layout:
-    """The layout of --format=hf, llama or mistral.
+def choose_family(opened: Opened, format: str) -> Family:
+    """The class of --format=hf, or of the format that is called as one.
 
-    `hf` is the class that the checkpoint came from; for one of ours Phi3, where its heads fit, else Mistral or Llama.
+    `hf` is the class that the checkpoint came from, where it can hold the model; else the first that can.
     Raises: UserError with the reason, where the model cannot be expressed.
     """
-    layout: Layout
-    if format == "hf":
-        layout = _natural(opened)
-    else:
-        layout = format
-    if reason := huggingface_config.unwritable(opened.model, layout):
-        raise UserError(f"{opened.path} cannot be written in the {layout} layout: {reason}.")
-    return layout
+    if format != "hf":
+        family = FAMILIES[format]
+        if reason := family.unwritable(opened.model):
+            raise UserError(f"{opened.path} cannot be written in the {format} layout: {reason}.")
+        return family
+    candidates = sorted(FAMILIES.values(), key=lambda family: family.class_name != opened.facts.architecture)
+    reasons = []
+    for family in candidates:
+        if (reason := family.unwritable(opened.model)) is None:
+            return family
+        reasons.append(reason)
+    raise UserError(f"{opened.path} cannot be written as any class of transformers:\n  " + "\n  ".join(reasons))
 
 
-def _natural(opened: Opened) -> Layout:
-    named = huggingface_config.ARCHITECTURES.get(opened.facts.architecture or "")
-    candidates = [named] if named else []
-    for layout in (*candidates, "phi3", "llama", "mistral"):
-        if huggingface_config.unwritable(opened.model, layout) is None:
-            return layout
-    return "phi3"
-
-
-def folder(opened: Opened, layout: Layout, dtype: np.dtype | None) -> Folder:
+def folder(opened: Opened, family: Family, dtype: np.dtype | None) -> Folder:
     """Args: dtype: None: as stored, float32 where parts of a tensor are stored in several."""
-    by_name = {tensor.name: tensor for tensor in tensors(opened.model, layout)}
+    by_name = {tensor.name: tensor for tensor in tensors(opened.model, family.rows)}
     shapes = [Shape(t.name, t.shape, dtype or stored_dtype(opened.weights, t)) for t in by_name.values()]
     return Folder(
         "hf",
-        layout,
+        family,
         shapes,
         lambda shape: dense_pieces(opened.weights, by_name[shape.name], shape.dtype),
         dtype=max(shapes, key=lambda shape: shape.nbytes).dtype,

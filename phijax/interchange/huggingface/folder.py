@@ -11,9 +11,10 @@ from phijax.errors import UserError
 from phijax.interchange import model_card, tokenizer_check, tokenizer_files
 from phijax.interchange.huggingface import config as huggingface_config
 from phijax.interchange.huggingface import safetensors as safetensors_files
-from phijax.interchange.huggingface.names import Layout, Part, Tensor
+from phijax.interchange.huggingface.families.family import Family
 from phijax.interchange.huggingface.safetensors import Shape
 from phijax.interchange.opened import Opened
+from phijax.interchange.tensors import Part, Tensor
 from phijax.interchange.weight_source import WeightSource, blocks, check_finite
 from phijax.storage import atomic, staging
 
@@ -29,7 +30,7 @@ class Folder:
     """
 
     format: str
-    layout: Layout
+    family: Family
     tensors: Sequence[Shape]
     pieces: Callable[[Shape], Iterable[np.ndarray]]
     dtype: np.dtype
@@ -67,10 +68,10 @@ def write(
                 safetensors_files.write_index(place / safetensors_files.INDEX_FILE, files)
             written = tokenizer_files.write_huggingface(opened, place, say)
             ids = written.ids.in_config()
-            config = huggingface_config.render(opened.model, folder.layout, dtype=folder.dtype.name, ids=ids)
+            config = huggingface_config.render(opened.model, folder.family, dtype=folder.dtype.name, ids=ids)
             atomic.write_json(place / huggingface_config.CONFIG_FILE, config | dict(folder.keys))
             checked = tokenizer_check.compare(place, written.tokenizer, strict=written.ours, say=say)
-            card = model_card.render(opened, folder.layout, folder.format, tokenizer=checked)
+            card = model_card.render(opened, folder.family.class_name, folder.format, tokenizer=checked)
             atomic.write_text(place / model_card.FILE, card)
     except OSError as error:
         raise UserError(f"{output} could not be written: {error.strerror or error}. Nothing is left of it.") from error
@@ -84,21 +85,33 @@ def stored_dtype(source: WeightSource, tensor: Tensor) -> np.dtype:
 
 def dense_pieces(source: WeightSource, tensor: Tensor, dtype: np.dtype) -> Iterator[np.ndarray]:
     """The tensor's values in the order of the file."""
-    for part in tensor.parts:
-        for values in _part(source, part):
-            cast = values.astype(dtype, copy=False)
-            check_finite(cast, f"{tensor.name}, as {dtype.name},")
-            yield cast
+    for values in _parts(source, tensor):
+        cast = values.astype(dtype, copy=False)
+        check_finite(cast, f"{tensor.name}, as {dtype.name},")
+        yield cast
 
 
-def _part(source: WeightSource, part: Part) -> Iterator[np.ndarray]:
-    shape = source.shapes()[part.leaf]
-    layer = () if part.layer is None else (slice(part.layer, part.layer + 1),)
-    shape = shape[len(layer) :]
-    if part.transposed:
-        whole = source.read(part.leaf, (*layer, *(slice(0, size) for size in shape)))
-        yield np.ascontiguousarray(whole.reshape(shape).T)
+def _parts(source: WeightSource, tensor: Tensor) -> Iterator[np.ndarray]:
+    if tensor.inputs_first and len(tensor.parts) > 1:  # side by side
+        yield np.concatenate([_whole(source, tensor, part) for part in tensor.parts], axis=1)
         return
-    for index in blocks(shape, source.dtype(part.leaf).itemsize):
-        values = source.read(part.leaf, (*layer, *index))
-        yield values.reshape(values.shape[len(layer) :])
+    for part in tensor.parts:
+        if tensor.turned(part):
+            yield _whole(source, tensor, part)
+            continue
+        layer, shape = _layer(source, part)
+        for index in blocks(shape, source.dtype(part.leaf).itemsize):
+            values = source.read(part.leaf, (*layer, *index))
+            yield values.reshape(values.shape[len(layer) :])
+
+
+def _whole(source: WeightSource, tensor: Tensor, part: Part) -> np.ndarray:
+    layer, shape = _layer(source, part)
+    values = source.read(part.leaf, (*layer, *(slice(0, size) for size in shape))).reshape(shape)
+    return np.ascontiguousarray(values.T if tensor.turned(part) else values)
+
+
+def _layer(source: WeightSource, part: Part) -> tuple[tuple[slice, ...], tuple[int, ...]]:
+    """The index of a part's layer in its leaf, and the shape of what is there."""
+    layer = () if part.layer is None else (slice(part.layer, part.layer + 1),)
+    return layer, source.shapes()[part.leaf][len(layer) :]

@@ -15,10 +15,11 @@ import numpy as np
 
 from phijax.errors import UserError
 from phijax.interchange import small_matrices
+from phijax.interchange.huggingface.families.family import Family
 from phijax.interchange.huggingface.folder import Folder, dense_pieces
-from phijax.interchange.huggingface.names import Layout, Tensor, tensors
 from phijax.interchange.huggingface.safetensors import Shape
 from phijax.interchange.opened import Opened
+from phijax.interchange.tensors import Tensor, tensors
 from phijax.interchange.weight_source import check_finite
 from phijax.quantization import packing
 from phijax.quantization.policy import Scheme
@@ -27,28 +28,26 @@ FORMAT = "mlx"
 GROUPS = (128, 64, 32)  # the format's
 
 
-def folder(opened: Opened, layout: Layout, dtype: np.dtype | None) -> Folder:
+def folder(opened: Opened, family: Family, dtype: np.dtype | None) -> Folder:
     """Integers are those of the checkpoint; its scales too, in float16 and float32.
 
     Args: dtype: of scales, biases and what is dense: MLX computes in the widest that it meets. None: float16.
     Raises: UserError for a checkpoint that is not quantised, and for what the format cannot hold.
     """
-    dtype, planned = dtype or np.dtype(np.float16), _planned(opened, layout)
-    shapes = [shape for tensor, scheme in planned for shape in _shapes(tensor, scheme, dtype)]
-    by_module = {_module(tensor): (tensor, scheme) for tensor, scheme in planned}
+    dtype, planned = dtype or np.dtype(np.float16), _planned(opened, family)
+    of_shape = {shape: (tensor, scheme) for tensor, scheme in planned for shape in _shapes(tensor, scheme, dtype)}
 
     def pieces(shape: Shape) -> Iterator[np.ndarray]:
-        module, _, kind = shape.name.rpartition(".")
-        tensor, scheme = by_module[module]
+        tensor, scheme = of_shape[shape]
         if scheme is None:
             return dense_pieces(opened.weights, tensor, shape.dtype)
-        if kind == "weight":
+        if shape.name.endswith(".weight"):
             return _words(opened, tensor, scheme)
         return _of_groups(opened, tensor, scheme, shape)
 
     # The second key is for the hub.
     keys = dict.fromkeys(("quantization", "quantization_config"), quantization_of(planned))
-    return Folder(FORMAT, layout, shapes, pieces, dtype, keys, _notes(opened, dtype))
+    return Folder(FORMAT, family, list(of_shape), pieces, dtype, keys, _notes(opened, dtype))
 
 
 def _shapes(tensor: Tensor, scheme: Scheme | None, dtype: np.dtype) -> list[Shape]:
@@ -110,11 +109,13 @@ def _entry(scheme: Scheme) -> dict[str, Any]:
     return {"group_size": scheme.group, "bits": scheme.bits}
 
 
-def _planned(opened: Opened, layout: Layout) -> list[tuple[Tensor, Scheme | None]]:
+def _planned(opened: Opened, family: Family) -> list[tuple[Tensor, Scheme | None]]:
     """Each tensor and its scheme, in groups that MLX has; None: dense. Raises: UserError."""
     schemes = small_matrices.require_quantized(opened, FORMAT)
+    if reason := family.mlx_lacks(opened.model):
+        raise UserError(f"{opened.path} cannot be written for MLX: {reason}. Take --format=gguf, or hf.")
     found = []
-    for tensor in tensors(opened.model, layout):
+    for tensor in tensors(opened.model, family.mlx_rows or family.rows):
         scheme = small_matrices.scheme_of(schemes, tensor)
         found.append((tensor, _regrouped(scheme, tensor) if scheme else None))
     return found

@@ -35,6 +35,8 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 # Written, not read: integers of the formats for quantised weights.
 INTEGERS = {"I32": np.dtype(np.int32), "U32": np.dtype(np.uint32), "I64": np.dtype(np.int64)}
 NAMES = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
+# The last two are indexed, never read: masks that old files carry beside their weights.
+READ = DTYPES | {"BOOL": np.dtype(np.bool_), "U8": np.dtype(np.uint8)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,11 +135,11 @@ def _entry(path: epath.Path, name: str, entry: Fields, data: int, size: int) -> 
     if len(shape) > 8:
         raise entry.refusal("shape", "of at most 8 dimensions")
     begin, end = offsets
-    if kind not in DTYPES:
+    if kind not in READ:
         raise UserError(
             f"{where} is stored as {shown(kind)}. Weights can be read as {', '.join(DTYPES)}: dequantise first."
         )
-    dtype = DTYPES[kind]
+    dtype = READ[kind]
     if math.prod(shape) * dtype.itemsize != end - begin or data + end > size:
         raise UserError(
             f"{where}, {kind} {shown(tuple(shape))}, lies in bytes {begin:,} to {end:,} of {size - data:,}: "

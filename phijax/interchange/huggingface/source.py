@@ -8,10 +8,11 @@ from etils import epath
 from phijax.errors import UserError, nearest_name
 from phijax.interchange.facts import Facts
 from phijax.interchange.huggingface import config as huggingface_config
-from phijax.interchange.huggingface.config import ARCHITECTURES, CONFIG_FILE
-from phijax.interchange.huggingface.names import Part, Tensor, tensors
-from phijax.interchange.huggingface.safetensors import Stored, open_folder
+from phijax.interchange.huggingface.config import CONFIG_FILE
+from phijax.interchange.huggingface.families.family import Family
+from phijax.interchange.huggingface.safetensors import DTYPES, Stored, open_folder
 from phijax.interchange.opened import Opened
+from phijax.interchange.tensors import Part, Tensor, tensors
 from phijax.interchange.weight_source import LEAST_OF_A_LAYER, NOT_QUANTIZED, Index, check_finite, model_shapes
 from phijax.model.config import ModelConfig
 from phijax.storage import strict_json
@@ -26,8 +27,6 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"  # since transformers 4.48; in tokenizer_config.json before
 LONGEST_TEMPLATE = 1_000_000
 
-# Tensors that old files carry and that follow from the config.
-DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 _SHOWN = 8  # of the differences between a config and its tensors
 _MOST_COMPARED = 1000  # names: each comparison takes some 20 us
 
@@ -40,17 +39,17 @@ class HuggingFaceSource:
     def __init__(self, model: ModelConfig, files: dict[str, Stored], wanted: list[Tensor]):
         self._files = files
         self._shapes = model_shapes(model)
-        self._places: dict[str, list[tuple[str, Part]]] = {path: [] for path in self._shapes}  # by layer
+        self._places: dict[str, list[tuple[Tensor, Part]]] = {path: [] for path in self._shapes}  # by layer
         for tensor in wanted:
             for part in tensor.parts:
-                self._places[part.leaf].append((tensor.name, part))
+                self._places[part.leaf].append((tensor, part))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
 
     def dtype(self, path: str) -> np.dtype:
         """float32 where the layers of one leaf are stored in several."""
-        stored = {self._files[name].dtype for name, _ in self._places[path]}
+        stored = {self._files[tensor.name].dtype for tensor, _ in self._places[path]}
         return stored.pop() if len(stored) == 1 else np.dtype(np.float32)
 
     def read(self, path: str, index: Index) -> np.ndarray:
@@ -65,15 +64,11 @@ class HuggingFaceSource:
             out[i] = self._read_part(*places[layer], tuple(inside))
         return out
 
-    def _read_part(self, name: str, part: Part, index: Index) -> np.ndarray:
-        stored = self._files[name]
-        if part.transposed:
-            values = stored.read(index[::-1]).T
-        else:
-            start, stop, _ = index[0].indices(part.rows)
-            values = stored.read((slice(part.start + start, part.start + stop), *index[1:]))
-        check_finite(values, f"{stored.file}: {name}")
-        return values
+    def _read_part(self, tensor: Tensor, part: Part, index: Index) -> np.ndarray:
+        stored = self._files[tensor.name]
+        values = stored.read(tensor.index(part, index))
+        check_finite(values, f"{stored.file}: {tensor.name}")
+        return values.T if tensor.turned(part) else values
 
 
 def is_huggingface(path: epath.Path) -> bool:
@@ -88,21 +83,21 @@ def open_huggingface(folder: epath.Path) -> Opened:
       off or missing, and tensors that are missing, surplus or of the wrong shape.
     """
     config = strict_json.read(folder / CONFIG_FILE)
-    model, architecture = huggingface_config.parse(config.values, config.file)
-    files = open_folder(folder)
+    model, family = huggingface_config.parse(config.values, config.file)
+    files = _with_prefix(open_folder(folder), family)
     if model.num_layers * LEAST_OF_A_LAYER > len(files):
         raise UserError(
             f"{folder}: {CONFIG_FILE} says {model.num_layers:,} layers; its files hold {len(files)} tensors."
         )
-    wanted = tensors(model, ARCHITECTURES[architecture])
-    _check_tensors(folder, model, files, wanted)
+    wanted = tensors(model, family.rows)
+    _check_tensors(folder, model, family, files, wanted)
     generation = strict_json.read_if_there(folder / GENERATION_FILE)
     ids = {
         name: _ids(generation if name in generation.values else config, name)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
     facts = Facts(
-        architecture=architecture,
+        architecture=family.class_name,
         tokenizer_folder=folder,
         bos_id=next(iter(ids["bos_token_id"]), None),
         eos_id=next(iter(_ids(config, "eos_token_id") or ids["eos_token_id"]), None),
@@ -126,11 +121,20 @@ def _tokenizer(folder: epath.Path) -> TextTokenizer:
     return open_tokenizer(folder)
 
 
-def _check_tensors(folder: epath.Path, model: ModelConfig, files: dict[str, Stored], wanted: list[Tensor]) -> None:
+def _with_prefix(files: dict[str, Stored], family: Family) -> dict[str, Stored]:
+    """Under the names that the class with a head has, also where the file is of the class without."""
+    if any(name.startswith(family.prefix) for name in files):
+        return files
+    return {name if name == family.head_name else family.prefix + name: stored for name, stored in files.items()}
+
+
+def _check_tensors(
+    folder: epath.Path, model: ModelConfig, family: Family, files: dict[str, Stored], wanted: list[Tensor]
+) -> None:
     shapes = {tensor.name: tensor.shape for tensor in wanted}
-    present = {name: stored for name, stored in files.items() if not name.endswith(DERIVED_SUFFIX)}
+    present = {name: stored for name, stored in files.items() if not family.derived(name, stored.shape, model)}
     if model.tied_head:
-        present.pop("lm_head.weight", None)  # some writers store the embedding twice
+        present.pop(family.head_name, None)  # some writers store the embedding twice
     missing = [name for name in shapes if name not in present]
     surplus = [name for name in present if name not in shapes]
     lines = []
@@ -142,6 +146,11 @@ def _check_tensors(folder: epath.Path, model: ModelConfig, files: dict[str, Stor
         f"{name} has shape {present[name].shape}, {CONFIG_FILE} asks for {shape}"
         for name, shape in shapes.items()
         if name in present and present[name].shape != shape
+    ]
+    lines += [
+        f"{name} is stored as {present[name].dtype.name}. Weights can be read as {', '.join(DTYPES)}: dequantise first"
+        for name in shapes
+        if name in present and present[name].dtype not in DTYPES.values()
     ]
     if lines:
         more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""

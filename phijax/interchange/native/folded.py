@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from phijax.interchange.weight_source import NOT_QUANTIZED, Index, WeightSource
+from phijax.model.config import ModelConfig
 from phijax.quantization import awq
 
 
@@ -15,8 +16,8 @@ class FoldedSource:
 
     schemes = NOT_QUANTIZED
 
-    def __init__(self, source: WeightSource, folds: Mapping[str, np.ndarray]):
-        self._source, self._folds = source, folds
+    def __init__(self, source: WeightSource, model: ModelConfig, folds: Mapping[str, np.ndarray]):
+        self._source, self._model, self._folds = source, model, folds
         parts = (part for name in sorted(folds) for part in (name.encode(), np.ascontiguousarray(folds[name])))
         self.digest = f"{functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0):08x}"
 
@@ -24,11 +25,11 @@ class FoldedSource:
         return self._source.shapes()
 
     def dtype(self, path: str) -> np.dtype:
-        return np.dtype(np.float32) if awq.is_folded(path, self._folds) else self._source.dtype(path)
+        return np.dtype(np.float32) if awq.is_folded(self._model, path, self._folds) else self._source.dtype(path)
 
     def read(self, path: str, index: Index) -> np.ndarray:
         values = self._source.read(path, index)
-        if not awq.is_folded(path, self._folds):
+        if not awq.is_folded(self._model, path, self._folds):
             return values
         bounded = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, self.shapes()[path], strict=True))
-        return awq.fold(path, values.astype(np.float32), bounded, self._folds)
+        return awq.fold(self._model, path, values.astype(np.float32), bounded, self._folds)

@@ -29,7 +29,8 @@ def prepare(
     """
     if method == "awq":
         choice = awq.choose(opened.model, opened.weights.read, assigned, tokens, on_layer)
-        return dataclasses.replace(opened, weights=FoldedSource(opened.weights, choice.folds)), choice.rounding
+        folded = FoldedSource(opened.weights, opened.model, choice.folds)
+        return dataclasses.replace(opened, weights=folded), choice.rounding
     if method == "gptq":
         return opened, gptq.Roundings(Hessians(opened.model, opened.weights.read, tokens))
     return opened, lambda path, layer: None

@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -213,15 +213,16 @@ def _whole_step(path: epath.Path) -> epath.Path:
             raise UserError(manifest.damage(path, problems))
         return path
     folder = path / CHECKPOINTS_FOLDER
-    saved, damaged, passed, not_good = steps.list_folders(folder).steps, [], [], None
+    listing = steps.list_folders(folder)
+    saved, damaged, not_good = listing.steps, [], None
+    passed = [f"{folder / name} is no step: it {why}." for name, why in steps.later_without_manifest(listing).items()]
     for step in reversed(saved):
         problems = manifest.verify(folder / str(step))
         if not problems and manifest.called_good(manifest.read(folder / str(step))) is False:
             not_good = not_good or folder / str(step)
             passed.append(f"Step {step} is not called good: the updates before it were not finite.")
         elif not problems:
-            for text in passed:
-                warnings.warn(f"{text}\nUsing step {step} instead.", stacklevel=2)
+            _warn(passed, step)
             return folder / str(step)
         else:
             passed.append(manifest.damage(folder / str(step), problems))
@@ -235,10 +236,18 @@ def _whole_step(path: epath.Path) -> epath.Path:
 def _newest_step(path: epath.Path) -> epath.Path:
     if (path / manifest.MANIFEST_FILE).exists():
         return path
-    saved = steps.list_folders(path / CHECKPOINTS_FOLDER).steps
-    if not saved:
+    folder = path / CHECKPOINTS_FOLDER
+    listing = steps.list_folders(folder)
+    if not listing.steps:
         raise UserError(f"{path} holds no whole checkpoint.")
-    return path / CHECKPOINTS_FOLDER / str(saved[-1])
+    later = steps.later_without_manifest(listing)
+    _warn([f"{folder / name} is no step: it {why}." for name, why in later.items()], listing.steps[-1])
+    return folder / str(listing.steps[-1])
+
+
+def _warn(passed: Sequence[str], step: int) -> None:
+    for text in passed:
+        warnings.warn(f"{text}\nUsing step {step} instead.", stacklevel=3)
 
 
 def _schemes_of(extra: Fields) -> dict[str, Scheme]:

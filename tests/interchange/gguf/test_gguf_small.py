@@ -6,14 +6,15 @@ import sys
 import numpy as np
 import pytest
 from gguf_case import everything
-from small_weights_case import CASES, FUSED, SPLIT, Small
+from small_weights_case import CASES, FUSED, LEARNED_CASES, SPLIT, Small
 
 from phijax.errors import UserError
 from phijax.interchange.gguf import integers as gguf_integers
-from phijax.interchange.gguf import names as gguf_names
 from phijax.interchange.gguf import write as gguf_write
+from phijax.interchange.gguf.families import FAMILIES
 from phijax.interchange.gguf.open import open_gguf
 from phijax.interchange.gguf.write import write_card, write_gguf
+from phijax.interchange.tensors import tensors
 from phijax.quantization.policy import Scheme
 
 gguf = pytest.importorskip("gguf")
@@ -36,7 +37,7 @@ def test_blocks_are_read_back_by_gguf(bits):
 
 
 @pytest.mark.parametrize("kind", ["BF16", "F32"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *LEARNED_CASES])
 def test_files_hold_the_same_weights(case, kind, small, tmp_path, monkeypatch):
     """In pieces that divide nothing; read by us and by gguf."""
     monkeypatch.setattr(gguf_write, "_AT_ONCE", 128 * 7)
@@ -45,10 +46,10 @@ def test_files_hold_the_same_weights(case, kind, small, tmp_path, monkeypatch):
     plain = write_gguf(opened, tmp_path / "plain.gguf", kind="F32", keep_integers=False)
     schemes = opened.weights.schemes
     wide = {tensor.name: tensor.data for tensor in gguf.GGUFReader(plain).tensors}
-    rows = {tensor.name: tensor.row for tensor in gguf_names.tensors(gguf_write.architecture_for(opened), opened.model)}
+    plan = {tensor.name: tensor for tensor in tensors(opened.model, gguf_write.family_for(opened).rows)}
     for tensor in gguf.GGUFReader(path).tensors:
-        scheme = schemes.get(rows[tensor.name].leaves[0])
-        dense = "F32" if wide[tensor.name].ndim == 1 else kind
+        scheme = schemes.get(plan[tensor.name].parts[0].leaf)
+        dense = kind if plan[tensor.name].matrix else "F32"
         assert tensor.tensor_type.name == (gguf_integers.KINDS[scheme.bits] if scheme else dense), tensor.name
         got = gguf.dequantize(tensor.data, tensor.tensor_type)
         np.testing.assert_array_equal(got, wide[tensor.name], err_msg=tensor.name)
@@ -71,7 +72,7 @@ def test_the_file_is_called_by_what_most_of_it_is(small, tmp_path):
 
 
 def test_what_blocks_cannot_hold_is_refused(small):
-    plan = {tensor.name: tensor for tensor in gguf_names.tensors("phi3", FUSED)}
+    plan = {tensor.name: tensor for tensor in tensors(FUSED, FAMILIES["phi3"].rows)}
     qkv = plan["blk.0.attn_qkv.weight"]
     parts = {f"blocks/attention/{name}": Scheme(4, 32) for name in "qkv"}
     assert (
@@ -82,7 +83,7 @@ def test_what_blocks_cannot_hold_is_refused(small):
         with pytest.raises(UserError, match=r"blk.0.attn_qkv.weight is one matrix in this format"):
             gguf_integers.kind_of(mixed, qkv)
     narrow = dataclasses.replace(SPLIT, ffn_dim=240)
-    down = next(t for t in gguf_names.tensors("llama", narrow) if "ffn_down" in t.name)
+    down = next(t for t in tensors(narrow, FAMILIES["llama"].rows) if "ffn_down" in t.name)
     with pytest.raises(UserError, match=r"blk.0.ffn_down.weight has rows of 240 weights; Q8_0 needs a multiple of 32"):
         gguf_integers.kind_of({"blocks/mlp/down": Scheme(8)}, down)
 

@@ -4,12 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from gguf_case import LLAMA, LONG, PARTIAL, PHI3, everything, opened, random_arrays
+from gguf_case import GPT2, LLAMA, LONG, PARTIAL, PHI3, everything, opened, random_arrays
 from gguf_case import gguf as by_hand
 from gguf_case import key as key_of
 
 from phijax.errors import UserError
-from phijax.interchange.gguf import names as gguf_names
+from phijax.interchange.gguf.families import FAMILIES
 from phijax.interchange.gguf.open import open_gguf
 from phijax.interchange.gguf.source import QUANTISED
 from phijax.interchange.gguf.write import write_gguf
@@ -216,7 +216,7 @@ def test_a_key_that_changes_the_mathematics_is_refused_by_name(key, architecture
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"general.architecture": "gemma3"}, "'gemma3'; read are 'phi3', 'llama'"),
+        ({"general.architecture": "gemma3"}, "'gemma3'; read are 'phi3', 'llama', 'gpt2'"),
         ({"general.type": "adapter"}, "'adapter', not a model"),
         ({"block_count": 1_000_000_000}, "block_count=1000000000"),
         ({"block_count": 3}, "blk.2.attn_norm.weight: missing"),
@@ -288,14 +288,14 @@ def test_kinds_that_are_not_read_are_named(tmp_path):
         open_gguf(path)
 
 
-@pytest.mark.parametrize(("architecture", "c"), [("phi3", PHI3), ("llama", LLAMA), ("phi3", PARTIAL)])
+@pytest.mark.parametrize(("architecture", "c"), [("phi3", PHI3), ("llama", LLAMA), ("phi3", PARTIAL), ("gpt2", GPT2)])
 def test_the_table_names_tensors_as_gguf_does(architecture, c, tmp_path):
     """Every name is one that gguf knows for this architecture, and every leaf has its place once."""
     arch = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[arch]}
-    for row in gguf_names.TABLE[architecture]:
-        assert row.name.removesuffix(".weight").replace("{layer}", "{bid}") in known
-    leaves = [leaf for row in gguf_names.TABLE[architecture] for leaf in row.leaves]
+    for row in FAMILIES[architecture].rows:
+        assert row.name.removesuffix(".weight").removesuffix(".bias").format("{bid}") in known
+    leaves = [leaf for row in FAMILIES[architecture].rows for leaf in row.leaves]
     assert sorted(leaves) == sorted(set(leaves)) and set(leaves) >= set(model_shapes(c))
 
 

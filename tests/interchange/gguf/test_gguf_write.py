@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from gguf_case import LLAMA, LONG, PARTIAL, PHI3, Arrays, everything, logits, opened, random_arrays, tokenizer
+from gguf_case import GPT2, LLAMA, LONG, PARTIAL, PHI3, Arrays, everything, logits, opened, random_arrays, tokenizer
 
 from phijax.errors import UserError
 from phijax.interchange.facts import Facts
@@ -24,11 +24,11 @@ from phijax.storage import staging
 
 gguf = pytest.importorskip("gguf")
 
-MODELS = {"phi3": PHI3, "long": LONG, "partial": PARTIAL, "llama": LLAMA}
+MODELS = {"phi3": PHI3, "long": LONG, "partial": PARTIAL, "llama": LLAMA, "gpt2": GPT2}
 
 
 def architecture(c):
-    return "llama" if c is LLAMA else "phi3"
+    return "gpt2" if c.positions == "learned" else "llama" if c is LLAMA else "phi3"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -50,13 +50,13 @@ def test_narrow_weights_stay_as_they_are(name, kind, dtype, tmp_path):
     arrays = random_arrays(c, dtype)
     path = write_gguf(opened(c, arrays), tmp_path / "m.gguf", kind=kind, architecture=architecture(c))
     for leaf, array in everything(open_gguf(path).weights).items():
-        if not leaf.endswith("scale"):  # norms are float32 there
-            assert array.dtype == dtype
+        # Norms, biases and a table of positions are float32 there.
+        assert array.dtype == (dtype if parameters.leaves(c)[leaf].kind else np.float32)
         np.testing.assert_array_equal(array.astype(np.float32), arrays[leaf].astype(np.float32), err_msg=leaf)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
-@pytest.mark.parametrize("c", [PHI3, LLAMA])
+@pytest.mark.parametrize("c", [PHI3, LLAMA, GPT2])
 def test_bytes_are_those_of_gguf(kind, c, tmp_path, monkeypatch):
     """Made in pieces that do not divide anything, they are what gguf.quantize makes of the whole tensor."""
     monkeypatch.setattr(gguf_write, "_AT_ONCE", 96 * 7)
@@ -64,7 +64,8 @@ def test_bytes_are_those_of_gguf(kind, c, tmp_path, monkeypatch):
     plain = write_gguf(opened(c), tmp_path / "plain.gguf", kind="F32", architecture=architecture(c))
     wide = {tensor.name: tensor.data for tensor in gguf.GGUFReader(plain).tensors}
     for tensor in gguf.GGUFReader(path).tensors:
-        stored = "F32" if wide[tensor.name].ndim == 1 else kind
+        exact = wide[tensor.name].ndim == 1 or tensor.name == "position_embd.weight"
+        stored = "F32" if exact else kind
         assert tensor.tensor_type.name == stored, tensor.name
         expected = gguf.quantize(wide[tensor.name], tensor.tensor_type)
         np.testing.assert_array_equal(tensor.data.view(np.uint8), expected.view(np.uint8), err_msg=tensor.name)
@@ -107,6 +108,26 @@ def test_keys_are_those_of_llama_cpps_converter(tmp_path):
     assert tensors["rope_factors_short.weight"].tensor_type.name == "F32" and "blk.0.ffn_gate.weight" not in tensors
 
 
+def test_keys_of_gpt2_are_those_of_llama_cpps_converter(tmp_path):
+    """conversion/gpt2.py; 4 D is written as any other width."""
+    reader = gguf.GGUFReader(write_gguf(opened(GPT2), tmp_path / "m.gguf", kind="BF16"))
+    read = {key: field.contents() for key, field in reader.fields.items() if key.startswith("gpt2.")}
+    assert read.pop("gpt2.attention.layer_norm_epsilon") == pytest.approx(2e-5, rel=1e-6)
+    assert read == {
+        "gpt2.context_length": 64,
+        "gpt2.embedding_length": 96,
+        "gpt2.block_count": 3,
+        "gpt2.feed_forward_length": 224,
+        "gpt2.attention.head_count": 6,
+        "gpt2.vocab_size": 400,
+    }
+    tensors = {t.name: t for t in reader.tensors}
+    assert [int(n) for n in tensors["blk.2.attn_qkv.weight"].shape] == [96, 288]
+    assert [int(n) for n in tensors["blk.2.ffn_down.weight"].shape] == [224, 96]
+    assert [int(n) for n in tensors["blk.2.attn_qkv.bias"].shape] == [288]
+    assert tensors["position_embd.weight"].tensor_type.name == "F32" and "output.weight" not in tensors
+
+
 def test_published_lists_come_back_digit_for_digit(tmp_path):
     """float32 holds neither 1.3000000000000003 nor the digits of the long list; keys of our own do."""
     published = PRESETS["phi3_mini_128k"]
@@ -127,12 +148,14 @@ def theirs(path, tokens):
         return model(torch.tensor([tokens])).logits[0].numpy()
 
 
-@pytest.mark.parametrize(
-    "name", ["phi3", "llama"]
-)  # transformers reads neither LongRoPE, nor window, nor partial rotation
+# transformers reads neither LongRoPE, nor windows, nor partial rotation, and of a GPT-2 published sizes alone.
+READ_BY_THEM = {"phi3": PHI3, "llama": LLAMA, "gpt2": dataclasses.replace(GPT2, max_position=1024, ffn_dim=4 * 96)}
+
+
+@pytest.mark.parametrize("name", READ_BY_THEM)
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
 def test_transformers_reads_it_with_equal_logits(name, kind, tmp_path):
-    c = MODELS[name]
+    c = READ_BY_THEM[name]
     path = write_gguf(opened(c), tmp_path / "m.gguf", kind=kind, architecture=architecture(c))
     tokens = np.random.default_rng(0).integers(0, c.vocab_size, 40).tolist()
     back = open_gguf(path)
@@ -158,6 +181,8 @@ def test_params_on_a_mesh_are_those_of_the_file(tmp_path):
 REFUSED = {
     "a window in llama": (PARTIAL, {"architecture": "llama"}, "a sliding window and heads that rotate in part"),
     "LongRoPE in llama": (LONG, {"architecture": "llama"}, "LongRoPE's two lists"),
+    "GPT-2 in llama": (GPT2, {"architecture": "llama"}, r"model.positions='learned' .*Write it as 'gpt2'"),
+    "grouped heads in gpt2": (dataclasses.replace(GPT2, num_kv_heads=2), {}, "model.positions='learned'"),
     "narrow heads in phi3": (LLAMA, {"architecture": "phi3"}, "4 heads of 16 = 64 and a width of 96"),
     "neither": (dataclasses.replace(LLAMA, sliding_window=9), {}, "heads of 16 = 64"),
     "rows of no block": (
@@ -234,6 +259,8 @@ def test_the_architecture_is_that_of_the_weights_or_the_one_that_can_hold_them(t
         (PHI3, None, "phi3"),
         (PHI3, "LlamaForCausalLM", "llama"),
         (LLAMA, None, "llama"),
+        (GPT2, None, "gpt2"),
+        (GPT2, "LlamaForCausalLM", "gpt2"),
         (LLAMA, "Phi3ForCausalLM", "llama"),
         (dataclasses.replace(PHI3, sliding_window=9), "MistralForCausalLM", "phi3"),
     ):

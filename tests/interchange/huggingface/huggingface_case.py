@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gpt2_case import GPT2_SMALL
 
 from phijax.model.config import LongRope, ModelConfig
 
@@ -52,18 +53,33 @@ LLAMA = dataclasses.replace(PHI3, norm_eps=1e-6, rope_theta=500.0)
 TIED = dataclasses.replace(LLAMA, num_kv_heads=1, head_dim=20, tied_head=True)
 
 MODELS: dict[str, tuple[ModelConfig, str]] = {
-    "phi3": (PHI3, "Phi3"),
-    "window": (WINDOW, "Phi3"),
-    "longrope": (LONG, "Phi3"),
-    "partial": (PARTIAL, "Phi3"),
-    "llama": (LLAMA, "Llama"),
-    "tied": (TIED, "Llama"),
-    "mistral": (WINDOW, "Mistral"),
+    "phi3": (PHI3, "Phi3ForCausalLM"),
+    "window": (WINDOW, "Phi3ForCausalLM"),
+    "longrope": (LONG, "Phi3ForCausalLM"),
+    "partial": (PARTIAL, "Phi3ForCausalLM"),
+    "llama": (LLAMA, "LlamaForCausalLM"),
+    "tied": (TIED, "LlamaForCausalLM"),
+    "mistral": (WINDOW, "MistralForCausalLM"),
+    "gpt2": (GPT2_SMALL, "GPT2LMHeadModel"),
 }
 
 
-def their_config(c: ModelConfig, kind: str):
+def their_config(c: ModelConfig, class_name: str):
     """transformers' config, by its own keys of today."""
+    kind = class_name.removesuffix("ForCausalLM")
+    ids = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": [7, 2]}
+    if c.positions == "learned":
+        return transformers.GPT2Config(
+            vocab_size=c.vocab_size,
+            n_positions=c.max_position,
+            n_embd=c.model_dim,
+            n_layer=c.num_layers,
+            n_head=c.num_heads,
+            n_inner=c.ffn_dim,
+            layer_norm_epsilon=c.norm_eps,
+            tie_word_embeddings=c.tied_head,
+            **ids,
+        )
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
     keys: dict[str, Any] = {}
     if c.long_rope:
@@ -88,21 +104,20 @@ def their_config(c: ModelConfig, kind: str):
         rms_norm_eps=c.norm_eps,
         tie_word_embeddings=c.tied_head,
         rope_parameters=rope,
-        pad_token_id=None,
-        bos_token_id=1,
-        eos_token_id=[7, 2],
+        **ids,
         **keys,
     )
 
 
-def make(c: ModelConfig, kind: str, dtype: str = "float32"):
-    """A model with normal matrices of unit gain and factors of norms around one."""
-    model = getattr(transformers, f"{kind}ForCausalLM")(their_config(c, kind))
+def make(c: ModelConfig, class_name: str, dtype: str = "float32"):
+    """A model with normal matrices of unit gain, factors of norms around one, and biases away from zero."""
+    model = getattr(transformers, class_name)(their_config(c, class_name))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in model.parameters():
+        for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(1 + 0.2 * noise if weight.ndim == 1 else noise * weight.shape[1] ** -0.5)
+            mean = 0.0 if name.endswith("bias") else 1.0
+            weight.copy_(mean + 0.2 * noise if weight.ndim == 1 else noise * weight.shape[1] ** -0.5)
     return model.to(getattr(torch, dtype)).eval()
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 from gguf_case import tokenizer
-from small_weights_case import CASES, STOPS, Small, expected, layout_of, source, unpacked
+from small_weights_case import CASES, STOPS, Small, expected, family_of, source, unpacked
 
 from phijax.errors import UserError
 from phijax.interchange import small_matrices
@@ -27,7 +27,7 @@ def small(tmp_path_factory):
 
 
 def write(opened, output, dtype=None, shard=1 << 30):
-    folder = compressed_tensors_export.folder(opened, layout_of(opened), dtype and DTYPES[dtype])
+    folder = compressed_tensors_export.folder(opened, family_of(opened), dtype and DTYPES[dtype])
     huggingface_folder.write(opened, epath.Path(output), folder, max_shard_bytes=shard)
     return output
 
@@ -54,7 +54,7 @@ def test_integers_and_scales_are_ours(case, small, tmp_path):
     opened = small(case)
     tensors = stored(write(opened, tmp_path / "out", shard=100_000))
     seen = set()
-    for name, wide in expected(opened, layout_of(opened)).items():
+    for name, wide in expected(opened, family_of(opened).rows).items():
         module = name.removesuffix(".weight")
         if name in tensors:
             seen.add(name)
@@ -97,7 +97,7 @@ def test_transformers_gives_the_logits_of_the_dense_folder(case, small, tmp_path
     opened = small(case)
     folder = write(opened, tmp_path / "small", dtype="float32")
     plain = tmp_path / "dense"
-    dense = huggingface_export.folder(opened, layout_of(opened), DTYPES["float32"])
+    dense = huggingface_export.folder(opened, family_of(opened), DTYPES["float32"])
     huggingface_folder.write(opened, epath.Path(plain), dense)
     tokens, logits = torch.tensor(np.random.default_rng(0).integers(0, 380, (2, 24))), []
     for path in (folder, plain):
@@ -106,7 +106,7 @@ def test_transformers_gives_the_logits_of_the_dense_folder(case, small, tmp_path
             logits.append(model(tokens, use_cache=False).logits.numpy())
     # After its first forward pass the model holds dense weights.
     weights = model.state_dict()
-    for name, wide in expected(opened, layout_of(opened)).items():
+    for name, wide in expected(opened, family_of(opened).rows).items():
         np.testing.assert_array_equal(weights[name].numpy(), wide, err_msg=name)
     np.testing.assert_array_equal(*logits)
     assert np.abs(logits[0]).max() > 1
@@ -119,6 +119,12 @@ def test_tokenizer_stops_and_card_come_along(small, tmp_path):
     assert (folder / "tokenizer.json").exists() and "<|assistant|>" in (folder / "tokenizer_config.json").read_text()
     card = (folder / "README.md").read_text()
     assert "pip install compressed-tensors" in card and "qkv int4_g32" in card and "| quality | not measured |" in card
+
+
+def test_matrices_that_are_no_linear_layers_are_refused(small, tmp_path):
+    """Conv1D's, which no reader of the format quantises."""
+    with pytest.raises(UserError, match=r"GPT2LMHeadModel has no linear layer for transformer.h.0.attn.c_attn.weight"):
+        write(small("learned"), tmp_path / "out")
 
 
 def test_a_checkpoint_that_is_not_quantised_is_refused(tmp_path):

@@ -14,10 +14,11 @@ from phijax.errors import UserError
 from phijax.interchange.huggingface import config as huggingface_config
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
-from phijax.interchange.huggingface import names
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.interchange.load import load_params
 from phijax.interchange.native import write as native_write
 from phijax.interchange.open import open_checkpoint
+from phijax.interchange.tensors import tensors as tensors_of
 from phijax.interchange.weight_source import model_shapes
 from phijax.model import params
 from phijax.model.backend import Backend
@@ -48,8 +49,8 @@ def logits(opened, tokens: np.ndarray) -> np.ndarray:
 
 
 def write_hf(opened, output, *, layout=None, dtype=None, shard=10**9):
-    layout = layout or huggingface_export.choose_layout(opened, "hf")
-    huggingface_folder.write(opened, output, huggingface_export.folder(opened, layout, dtype), max_shard_bytes=shard)
+    family = huggingface_export.choose_family(opened, layout or "hf")
+    huggingface_folder.write(opened, output, huggingface_export.folder(opened, family, dtype), max_shard_bytes=shard)
     return output
 
 
@@ -81,7 +82,7 @@ def test_leaves_are_bit_equal_on_any_mesh_from_single_and_sharded_files(saved, n
         got = {k: np.asarray(v) for k, v in params.flat(load_params(open_checkpoint(folder), mesh)).items()}
         for i in range(c.num_layers):
             layer = f"model.layers.{i}."
-            if kind == "Phi3":
+            if kind == "Phi3ForCausalLM":
                 q, k, v = np.split(theirs[layer + "self_attn.qkv_proj.weight"], [rows, rows + kv])
                 gate, up = np.split(theirs[layer + "mlp.gate_up_proj.weight"], 2)
             else:
@@ -117,7 +118,7 @@ def test_round_trip_through_ours_keeps_every_bit_and_dtype(saved, tmp_path, name
     assert len(list(back.glob("*.safetensors"))) > 1
     assert tensors(back) == tensors(saved(name, dtype))
     config = json.loads((back / "config.json").read_text())
-    assert config["architectures"] == [f"{MODELS[name][1]}ForCausalLM"] and config["torch_dtype"] == dtype
+    assert config["architectures"] == [MODELS[name][1]] and config["torch_dtype"] == dtype
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -150,12 +151,12 @@ def test_phi3_in_the_layouts_of_others(saved, tmp_path, name, layout):
 )
 def test_layouts_that_cannot_hold_a_model_are_refused_with_the_reason(saved, name, layout, reason):
     with pytest.raises(UserError, match=reason):
-        huggingface_export.choose_layout(open_checkpoint(saved(name)), layout)
+        huggingface_export.choose_family(open_checkpoint(saved(name)), layout)
 
 
 def test_a_window_that_no_sequence_reaches_needs_no_mistral():
     c = dataclasses.replace(PHI3, sliding_window=64)
-    assert huggingface_config.unwritable(c, "llama") is None
+    assert FAMILIES["llama"].unwritable(c) is None
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -167,8 +168,8 @@ def test_narrowing_rounds_as_torch_does(saved, tmp_path, dtype):
 @pytest.mark.parametrize("layout", ["phi3", "llama", "mistral"])
 @pytest.mark.parametrize("c", [PHI3, WINDOW, LONG, PARTIAL, TIED], ids=["plain", "window", "long", "partial", "tied"])
 def test_config_comes_back_from_what_was_written(c, layout):
-    if huggingface_config.unwritable(c, layout) is None:
-        written = json.loads(json.dumps(huggingface_config.render(c, layout, dtype="bfloat16", ids={})))
+    if FAMILIES[layout].unwritable(c) is None:
+        written = json.loads(json.dumps(huggingface_config.render(c, FAMILIES[layout], dtype="bfloat16", ids={})))
         assert huggingface_config.parse(written, "x")[0] == c
 
 
@@ -177,7 +178,7 @@ def test_the_name_table_covers_every_leaf_once(layout):
     """Each element of each leaf lies in one tensor."""
     c = dataclasses.replace(PHI3, num_layers=3)
     counts = {path: 0 for path in model_shapes(c)}
-    for tensor in names.tensors(c, layout):
+    for tensor in tensors_of(c, FAMILIES[layout].rows):
         assert sum(part.rows for part in tensor.parts) == tensor.shape[0]
         for part in tensor.parts:
             counts[part.leaf] += part.rows * (tensor.shape[1] if len(tensor.shape) > 1 else 1)
@@ -185,7 +186,7 @@ def test_the_name_table_covers_every_leaf_once(layout):
 
 
 CHANGES = [
-    ("phi3", {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel.*is not known"),
+    ("phi3", {"architectures": ["PhiForCausalLM"], "model_type": "phi"}, "PhiForCausalLM.*is not known"),
     ("phi3", {"model_type": "llama"}, "architectures says Phi3ForCausalLM, model_type says 'llama'"),
     ("llama", {"attention_bias": True}, "attention_bias=True"),
     ("llama", {"mlp_bias": True}, "mlp_bias=True"),
@@ -255,7 +256,7 @@ def test_defaults_are_those_of_transformers(saved):
             "tie_word_embeddings",
         ):
             data.pop(key, None)
-        theirs = getattr(transformers, f"{kind}Config")(**{k: v for k, v in data.items() if k != "architectures"})
+        theirs = getattr(transformers, kind).config_class(**{k: v for k, v in data.items() if k != "architectures"})
         ours = huggingface_config.parse(data, "config.json")[0]
         assert ours.norm_eps == theirs.rms_norm_eps
         assert ours.max_position == theirs.max_position_embeddings
@@ -266,7 +267,7 @@ def test_defaults_are_those_of_transformers(saved):
 
 def test_mixed_dtypes_keep_theirs_where_a_tensor_has_one(saved, tmp_path):
     """Norms in float32 beside matrices in bfloat16, as some trainers write them."""
-    model = make(PHI3, "Phi3", "bfloat16")
+    model = make(PHI3, "Phi3ForCausalLM", "bfloat16")
     model.model.norm.float()
     model.save_pretrained(tmp_path / "mixed")
     opened = open_checkpoint(tmp_path / "mixed")
@@ -279,7 +280,7 @@ def test_buffers_of_old_files_and_a_second_copy_of_a_tied_head_are_ignored(saved
     safetensors_torch = pytest.importorskip("safetensors.torch")
     torch = pytest.importorskip("torch")
     folder = tmp_path / "old"
-    model = make(TIED, "Llama")
+    model = make(TIED, "LlamaForCausalLM")
     model.save_pretrained(folder)
     state = safetensors_torch.load_file(folder / "model.safetensors")
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(10)

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from etils import epath
 from gguf_case import tokenizer
-from small_weights_case import CASES, STOPS, Small, expected, layout_of, source, unpacked
+from small_weights_case import CASES, LEARNED_CASES, STOPS, Small, expected, family_of, source, unpacked
 
 from phijax.errors import UserError
 from phijax.interchange import small_matrices
 from phijax.interchange.huggingface import folder as huggingface_folder
 from phijax.interchange.huggingface import mlx as mlx_export
 from phijax.interchange.huggingface.export import DTYPES
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.model.config import LongRope
 from phijax.quantization.policy import Scheme
 
@@ -27,7 +28,7 @@ def small(tmp_path_factory):
 
 
 def write(opened, output, dtype=None, shard=1 << 30):
-    folder = mlx_export.folder(opened, layout_of(opened), dtype and DTYPES[dtype])
+    folder = mlx_export.folder(opened, family_of(opened), dtype and DTYPES[dtype])
     huggingface_folder.write(opened, epath.Path(output), folder, max_shard_bytes=shard)
     return output
 
@@ -64,14 +65,15 @@ def test_bits_and_groups_are_in_the_config(small, tmp_path):
     }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *LEARNED_CASES])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_integers_and_scales_are_ours(case, dtype, small, tmp_path):
     opened = small(case)
     folder = write(opened, tmp_path / "out", dtype=dtype, shard=100_000)
     tensors, seen = stored(folder), set()
     settings = json.loads((folder / "config.json").read_text())["quantization"]
-    for name, wide in expected(opened, layout_of(opened)).items():
+    family = family_of(opened)
+    for name, wide in expected(opened, family.mlx_rows or family.rows).items():
         module = name.removesuffix(".weight")
         if f"{module}.scales" in tensors:
             entry = settings.get(module, settings)
@@ -102,11 +104,11 @@ def test_stops_and_card_come_along(small, tmp_path):
 
 
 def test_what_mlx_computes_otherwise_is_said(small):
-    opened = small("groups of 32")
-    assert mlx_export.folder(opened, "phi3", None).notes == ["scales and what is dense: float16, in which MLX computes"]
+    opened, family = small("groups of 32"), FAMILIES["phi3"]
+    assert mlx_export.folder(opened, family, None).notes == ["scales and what is dense: float16, in which MLX computes"]
     rope = LongRope((1.0,) * 32, (2.0,) * 32, original_max_position=16)
     model = dataclasses.replace(opened.model, long_rope=rope, sliding_window=7)
-    other = mlx_export.folder(dataclasses.replace(opened, model=model), "phi3", DTYPES["bfloat16"])
+    other = mlx_export.folder(dataclasses.replace(opened, model=model), family, DTYPES["bfloat16"])
     said = "\n".join(other.notes)
     assert "bfloat16 rounds the scales" in said and "long list always" in said and "longer than 7 tokens" in said
 
@@ -119,6 +121,17 @@ def test_what_cannot_be_is_refused(small, tmp_path):
     with pytest.raises(UserError, match=r"down_proj.weight has 240 inputs: MLX has groups of 32, 64 and 128"):
         write(narrow, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_mlx_lms_gpt2_has_not_is_refused(small):
+    opened = small("learned")
+    for change, message in (
+        ({"ffn_dim": 224}, r"feed-forward width of 4 n_embd = 256, this model of 224. Take --format=gguf, or hf"),
+        ({"tied_head": False}, "always ties the head"),
+    ):
+        other = dataclasses.replace(opened, model=dataclasses.replace(opened.model, **change))
+        with pytest.raises(UserError, match=message):
+            mlx_export.folder(other, FAMILIES["gpt2"], None)
 
 
 def test_scales_beyond_float16_are_refused(small, tmp_path, monkeypatch):

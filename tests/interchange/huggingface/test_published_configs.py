@@ -4,6 +4,7 @@ import pytest
 
 from phijax.errors import UserError
 from phijax.interchange.huggingface import config as huggingface_config
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.model.config import ModelConfig
 from phijax.model.presets import PRESETS
 
@@ -93,6 +94,32 @@ LLAMA2 = {
     "use_cache": True,
     "vocab_size": 32000,
 }
+GPT2 = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPT2LMHeadModel"],
+    "attn_pdrop": 0.1,
+    "bos_token_id": 50256,
+    "embd_pdrop": 0.1,
+    "eos_token_id": 50256,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2",
+    "n_ctx": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "resid_pdrop": 0.1,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    "vocab_size": 50257,
+}
+GPT2_LARGE = {"n_embd": 1280, "n_head": 20, "n_layer": 36, "n_special": 0, "predict_special_tokens": True}
+GPT2_XL = {"n_embd": 1600, "n_head": 25, "n_layer": 48, "output_past": True}
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -135,6 +162,9 @@ SMOLLM2 = {
         (PHI3_MINI | long("phi35_mini", "longrope"), "phi35_mini"),
         (PHI3_MINI | PHI4_MINI, "phi4_mini"),
         (LLAMA2, "llama2_7b"),
+        (GPT2, "gpt2"),
+        (GPT2 | GPT2_LARGE, "gpt2_large"),
+        (GPT2 | GPT2_XL, "gpt2_xl"),
     ],
 )
 def test_published_configs_are_the_presets(config, preset):
@@ -153,6 +183,7 @@ def test_keys_that_do_nothing_by_their_usual_value_are_refused_with_another(chan
 
 
 @pytest.mark.parametrize("preset", [name for name, c in PRESETS.items() if not c.requires_long_rope])
-def test_every_preset_can_be_exported_as_phi3_and_read_back(preset):
-    written = huggingface_config.render(PRESETS[preset], "phi3", dtype="bfloat16", ids={})
+def test_every_preset_can_be_exported_and_read_back(preset):
+    family = FAMILIES["gpt2" if preset.startswith("gpt2") else "phi3"]
+    written = huggingface_config.render(PRESETS[preset], family, dtype="bfloat16", ids={})
     assert huggingface_config.parse(written, "config.json")[0] == PRESETS[preset]

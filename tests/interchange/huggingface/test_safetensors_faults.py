@@ -14,6 +14,7 @@ from phijax.errors import UserError
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
 from phijax.interchange.huggingface import safetensors as safetensors_files
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.interchange.native import write as native_write
 from phijax.interchange.open import open_checkpoint
 from phijax.interchange.weight_source import check_finite
@@ -186,7 +187,7 @@ def test_weights_that_are_not_finite_end_an_export_without_a_trace(saved, tmp_pa
     (folder / WEIGHTS).write_bytes(data)
     opened = open_checkpoint(folder)
     with pytest.raises(UserError, match=r"down_proj.* NaN or infinite"):
-        huggingface_folder.write(opened, tmp_path / "hf", huggingface_export.folder(opened, "phi3", None))
+        huggingface_folder.write(opened, tmp_path / "hf", huggingface_export.folder(opened, FAMILIES["phi3"], None))
     with pytest.raises(UserError, match=r"down_proj.* NaN or infinite"):
         native_write.write(opened, tmp_path / "ours", dtype=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["poisoned"]
@@ -221,7 +222,7 @@ def test_values_too_large_for_half_precision_are_refused(saved, tmp_path):
     data[stored.offset : stored.offset + 4] = np.float32(70000.0).tobytes()
     (folder / WEIGHTS).write_bytes(data)
     opened = open_checkpoint(folder)
-    half = huggingface_export.folder(opened, "phi3", huggingface_export.DTYPES["float16"])
+    half = huggingface_export.folder(opened, FAMILIES["phi3"], huggingface_export.DTYPES["float16"])
     with pytest.raises(UserError, match=r"model.norm.weight, as float16, .*infinite.*beyond the 65,504"):
         huggingface_folder.write(opened, tmp_path / "o", half)
     assert not (tmp_path / "o").exists()
@@ -231,8 +232,9 @@ def test_an_output_that_is_there_is_never_touched(saved, tmp_path):
     opened = open_checkpoint(saved("phi3"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
+    folder = huggingface_export.folder(opened, FAMILIES["phi3"], None)
     for write in (
-        lambda: huggingface_folder.write(opened, tmp_path / "out", huggingface_export.folder(opened, "phi3", None)),
+        lambda: huggingface_folder.write(opened, tmp_path / "out", folder),
         lambda: native_write.write(opened, tmp_path / "out", dtype=None),
     ):
         with pytest.raises(UserError, match="is there already"):

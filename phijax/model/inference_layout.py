@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 
 @dataclasses.dataclass(frozen=True)
-class Path:
+class InferenceLayout:
     """Static choices of an inference program.
 
     transposed: matrices that `project` contracts lie as [D, rows], the head too. On CPU the product with few rows is
