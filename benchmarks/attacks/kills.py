@@ -115,7 +115,8 @@ class _Command:
         if code == -signal.SIGKILL:
             code = _killed(self.started(output), log, None)
         said = log.read_text(errors="replace")[-3000:]
-        if code and not (code == 2 and f"{output} is there already" in said):  # it was killed after its last change
+        was_done = code == 2 and "is there already" in said and str(output) in said  # killed after its last change
+        if code and not was_done:
             return Outcome(self.kind, f"ended with {code}", True, said, kills)
         left = sorted(path.name for path in output.parent.iterdir() if path != output)
         if left:
