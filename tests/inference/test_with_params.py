@@ -11,7 +11,7 @@ import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "training"))
 from compilation_count import compilations
-from quantized_case import MODEL, quantized_params
+from references.quantized import MODEL, quantized_params
 from small_training import SMALL, compiled, host_batch, mesh_of, on_mesh, recipe
 
 from phijax.errors import UserError

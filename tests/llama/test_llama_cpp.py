@@ -6,8 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-import real_model
 from llama_reader import load, theirs
+from references import real_model
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "interchange"))
 from gguf_case import LLAMA, LONG, PHI3, TEXT, logits, opened, random_arrays, tokenizer

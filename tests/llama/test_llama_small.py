@@ -10,9 +10,9 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
-import real_model
 from etils import epath
 from llama_reader import load, theirs
+from references import real_model
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "interchange"))
 from gguf_case import Arrays, everything, logits, opened, random_arrays

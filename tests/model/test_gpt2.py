@@ -8,7 +8,8 @@ import pytest
 from formula_case import calibrated, called, close, evaluated, generated, needs_compiler, tiled_block, trained, weights
 from formula_case import stored as in_four_bits
 from gpt2_case import GPT2_SMALL, leaves_of_gpt2, transformers_gpt2
-from small_models import assert_leaves_close, pack, random_documents, random_params, run
+from references.weights import random_params
+from small_models import assert_leaves_close, pack, random_documents, run
 
 from phijax.errors import UserError
 from phijax.inference.generator import Generator

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from collectives import moved
 from jax.sharding import Mesh
-from quantized_case import quantized_params
+from references.quantized import quantized_params
 from small_training import LENGTH, QUICK, ROWS, SMALL, host_batch, mesh_of, on_mesh
 
 from phijax.data.batch import TEXT_KEYS, abstract_batch, batch_sharding
