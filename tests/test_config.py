@@ -304,7 +304,7 @@ def test_each_experiments_command_plans_and_names_the_data_it_lacks(path, tmp_pa
     assert run_main([*arguments, "--dry_run"]) == EXIT_USER_ERROR
     printed = capsys.readouterr()
     assert f"model: {PARAMETERS[path.stem]} parameters" in printed.out
-    assert "  memory of one device:" in printed.out and " = " in printed.out
+    assert "  memory of " in printed.out and " GiB" in printed.out
     first = config.load(str(path)).data.phases[0].mixture[0].path
     assert printed.err.startswith(f"error: data: No shards at {first}")
 
