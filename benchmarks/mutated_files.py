@@ -31,6 +31,7 @@ from phijax.interchange import model_card, tokenizer_files
 from phijax.interchange.gguf.write import write_gguf
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.interchange.open import open_checkpoint
 from phijax.interchange.opened import Opened
 from phijax.interchange.weight_source import NOT_QUANTIZED, Index, model_shapes
@@ -110,7 +111,7 @@ def readers(folder: pathlib.Path) -> dict[str, Reader]:
 
 
 def _huggingface(folder: pathlib.Path, opened: Opened) -> dict[str, Reader]:
-    written = huggingface_export.folder(opened, "phi3", None)
+    written = huggingface_export.folder(opened, FAMILIES["phi3"], None)
     huggingface_folder.write(opened, epath.Path(folder), written, max_shard_bytes=100_000)
     generation = {"do_sample": True, "temperature": 0.7, "top_k": 40, "eos_token_id": [310, 311], "bos_token_id": 1}
     (folder / "generation_config.json").write_text(json.dumps(generation))

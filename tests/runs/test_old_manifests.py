@@ -19,6 +19,7 @@ from phijax.errors import UserError
 from phijax.interchange.gguf.write import write_gguf
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.interchange.load import load_params
 from phijax.interchange.native import quantize as native_quantize
 from phijax.interchange.native import write as native_write
@@ -87,7 +88,7 @@ def opens_starts_and_exports(folder: pathlib.Path, runs, tmp_path: pathlib.Path)
     config = configs.load(str(runs.experiment), [("init_from", str(folder)), ("model.preset", "checkpoint")])
     begun = start.open_start(config, start.resolve(config), Shards.open(runs.shards / "a"))
     assert begun.facts["model"] == model_to_dict(opened.model)
-    huggingface_folder.write(opened, tmp_path / "hf", huggingface_export.folder(opened, "llama", None))
+    huggingface_folder.write(opened, tmp_path / "hf", huggingface_export.folder(opened, FAMILIES["llama"], None))
     write_gguf(opened, tmp_path / "model.gguf", kind="F32", architecture="llama")
     native_write.write(opened, tmp_path / "ours", dtype=None)
     again = json.loads((tmp_path / "ours" / manifest.MANIFEST_FILE).read_text())
