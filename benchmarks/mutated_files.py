@@ -27,8 +27,10 @@ from phijax.curation.jobs import run as run_tasks
 from phijax.data import verification
 from phijax.data.shard_manifest import InputEntry, Manifest, read_manifest
 from phijax.data.shards import ShardWriter
+from phijax.errors import UserError
 from phijax.interchange import model_card, tokenizer_files
 from phijax.interchange.gguf.write import write_gguf
+from phijax.interchange.huggingface import config as huggingface_config
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
 from phijax.interchange.huggingface.families import FAMILIES
@@ -42,6 +44,7 @@ from phijax.report.report import EventLog
 from phijax.report.summary import summarise
 from phijax.report.writers import JsonLines, encode, read_metrics
 from phijax.run import resume
+from phijax.storage import strict_json
 from phijax.text.open import open_tokenizer
 from phijax.text.tokenizer import Tokenizer
 from phijax.text.train_tokenizer import train_tokenizer
@@ -103,6 +106,7 @@ def readers(folder: pathlib.Path) -> dict[str, Reader]:
     )
     return {
         **_huggingface(folder / "hf", opened),
+        **_configs(folder),
         **_tokenizers(folder, tokenizer),
         **_gguf(folder / "gguf", opened),
         **_run(folder / "run", model, tokenizer),
@@ -111,7 +115,7 @@ def readers(folder: pathlib.Path) -> dict[str, Reader]:
 
 
 def _huggingface(folder: pathlib.Path, opened: Opened) -> dict[str, Reader]:
-    written = huggingface_export.folder(opened, FAMILIES["phi3"], None)
+    written = huggingface_export.folder(opened, huggingface_export.choose_family(opened, "hf"), None)
     huggingface_folder.write(opened, epath.Path(folder), written, max_shard_bytes=100_000)
     generation = {"do_sample": True, "temperature": 0.7, "top_k": 40, "eos_token_id": [310, 311], "bos_token_id": 1}
     (folder / "generation_config.json").write_text(json.dumps(generation))
@@ -124,6 +128,29 @@ def _huggingface(folder: pathlib.Path, opened: Opened) -> dict[str, Reader]:
         "model.safetensors.index.json": Reader(folder / "model.safetensors.index.json", _open),
         "*.safetensors": Reader(shard, _open, "safetensors"),
     }
+
+
+def _configs(folder: pathlib.Path) -> dict[str, Reader]:
+    """config.json of the other classes, whose weights are laid out otherwise."""
+    gpt2 = {"positions": "learned", "norm": "layer", "bias": True, "activation": "gelu_tanh", "gated": False}
+    plain = dataclasses.replace(MODEL, long_rope=None)
+    models = {
+        "llama": plain,
+        "mistral": dataclasses.replace(plain, sliding_window=16),
+        "gpt2": dataclasses.replace(plain, num_kv_heads=plain.num_heads, tied_head=True, **gpt2),
+    }
+    found = {}
+    for name, model in models.items():
+        path = folder / name / "config.json"
+        path.parent.mkdir()
+        config = huggingface_config.render(model, FAMILIES[name], dtype="float32", ids={"eos_token_id": 2})
+        path.write_text(json.dumps(config))
+        found[f"config.json ({name})"] = Reader(path, _parse)
+    return found
+
+
+def _parse(path: pathlib.Path) -> None:
+    huggingface_config.parse(strict_json.read(path).values, str(path))
 
 
 def _tokenizers(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Reader]:
@@ -186,7 +213,10 @@ def _run(workdir: pathlib.Path, model: ModelConfig, tokenizer: Tokenizer) -> dic
         best(epath.Path(workdir) / "checkpoints", [9], "heldout_loss/a")
         restored_step(epath.Path(step))
         manifest.verify(epath.Path(step))
-        resume.check_identity(reading.newest_identity(workdir / "checkpoints") or identity, identity, 9)
+        try:
+            resume.check_identity(reading.newest_identity(workdir / "checkpoints") or identity, identity, 9)
+        except UserError as error:  # of a run that is named in the line before it
+            raise UserError(f"{path}: {error}") from error
 
     def metrics(copy: pathlib.Path) -> None:
         JsonLines(epath.Path(copy.parent), 5).close()

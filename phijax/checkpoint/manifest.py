@@ -109,7 +109,11 @@ def _check(content: Fields) -> None:
     if wrong := [name for name, score in scores.values.items() if type(score) not in (int, float)]:  # NaN is a score
         raise scores.refusal(wrong[0], "a number")
     for leaf in content.objects("leaves"):
-        leaf.text("path"), leaf.text("dtype"), leaf.integers("shape", most=LARGEST)
+        leaf.text("path")
+        if len(leaf.integers("shape", most=LARGEST)) > 8:
+            raise leaf.refusal("shape", "of at most 8 dimensions")
+        if not re.fullmatch("[a-z0-9_]{1,32}", leaf.text("dtype")):
+            raise leaf.refusal("dtype", "the name of one")
     for file in content.objects("files"):
         file.integer("bytes", most=LARGEST), file.text("crc32")
         # A path that leads out of the folder would have any file of the reader's read.

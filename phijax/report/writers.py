@@ -110,6 +110,10 @@ def rewind(path: epath.Path, keep: Callable[[dict], bool]) -> int:
     return len(cut)
 
 
+def _before(step: int | None, first_step: int) -> bool:
+    return step is not None and step < first_step
+
+
 class LineFile:
     """A file that lines are added to. On a disk each line is flushed, so SIGKILL loses none.
 
@@ -168,7 +172,7 @@ class JsonLines:
 
     def __init__(self, workdir: epath.Path, first_step: int):
         path = workdir / "metrics.jsonl"
-        self.superseded = rewind(path, lambda values: values.get("step", first_step) < first_step)
+        self.superseded = rewind(path, lambda values: _before(values.get("step"), first_step))
         self._file = LineFile(path)
 
     def write(self, values: Values) -> None:

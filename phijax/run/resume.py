@@ -16,6 +16,7 @@ from phijax.interchange.native.source import model_of
 from phijax.interchange.opened import Opened
 from phijax.run import start
 from phijax.storage import atomic, strict_json
+from phijax.storage.strict_json import Fields
 
 
 def begin_of(rows: RowSource, before: dict[str, Any] | None, opened: Opened | None) -> int | None:
@@ -44,7 +45,11 @@ def check_identity(before: dict[str, Any], now: dict[str, Any], step: int) -> No
             + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")
             + ".\nSet it back, or take another --workdir (--config.init_from takes over weights of an equal model)."
         )
-    loader.check_resume(before["data"], json.loads(json.dumps(now["data"])), step)
+    loader.check_resume(
+        Fields(before, f"The checkpoint of step {step}").object("data").values,
+        json.loads(json.dumps(now["data"])),
+        step,
+    )
 
 
 def keep_config(config: Config, workdir: epath.Path, step: int, say) -> None:

@@ -12,7 +12,7 @@ from etils import epath
 from phijax.distribution import install_hint
 from phijax.errors import UserError
 from phijax.storage import strict_json
-from phijax.storage.strict_json import Fields, shown
+from phijax.storage.strict_json import Fields, named, shown
 from phijax.text import tokenizer_trial
 from phijax.text.bpe_arrays import spec_of_arrays
 from phijax.text.byte_level import bytes_of_token
@@ -74,8 +74,9 @@ class BpeTokenizer:
         self._end_of_text = next((name for name in _END_OF_TEXT_NAMES if name in self.specials.ids), end_of_text)
         if self._end_of_text not in self.specials.ids:
             raise UserError(
-                f"{where} has no token {end_of_text or 'that ends a document'} among its special tokens: "
-                f"{', '.join(self.specials.ids) or 'it has none'}.\nSet eos_token in tokenizer_config.json beside it."
+                f"{where} has no token {named(end_of_text or 'that ends a document')} among its special tokens: "
+                f"{', '.join(map(named, self.specials.ids)) or 'it has none'}.\n"
+                "Set eos_token in tokenizer_config.json beside it."
             )
         self.end_of_text: int = self.specials.ids[self._end_of_text]
         unknown = parsed["model"].get("unk_token")

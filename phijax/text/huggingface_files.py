@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from phijax.errors import UserError
+from phijax.storage.strict_json import named
 from phijax.text.sentencepiece_model import Piece, PieceKind, take_apart
 from phijax.text.special_files import CONFIG_FILE, JSON_FILE, read_object
 from phijax.text.specials import SPACE_MARK, DummySpace, Specials
@@ -123,7 +124,7 @@ def write_names(
 def name_of_special(specials: Specials, i: int) -> str:
     """Raises UserError where `i` is no special token."""
     if i not in specials.names:
-        known = ", ".join(f"{i} {name}" for name, i in _in_order(specials))
+        known = ", ".join(f"{i} {named(name)}" for name, i in _in_order(specials))
         raise UserError(f"Id {i} is no special token of the tokenizer, so no text can end with it. It has: {known}.")
     return specials.names[i]
 

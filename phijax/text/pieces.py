@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 import sentencepiece
 
 from phijax.errors import UserError
-from phijax.storage.strict_json import shown
+from phijax.storage.strict_json import named, shown
 from phijax.text.sentencepiece_model import charsmap
 from phijax.text.special_files import ADDED_TOKENS_FILE
 from phijax.text.tokenizer_bounds import charsmap_growth, check_growth
@@ -66,9 +66,9 @@ def check_added_tokens(
     """`own`: names that the model has and makes of no text, or that are taken out of it before. Raises: UserError."""
     if end_of_text not in added_tokens and end_of_text not in own:
         raise UserError(
-            f"The added tokens of {where} have no {end_of_text}, which must end every document.\n"
-            f"They are: {', '.join(added_tokens) or 'none'}. Add it to {ADDED_TOKENS_FILE} beside the model; "
-            "without that file phi-3's eleven tokens are put behind the model's pieces."
+            f"The added tokens of {where} have no {named(end_of_text)}, which must end every document.\n"
+            f"They are: {', '.join(map(named, added_tokens)) or 'none'}. Add it to {ADDED_TOKENS_FILE} beside the "
+            "model; without that file phi-3's eleven tokens are put behind the model's pieces."
         )
     num_pieces, seen = pieces.get_piece_size(), {}
     for text, i in added_tokens.items():

@@ -11,6 +11,7 @@ from etils import epath
 
 from phijax.errors import UserError
 from phijax.storage.regular_files import read_bounded
+from phijax.storage.strict_json import shown
 from phijax.text.decoding import decode_text
 from phijax.text.huggingface_files import name_of_special, spec_of_model, write_sentencepiece
 from phijax.text.pieces import (
@@ -108,6 +109,10 @@ class Tokenizer:
         if self._adds_space and unlike and not self._splits_at_newlines:
             raise UserError(
                 f"{where}: its pieces join newlines with words, which leaves no way around the dummy space."
+            )
+        if end_of_text not in self.specials.ids:
+            raise UserError(
+                f"{where}: {shown(end_of_text)}, which ends every document, is said to be a symbol of text."
             )
         self.end_of_text: int = self.specials.ids[end_of_text]
         self.unknown: int = self._pieces.unk_id()
