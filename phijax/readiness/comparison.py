@@ -11,6 +11,7 @@ from phijax.readiness.host import Host
 MAX_SKEW = 2.0  # seconds; file times, locks and logs of several hosts are compared by people and by tokens that expire
 ALWAYS_OPEN = 256  # files and sockets of Python, jax and its peers, beside shards
 KEYS_SHOWN = 20  # of those that differ
+SHOWN = 0.01  # of what is needed: parts below it are not named
 TIGHT = 0.8  # of the free memory, above which a warning is due
 
 
@@ -88,7 +89,7 @@ def memory(hosts: Sequence[Host], needed: Sequence[Mapping[str, int] | None], wh
     tightest = max(by_host, key=lambda name: by_host[name] / max(free[name], 1))
     share = by_host[tightest] / max(free[tightest], 1)
     text = f"the run takes {by_host[tightest] / 1e9:.2f} of {free[tightest] / 1e9:.1f} GB free on {tightest}"
-    shown = [f"{part} {size / 1e9:.2f}" for part, size in parts[tightest].items() if size]
+    shown = [f"{part} {size / 1e9:.2f}" for part, size in parts[tightest].items() if size > SHOWN * by_host[tightest]]
     text += f" ({'; '.join(shown)})" * (len(shown) > 1)
     if share > 1:
         advice = "Try --config.checkpoint.asynchronous=False, more micro-batches (data.micro_batches), or more hosts."
