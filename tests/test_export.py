@@ -58,10 +58,12 @@ def workdir(tmp_path_factory) -> pathlib.Path:
     """As a run leaves it: one step, its tokenizer, its losses."""
     folder = tmp_path_factory.mktemp("run") / "my_run"
     text = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
-    train_tokenizer([text, *TEXTS], VOCABULARY).save(folder / "tokenizer")
+    tokenizer = train_tokenizer([text, *TEXTS], VOCABULARY)
+    tokenizer.save(folder / "tokenizer")
     mixture = [{"path": "shards/prose", "weight": 1, "digest": "abcdef0123456789"}]
     phase = {"steps": 9, "sequence_length": 64, "global_batch_size": 8, "mixture": mixture}
-    identity = {"model": dataclasses.asdict(MODEL), "data": {"seed": 4, "tokenizer": "t", "phases": [phase]}}
+    data = {"seed": 4, "tokenizer": tokenizer.fingerprint, "phases": [phase]}
+    identity = {"model": dataclasses.asdict(MODEL), "data": data}
     lines = [{"step": 7, "loss": 3.5}, {"step": 8, "loss": 3.25, "heldout_loss/prose": 3.125}, {"step": 9, "loss": 1.0}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with WriterLock(folder, break_lock=False, log=print) as lock:

@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 REPOSITORY = pathlib.Path(__file__).parent.parent
 
 
@@ -13,6 +15,12 @@ def attack(*arguments: str) -> subprocess.CompletedProcess[str]:
     memory = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}  # what readers write is synced each time
     environment = {**os.environ, **memory, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_other_changes_of_files_by_strangers():
+    ended = attack("--changes=400", "--seed=1", "--only=token")
+    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-4000:]
 
 
 def test_every_change_opens_or_is_refused_by_one_message():

@@ -25,9 +25,13 @@ def inverse_frequencies(c: ModelConfig, length: int) -> tuple[np.ndarray, float]
         return (1.0 / frequencies).astype(np.float32), 1.0
     original = c.long_rope.original_max_position
     factors = c.long_rope.long_factor if length > original else c.long_rope.short_factor
-    scale = c.max_position / original
-    attention_factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-    return (1.0 / (np.asarray(factors, np.float64) * frequencies)).astype(np.float32), attention_factor
+    frequencies = np.asarray(factors, np.float64) * frequencies
+    return (1.0 / frequencies).astype(np.float32), long_rope_factor(c.max_position / original, original)
+
+
+def long_rope_factor(scale: float, original: int) -> float:
+    """What LongRoPE multiplies cos and sin with: sqrt(1 + ln(s) / ln(L0)), 1 for s up to 1."""
+    return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
 
 
 def rope_table(

@@ -20,6 +20,8 @@ def check_output(output: epath.Path, nbytes: int) -> None:
         raise UserError(f"--output={output}: exports are written to a local disk; copy the folder from there.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output={output} is there already. Nothing is overwritten: give a new name, or remove it.")
+    if os.path.islink(output) and not output.exists():  # nothing could be renamed to it at the end
+        raise UserError(f"--output={output} is a link that leads nowhere. Remove it, or give another name.")
     check_room(output, nbytes)
 
 

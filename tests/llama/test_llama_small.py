@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import real_model
 from etils import epath
+from llama_reader import load, theirs
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "interchange"))
 from gguf_case import Arrays, everything, logits, opened, random_arrays
 from small_weights_case import CASES, FUSED, Small
-from test_llama_cpp import load, theirs
 
 import phijax
 from phijax.errors import UserError

@@ -11,6 +11,7 @@ from phijax.errors import UserError
 from phijax.interchange.model_fields import ROTATION, SIZES, ModelFields
 from phijax.model.config import LongRope, ModelConfig
 from phijax.model.presets import PRESETS
+from phijax.model.rope import long_rope_factor
 from phijax.storage.strict_json import Fields, named, shown
 
 KEYS = frozenset(
@@ -154,10 +155,10 @@ def _long_rope(rope: Fields, values: Fields, max_position: int, original: int | 
     start = beside or original or inside or max_position
     if start < 2:
         raise values.refusal("max_position_embeddings", "above 1 with LongRoPE")
-    ours = _attention_factor(max_position / start, start)
+    ours = long_rope_factor(max_position / start, start)
     theirs, factor = rope.number("attention_factor", None), rope.number("factor", None, above=0)
     if theirs is None and factor is not None:
-        theirs = _attention_factor(factor, start)
+        theirs = long_rope_factor(factor, start)
     said = {"attention_factor": theirs} | {key: rope.number(key, None) for key in ("short_mscale", "long_mscale")}
     for key, value in said.items():
         if value is not None and not math.isclose(value, ours, rel_tol=1e-6):
@@ -167,7 +168,3 @@ def _long_rope(rope: Fields, values: Fields, max_position: int, original: int | 
             )
     both = [tuple(rope.numbers(key, above=0)) for key in ("short_factor", "long_factor")]
     return LongRope(*both, original_max_position=start)
-
-
-def _attention_factor(scale: float, original: int) -> float:
-    return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
