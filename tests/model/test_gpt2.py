@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from formula_case import calibrated, called, close, evaluated, generated, needs_compiler, tiled_block, trained, weights
+from formula_case import called, close, generated, needs_compiler, tiled_block
 from formula_case import stored as in_four_bits
 from gpt2_case import GPT2_SMALL, leaves_of_gpt2, transformers_gpt2
 from references.weights import random_params
@@ -48,7 +48,7 @@ def test_one_document_of_a_row_changes_no_other(ours):
     assert not np.array_equal(logits[0, 13:32], others[0, 13:32])
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_generation_up_to_the_last_position_equals_transformers(theirs, ours, scan_layers):
     """Rows of different length in one batch; the last ends at max_position."""
     import torch
@@ -86,11 +86,11 @@ def on_one_device():
     ("shape", "backend"),
     [
         ((1, 2, 2, 2), Backend(remat="save_attention")),
-        pytest.param((1, 4, 1, 2), CHOICES["cpu"], marks=pytest.mark.slow),
-        pytest.param((2, 2, 1, 2), Backend(remat="save_all", rope_by_matmul=True), marks=pytest.mark.slow),
+        ((2, 2, 1, 2), Backend(remat="save_all", flat_tokens=True)),
     ],
-    ids=str,
+    ids=["context", "data, flat tokens"],
 )
+@pytest.mark.slow
 def test_meshes_equal_one_device(on_one_device, shape, backend):
     """Biases follow the cut of their rows, the table of positions is whole; every gradient comes back to its place."""
     weights, rows, ((loss, logits), gradients) = on_one_device
@@ -126,7 +126,7 @@ def test_a_row_has_its_bits_out_of_layer_norm():
     leaves = {f"final_norm/{name}": rng.standard_normal(768, np.float32) for name in ("scale", "bias")}
     norm = jax.jit(lambda x: params.module_with(c, leaves).final_norm(1.0 * x, row_sum))
     whole = norm(rows)
-    for count in (2, 3, 5, 7, 8, 13):
+    for count in (3, 5):
         np.testing.assert_array_equal(norm(rows[:count]), whole[:count])
 
 
@@ -144,12 +144,6 @@ def test_longrope_has_nothing_to_rotate():
         dataclasses.replace(GPT2_SMALL, long_rope=LongRope((1.0,) * 6, (2.0,) * 6, 16)).check()
 
 
-def test_every_path_computes_the_same():
-    expected = evaluated(GROUPS, weights(GROUPS))
-    for got, reference in [(trained(GROUPS), expected), (calibrated(GROUPS), expected)]:
-        np.testing.assert_allclose(got, reference, rtol=0, atol=1e-4)
-
-
 # --- four bits on a CPU ---------------------------------------------------------------------------------------------
 
 X = np.random.default_rng(4).standard_normal((4, 1, GROUPS.model_dim)).astype(np.float32)
@@ -163,20 +157,21 @@ def test_what_the_kernel_does_not_fuse_is_products_in_four_bits(monkeypatch):
         return ops.add(x, block.mlp(Normed(x, block.mlp_norm)))
 
     assert called(layer, X) == {cpu_int4_library.PRODUCT}
-    close(layer(X), X + Ops.value(ops, block.mlp(Normed(X, block.mlp_norm))))
+    close(jax.jit(layer)(X), jax.jit(lambda x: x + Ops.value(ops, block.mlp(Normed(x, block.mlp_norm))))(X))
     # LayerNorm and biases are computed around the products, and attention without a rotation is the kernel's.
     whole = lambda x, cache: block(x, cache, ops)  # noqa: E731
     assert called(whole, X, cache) == {cpu_int4_library.PRODUCT, cpu_int4_library.ATTEND}
-    got, written = whole(X, cache)
+    got, written = jax.jit(whole)(X, cache)
     monkeypatch.setattr(cpu_int4, "attends", lambda *_: False)
     assert called(lambda *a: whole(*a), X, cache) == {cpu_int4_library.PRODUCT}
-    expected, rewritten = whole(X, cache)
+    expected, rewritten = jax.jit(lambda *a: whole(*a))(X, cache)
     close(got, expected)
     for a, b in zip(jax.tree.leaves(written), jax.tree.leaves(rewritten), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_generation_in_four_bits():
     got, expected = generated(GROUPS, in_four_bits(GROUPS))
     # Activations are rounded to eight bits, see test_one_formula.py.
@@ -184,6 +179,7 @@ def test_generation_in_four_bits():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_row_in_four_bits_has_its_bits_in_any_batch():
     generator, sampling = Generator(GROUPS, params.nested(in_four_bits(GROUPS))), Sampling(temperature=0, max_tokens=3)
     batch = [list(map(int, ids)) for ids in random_documents(GROUPS, 3, 17, 36)]

@@ -249,7 +249,9 @@ GPT2_BACKENDS = {
 }
 
 
-@pytest.mark.parametrize("backend", GPT2_BACKENDS)
+@pytest.mark.parametrize(
+    "backend", [name if name == "scanned" else pytest.param(name, marks=pytest.mark.slow) for name in GPT2_BACKENDS]
+)
 def test_gpt2_packed_rows(backend):
     """Learned positions restart in each document; every leaf, biases among them, has transformers' gradient."""
     rows = pack([random_documents(GPT2_SMALL, 19, 12), random_documents(GPT2_SMALL, 5, 28, seed=1)], 33)

@@ -94,7 +94,7 @@ CASES = [
 OTHERS = [
     (dataclasses.replace(SMALL, activation="gelu_tanh"), ("none", "dense", True, "bfloat16")),
     (dataclasses.replace(SMALL, gated=False), ("none", "blocked", False, "float32")),
-    *((GPT2, case) for case in CASES[:4] + CASES[-4:]),
+    *((GPT2, case) for case in (CASES[1], CASES[2], CASES[-2])),
 ]
 
 

@@ -69,7 +69,7 @@ def decoder(c, flat, ids, what: str) -> np.ndarray:
     return np.asarray(jax.jit(forward, compiler_options=QUICK)(params.nested(flat)))
 
 
-@pytest.mark.parametrize("c", [MODEL, LONG, UNGATED])
+@pytest.mark.parametrize("c", [MODEL, LONG, pytest.param(UNGATED, marks=pytest.mark.slow)])
 def test_layer_by_layer_it_is_the_decoder(c):
     flat = uneven_params(c)
     *_, (number, _, inputs, x) = calibrate.layers(c, Source(flat).read, tokens())
@@ -108,9 +108,8 @@ def test_folding_changes_weights_but_not_the_model(folds):
     assert changed == {path for name in scaled for path in (*policy.paths_of(MODEL, name), *takes_inverse[name])}
 
 
-@pytest.mark.parametrize(
-    "c", [pytest.param(BIASED, id="with a gate", marks=pytest.mark.slow), pytest.param(UNGATED, id="without")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("c", [BIASED, UNGATED], ids=["with a gate", "without"])
 def test_biases_take_the_inverse_too(c):
     """Of LayerNorm, and of up where there is a gate; without one no factor passes the activation, and none is tried."""
     flat, assigned = uneven_params(c), policy.assign(c, policy.parse("int4"))
