@@ -23,6 +23,7 @@ from phijax.storage.named import named
 
 # Full, read-only and forbidden disks, and names that no disk takes, may show anywhere, and are no bugs of ours.
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+_NO_TEMPORARY = "No usable temporary directory"  # tempfile's, with the number of a file that is missing
 _EXIT_UNREAD = 141  # as a shell says of a command that SIGPIPE ended
 _HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
 
@@ -133,7 +134,7 @@ def _exit_code(main: Callable[[list[str]], int | None], flag_values: flags.FlagV
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else errors.EXIT_DONE if stop.code is None else errors.EXIT_CRASH
     except BaseException as error:
-        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+        if isinstance(error, OSError) and (error.errno in _OF_THE_MACHINE or _NO_TEMPORARY in str(error)):
             _tell(f"error: {error}. Start the same command again when that is mended.")
             return errors.EXIT_USER_ERROR
         if isinstance(error, BrokenPipeError) and _nobody_reads():

@@ -1,7 +1,7 @@
 """Writes any checkpoint in any format: phijax export --checkpoint=ANY --format=hf --output=DIR
 
 --checkpoint is the workdir of a run, the folder of one of its steps, a Hugging Face folder or a GGUF file. Formats:
-  hf       Hugging Face, in the class that the weights came from; Phi3 for those trained here
+  hf       Hugging Face, in the class that the weights came from; Phi3 or GPT-2 for those trained here
   llama    Hugging Face, LlamaForCausalLM: for runtimes that do not know Phi3
   mistral  Hugging Face, MistralForCausalLM: the same with a sliding window
   phijax   ours, weights alone: --config.init_from reads it

@@ -30,6 +30,10 @@ def main(arguments):
             warnings.warn("of another")
             warnings.warn_explicit("of ours", UserWarning, os.sep.join(["", "phijax", "x.py"]), 3)
         case "full": raise OSError(28, "No space left on device")
+        case "nowhere":
+            import tempfile
+            tempfile._candidate_tempdir_list = lambda: ["/proc/nothing"]
+            tempfile.TemporaryDirectory()
         case "accents": print("na\\u00efve \\u4e2d \\udce9"); print("caf\\u00e9", file=sys.stderr)
         case "reads": print(repr(sys.stdin.readline()))
         case "opens":
@@ -61,6 +65,12 @@ def run(tmp_path, *arguments):
         ("user", 2, "error: the sky is green.\nMake it blue.\n"),
         ("stop", 75, "stopped from the keyboard; the same command can be started again\n"),
         ("full", 2, "error: [Errno 28] No space left on device. Start the same command again when that is mended.\n"),
+        (
+            "nowhere",
+            2,
+            "error: [Errno 2] No usable temporary directory found in ['/proc/nothing']. "
+            "Start the same command again when that is mended.\n",
+        ),
         ("restart", 75, ""),
         ("exit", 3, ""),
         ("exit_text", 1, None),

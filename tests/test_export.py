@@ -11,9 +11,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-import real_model
 from absl.testing import flagsaver
 from quick_compilation import QUICK
+from references import real_model
 
 from phijax import export
 from phijax.checkpoint.config import CheckpointConfig

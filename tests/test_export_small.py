@@ -6,9 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-import real_model
 from absl.testing import flagsaver
 from etils import epath
+from references import real_model
 
 sys.path.append(str(pathlib.Path(__file__).parent / "interchange"))
 from small_weights_case import CASES, Small, source

@@ -177,6 +177,27 @@ def test_files_hold_one_subject():
     assert set(long) == set(LENGTH_EXCEPTIONS), f"past {LONGEST} lines: {long}. Name their subjects and part them."
 
 
+def imported_test_modules(tests: pathlib.Path) -> list[str]:
+    """Where a test module, or a child's program in its text, imports another test module, or itself."""
+    found = []
+    for path in sorted(tests.rglob("*.py")):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            if re.match(r"\s*(from (\w+\.)*test_\w+ import|import (\w+\.)*test_\w+)", line):
+                found.append(f"{path.relative_to(tests).as_posix()}:{number}")
+    return found
+
+
+def test_no_test_imports_a_test():
+    """Its tests would be collected twice, or its fixtures run; what several need is a module of its own beside them."""
+    assert imported_test_modules(REPOSITORY / "tests") == []
+
+
+def test_the_check_sees_a_test_that_imports_a_test(tmp_path):
+    (tmp_path / "test_one.py").write_text('import test_two\nCHILD = """\nfrom room.test_one import CHILD\n"""\n')
+    (tmp_path / "case.py").write_text("from tested import test\nimport real\n")
+    assert imported_test_modules(tmp_path) == ["test_one.py:1", "test_one.py:3"]
+
+
 def test_rooms_are_nouns_with_a_subject():
     names = {part for file in FILES for part in pathlib.PurePath(file).with_suffix("").parts}
     assert not names & {"utils", "util", "common", "helpers", "misc", "base", "core"}

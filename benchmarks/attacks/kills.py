@@ -23,15 +23,15 @@ _KINDS = ("run",) * 5 + ("prepare", "export hf", "export gguf", "export phijax",
 def ready(folder: pathlib.Path) -> Try:
     text = small_run.prepared(folder)
     config = small_run.experiment(folder)
-    began = time.monotonic()
     _undisturbed(small_run.train(config, folder / "unbroken"), folder / "compile.txt")
     again = folder / "again"
     (again).mkdir()
     (again / "compile_cache").symlink_to(folder / "unbroken" / "compile_cache")
     began = time.monotonic()
-    _undisturbed(small_run.train(config, again), folder / "again.txt")
+    _undisturbed(dies_at_change(again, 0, small_run.train(config, again)), folder / "again.txt")
     seconds = time.monotonic() - began
-    run = _Run(folder, config, seconds, learned(again), small_run.state(again, STEPS))
+    changes = int((folder / "again.txt").read_text().rpartition("changes: ")[2])
+    run = _Run(folder, config, seconds, changes, learned(again), small_run.state(again, STEPS))
     commands: dict[str, _Command] = {}
 
     def attempt(number: int, chance: random.Random) -> Outcome:
@@ -62,9 +62,9 @@ class _Run:
     folder: pathlib.Path
     config: pathlib.Path
     seconds: float
+    changes: int
     expected: dict[int, list[float]]
     state: str
-    changes: int = 12 * STEPS // small_run.EVERY + 30
 
     def attempt(self, place: pathlib.Path, chance: random.Random) -> Outcome:
         workdir, log = place / "run", place / "log.txt"
@@ -115,7 +115,8 @@ class _Command:
         if code == -signal.SIGKILL:
             code = _killed(self.started(output), log, None)
         said = log.read_text(errors="replace")[-3000:]
-        if code and not (code == 2 and f"{output} is there already" in said):  # it was killed after its last change
+        was_done = code == 2 and "is there already" in said and str(output) in said  # killed after its last change
+        if code and not was_done:
             return Outcome(self.kind, f"ended with {code}", True, said, kills)
         left = sorted(path.name for path in output.parent.iterdir() if path != output)
         if left:

@@ -15,6 +15,7 @@ from etils import epath
 from phijax.checkpoint.agreement import from_process_zero
 from phijax.errors import UserError
 from phijax.storage import atomic, durable, strict_json
+from phijax.storage.regular_files import is_regular
 
 LOCK_FILE = "writer.lock"
 # Between the creation of a lock file and its content lie microseconds; one still empty after this is a dead run's.
@@ -169,8 +170,10 @@ def _this_process() -> Owner:
 
 
 def _read(path: epath.Path) -> Owner | None:
-    """The owner in the lock file; None if there is no file or no owner in it."""
+    """The owner in the lock file; None if there is no file or no owner in it, as in a pipe."""
     try:
+        if not is_regular(path):
+            return None
         fields = strict_json.parse(path.read_bytes(), str(path))
         texts = {name: fields.text(name) for name in ("host", "time", "token")}
         numbers = {"pid": fields.integer("pid"), "started": fields.integer("started", 0, most=_MOST)}

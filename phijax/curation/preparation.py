@@ -23,6 +23,7 @@ from phijax.data.shard_manifest import MANIFEST_FILE, InputEntry, Manifest, Shar
 from phijax.data.shards import Shards, token_dtype
 from phijax.errors import UserError
 from phijax.storage import atomic
+from phijax.storage.durable import check_text
 from phijax.text.tokenizer import TextTokenizer
 from phijax.text.train_tokenizer import train_tokenizer
 
@@ -98,6 +99,7 @@ class Plan:
 def make_plan(request: Request) -> Plan:
     """Finds the input and checks what was asked for. Writes nothing. Raises UserError."""
     _check(request)
+    check_text(request.output)
     skipped: dict[str, str] = {}
 
     def broken(name: str, error: BrokenFile) -> None:

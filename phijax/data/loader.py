@@ -117,7 +117,7 @@ class Loader:
             def read(step: int, state: Any) -> dict[int, Row]:
                 return next(ahead)
 
-        def batch_of(step: int, state: Any = None) -> Batch:
+        def batch_of(step: int, state: Any) -> Batch:
             if step != (expected := next(due)):
                 raise ValueError(f"the batch of step {step} was asked for, that of {expected} is due")
             return batches.assemble(self._reads, self.shape_at(step), self._placed, read(step, state))

@@ -21,6 +21,7 @@ from phijax.data import verification
 from phijax.data.shard_manifest import DTYPES, Manifest, ShardEntry, read_manifest
 from phijax.data.verification import ShardFile
 from phijax.errors import UserError
+from phijax.storage.durable import check_text
 from phijax.storage.regular_files import size_of
 from phijax.text.open import open_tokenizer
 from phijax.text.tokenizer import TextTokenizer
@@ -173,9 +174,11 @@ class Shards:
     def open(cls, path: str | epath.PathLike) -> "Shards":
         """Reads the manifest and looks for every file that it names, without reading them.
 
-        Raises UserError for a missing or damaged manifest, a missing shard, one of another size, another tokenizer.
+        Raises UserError for a missing or damaged manifest, a missing shard, one of another size, another tokenizer,
+          a path that is not UTF-8.
         """
         folder = epath.Path(path)
+        check_text(folder)
         manifest = read_manifest(folder)
         for shard in manifest.shards:
             file = folder / shard.file

@@ -6,7 +6,10 @@ from etils import epath
 from phijax.data.rows import RowIndex
 from phijax.data.shards import Shards
 from phijax.errors import UserError
+from phijax.storage import strict_json
 from phijax.text.tokenizer import TextTokenizer
+
+_LONGEST_TEXT = 1 << 30  # bytes of a file
 
 
 def read_fixed_rows(
@@ -29,10 +32,7 @@ def read_fixed_rows(
         rows = [index.read(number) for number in range(min(count, len(index)))]
         found = [np.concatenate([row["tokens"], row["targets"][-1:]]) for row in rows]
     else:
-        try:
-            ids = np.array(tokenizer.encode(path.read_text(encoding="utf-8")), np.int32)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is no text in UTF-8: {error}") from error
+        ids = np.array(tokenizer.encode(strict_json.read_text(path, _LONGEST_TEXT)), np.int32)
         starts = range(0, min(count * length, len(ids) - length), length)
         found = [ids[start : start + length + 1] for start in starts]
         if not found:

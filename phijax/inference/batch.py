@@ -19,7 +19,6 @@ from phijax.inference.sampling import Sampling, Settings, choose
 from phijax.model import cached
 from phijax.model.config import ModelConfig
 from phijax.model.inference_layout import InferenceLayout
-from phijax.model.kernels.rows import each_row
 
 
 class Rows(NamedTuple):
@@ -190,14 +189,11 @@ def _kept_at(where: NamedSharding, rows: Rows) -> Rows:
 
 
 def _chosen(rows: Rows, logits: jax.Array, count: jax.Array | None) -> tuple[Rows, Chosen]:
-    def one(logits, seen, given, *settings):
-        return choose(Settings(*settings), logits, seen, given)
-
     settings = rows.settings._replace(  # what is done asks for nothing
         temperature=jnp.where(rows.done, 0, rows.settings.temperature),
         repetition_penalty=jnp.where(rows.done, 1, rows.settings.repetition_penalty),
     )
-    tokens, logprobs = each_row(one, count)(logits, rows.seen, rows.given, *settings)
+    tokens, logprobs = choose(settings, logits, rows.seen, rows.given, count)
     tokens = jnp.where(rows.done, rows.tokens, tokens)
     each, new = jnp.arange(tokens.shape[0]), ~rows.done
     given = rows.given + new

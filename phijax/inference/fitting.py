@@ -12,6 +12,7 @@ from phijax.errors import UserError, nearest_name
 from phijax.model import params as model_params
 from phijax.model.config import ModelConfig
 from phijax.model.kernels.cpu_int4 import Tiled
+from phijax.model.low_rank import LowRank
 from phijax.model.params import Params
 from phijax.model.quantized import Quantized
 from phijax.quantization.policy import Scheme, summed_axis
@@ -25,7 +26,7 @@ def schemes_of(params: Params) -> dict[str, Scheme]:
 
 
 def fitted(c: ModelConfig, params: Params, schemes: Mapping[str, Scheme]) -> Params:
-    """Parameters with these schemes: those that are floats where one is asked for are rounded to the nearest.
+    """Parameters with these schemes: changes of low rank are merged, floats rounded to the nearest where one is due.
 
     Raises: UserError that names the first leaf that is missing, unknown, donated, or of another shape, type or scheme.
     """
@@ -33,7 +34,8 @@ def fitted(c: ModelConfig, params: Params, schemes: Mapping[str, Scheme]) -> Par
         raise UserError(
             f"New parameters must be a nested dict of arrays, as training holds them, not {type(params).__name__}."
         )
-    given, shapes = model_params.flat(params), model_params.shapes(c)
+    shapes = model_params.shapes(c)
+    given = {path: _merged(w) if isinstance(w, LowRank) else w for path, w in model_params.flat(params).items()}
     for path in given:
         if path not in shapes:
             nearest = nearest_name(path, shapes)
@@ -80,6 +82,11 @@ def _scheme(path: str, leaf: Any) -> Scheme | None:
     axis = summed_axis(path)
     groups, size = one.scales.shape[axis], one.shape[axis]
     return Scheme(4 if one.values.dtype == jnp.int4 else 8, None if groups == 1 else size // groups)
+
+
+@jax.jit
+def _merged(w: LowRank) -> jax.Array:
+    return w.merged()
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from phijax.errors import UserError
+from phijax.model.kernels.rows import each_row
 
 # Below it logits are not divided, which float32 would not hold: any two that differ are then further apart than draws
 # reach, so the most likely token it is. Above its inverse all that is finite is equal.
@@ -139,7 +140,9 @@ class Settings(NamedTuple):
         return cls(*(np.array([min(v, _LARGEST.get(t, v))], t) for t, v in zip(types, values, strict=True)))
 
 
-def choose(settings: Settings, logits: jax.Array, seen: jax.Array, given: jax.Array) -> tuple[jax.Array, jax.Array]:
+def choose(
+    settings: Settings, logits: jax.Array, seen: jax.Array, given: jax.Array, count: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """The next token of each row, and its log-probability under the model itself (before any setting).
 
     What no row asks for is not computed: sorting a vocabulary costs milliseconds a row on CPU.
@@ -147,16 +150,32 @@ def choose(settings: Settings, logits: jax.Array, seen: jax.Array, given: jax.Ar
     Args:
       logits: (B, V) float32, -inf where the vocabulary is padded.
       seen: (B, V) bool, tokens that occurred; given: (B,) int32, how many tokens each row was given.
+      count: rows that count, each with bits of its own and what it asks for alone; None: all, together.
     Returns: (B,) int32 and (B,) float32.
     """
-    penalises = jnp.any(settings.repetition_penalty != 1)
+
+    def asked(logits: jax.Array, seen: jax.Array, given: jax.Array, *settings: jax.Array) -> jax.Array:
+        return _asked(Settings(*settings), logits, seen, given)
+
+    # Where nobody asks for anything this is a good part of a step in four bits: one condition, outside of the loop over
+    # rows, and in the loop nothing but what rounds. A maximum has the same bits in any order.
+    highest = jnp.max(logits, axis=-1)
     tokens = jax.lax.cond(
-        penalises | jnp.any(settings.temperature > 0),
-        lambda: _drawn(settings, _where_any(penalises, penalised, logits, seen, settings.repetition_penalty), given),
-        lambda: most_likely(logits),
+        jnp.any((settings.temperature > 0) | (settings.repetition_penalty != 1)),
+        lambda: each_row(asked, count)(logits, seen, given, *settings),
+        lambda: _first_of(logits, highest),
     )
-    log_p = jax.nn.log_softmax(logits)
-    return tokens, jnp.take_along_axis(log_p, tokens[:, None], axis=-1)[:, 0]
+    return tokens, each_row(_logprob, count)(logits, highest, tokens)
+
+
+def _logprob(logits: jax.Array, highest: jax.Array, tokens: jax.Array) -> jax.Array:
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return chosen - highest - jnp.log(jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1))
+
+
+def _asked(settings: Settings, logits: jax.Array, seen: jax.Array, given: jax.Array) -> jax.Array:
+    penalises = jnp.any(settings.repetition_penalty != 1)
+    return _drawn(settings, _where_any(penalises, penalised, logits, seen, settings.repetition_penalty), given)
 
 
 def _drawn(settings: Settings, logits: jax.Array, given: jax.Array) -> jax.Array:
@@ -187,9 +206,14 @@ def most_likely(logits: jax.Array) -> jax.Array:
 
     As a maximum and a minimum it is vectorised on CPU, which argmax is not: 1.7 ms for 8 rows of 49,152.
     """
-    highest = jnp.max(logits, axis=-1, keepdims=True)
+    return _first_of(logits, jnp.max(logits, axis=-1))
+
+
+def _first_of(logits: jax.Array, highest: jax.Array) -> jax.Array:
+    """(B, V), the maximum of each row (B,) -> (B,) int32, its first place."""
     index = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    return jnp.min(jnp.where((logits == highest) | jnp.isnan(logits), index, logits.shape[-1] - 1), axis=-1)
+    found = (logits == highest[:, None]) | jnp.isnan(logits)
+    return jnp.min(jnp.where(found, index, logits.shape[-1] - 1), axis=-1)
 
 
 def penalised(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:

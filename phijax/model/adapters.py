@@ -43,7 +43,8 @@ def leaves(c: ModelConfig, kinds: Collection[str], rank: int) -> dict[str, param
         drawn = normal((3 * leaf.shape[leaf.summed_axis]) ** -0.5)
         starts = {"a": ZEROS, "b": drawn} if leaf.summed == "rows" else {"a": drawn, "b": ZEROS}
         for name, axes in factor_axes(leaf.axes).items():
-            out[f"{path}/{name}"] = leaf._replace(shape=shapes[name], axes=axes, start=starts[name])
+            fed = leaf.feeds if name == "b" else None  # a has none of the base's rows
+            out[f"{path}/{name}"] = leaf._replace(shape=shapes[name], axes=axes, start=starts[name], feeds=fed)
     return out
 
 

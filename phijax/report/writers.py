@@ -20,6 +20,7 @@ from etils import epath
 from phijax.distribution import install_hint
 from phijax.errors import RunFailure, UserError
 from phijax.storage import atomic, durable, strict_json
+from phijax.storage.regular_files import read_bounded
 
 REMOTE_SECONDS = 60.0
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
@@ -72,7 +73,7 @@ def read_metrics(path: epath.PathLike) -> list[dict]:
     Raises: UserError, naming the line, when any other is not a JSON object, or what must be a number in it is none.
     """
     rows = []
-    lines = epath.Path(path).read_bytes().split(b"\n")
+    lines = read_bounded(path, None).split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line:
             continue
@@ -94,7 +95,7 @@ def rewind(path: epath.Path, keep: Callable[[dict], bool]) -> int:
     if not path.exists():
         return 0
     kept, cut = [], []
-    data = path.read_bytes()
+    data = read_bounded(path, None)
     for line in data.splitlines():
         try:
             wanted = keep(_parse(line, ""))

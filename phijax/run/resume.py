@@ -16,6 +16,7 @@ from phijax.interchange.native.source import model_of
 from phijax.interchange.opened import Opened
 from phijax.run import start
 from phijax.storage import atomic, strict_json
+from phijax.storage.regular_files import read_bounded
 from phijax.storage.strict_json import Fields
 
 
@@ -90,4 +91,4 @@ def note_going_back(workdir: epath.Path, went_back: list[dict], fields: dict) ->
 def add_to_history(workdir: epath.Path, fields: dict) -> None:
     history = workdir / "config_history.jsonl"
     line = json.dumps({"time": time.time(), **fields}) + "\n"
-    history.write_bytes((history.read_bytes() if history.exists() else b"") + line.encode())
+    history.write_bytes((read_bounded(history, None) if history.exists() else b"") + line.encode())

@@ -52,6 +52,14 @@ def kvstore(folder: epath.Path) -> dict[str, Any]:
     return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
 
 
+def check_text(path: epath.PathLike) -> None:
+    """Raises: UserError for a path that is not UTF-8, as libraries in C++ want it."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{ascii(os.fspath(path))[1:-1]} is no name in UTF-8. Rename it, or choose another.") from error
+
+
 def check_name(folder: epath.Path, *, orbax: bool = False) -> None:
     """Raises: UserError for a path that TensorStore (and `orbax`, as for a run) would take for another, or refuses."""
     text = str(absolute(folder))

@@ -29,9 +29,12 @@ def is_regular(path: epath.PathLike) -> bool:
     return not found.is_directory and (found.mode is None or stat.S_ISREG(found.mode))
 
 
-def read_bounded(path: epath.PathLike, longest: int = LONGEST) -> bytes:
-    """A file of at most `longest` bytes. Raises: UserError as `size_of`, and for one that is larger or not readable."""
-    if (size := size_of(path)) > longest:
+def read_bounded(path: epath.PathLike, longest: int | None = LONGEST) -> bytes:
+    """A file of at most `longest` bytes; None: of any size, as our own that grow.
+
+    Raises: UserError as `size_of`, and for one that is larger or not readable.
+    """
+    if (size := size_of(path)) > (size if longest is None else longest):
         raise UserError(f"{path} has {size:,} bytes; a file of its kind is read up to {longest:,}.")
     try:
         return epath.Path(path).read_bytes()

@@ -1,6 +1,5 @@
 """Work over processes: what is done is not done again, killed workers are named, no worker outlives its parent."""
 
-import ctypes
 import json
 import os
 import pathlib
@@ -10,37 +9,12 @@ import sys
 import time
 
 import pytest
+from job_tasks import fill_the_disk, kill_itself, refuse, square, tasks_of
 
 from phijax.curation import jobs, unfinished
 from phijax.errors import UserError
 
 HERE = pathlib.Path(__file__).parent
-
-
-def square(number, output):
-    output.write_text(str(number**2))
-    return {"square": number**2}
-
-
-def kill_itself(number, output):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def refuse(number, output):
-    raise UserError(f"number {number} is bad")
-
-
-def fill_the_disk(number, output):
-    raise OSError(28, "No space left on device")
-
-
-def sleep_for_ever(number, output):
-    (output.parent / f"pid-{os.getpid()}").touch()
-    time.sleep(600)
-
-
-def tasks_of(function, folder, count=3):
-    return [jobs.Task(function, (i, folder / f"{i}"), folder / f"{i}", folder / f"{i}.done") for i in range(count)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -74,10 +48,10 @@ def test_no_worker_outlives_its_parent(tmp_path, how):
     code = f"""
 import pathlib, sys
 sys.path.insert(0, {str(HERE)!r})
-import test_jobs
+import job_tasks
 if __name__ == "__main__":
-    tasks = test_jobs.tasks_of(test_jobs.sleep_for_ever, pathlib.Path({str(tmp_path)!r}))
-    list(test_jobs.jobs.run(tasks, 2))
+    tasks = job_tasks.tasks_of(job_tasks.sleep_for_ever, pathlib.Path({str(tmp_path)!r}))
+    list(job_tasks.jobs.run(tasks, 2))
 """
     script = tmp_path / "script.py"
     script.write_text(code)
@@ -92,21 +66,16 @@ if __name__ == "__main__":
     assert not [json.loads(path.read_text()) for path in tmp_path.glob("*.done")]
 
 
-def hold_the_interpreter(number, output):
-    (output.parent / f"pid-{os.getpid()}").touch()
-    ctypes.PyDLL(None).sleep(6)  # with Python's lock: the thread that would see the parent's end cannot run
-
-
 def test_who_was_killed_is_waited_for_to_the_last_worker(tmp_path):
     """What a worker writes after the next start has tidied up would stay in a finished folder."""
     script = tmp_path / "script.py"
     script.write_text(f"""
 import pathlib, sys
 sys.path.insert(0, {str(HERE)!r})
-import test_jobs
+import job_tasks
 if __name__ == "__main__":
     folder = pathlib.Path({str(tmp_path)!r})
-    list(test_jobs.jobs.run(test_jobs.tasks_of(test_jobs.hold_the_interpreter, folder), 2, folder / "workers.lock"))
+    list(job_tasks.jobs.run(job_tasks.tasks_of(job_tasks.hold_the_interpreter, folder), 2, folder / "workers.lock"))
 """)
     parent = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": str(HERE.parent.parent)})
     wait_until(lambda: len(list(tmp_path.glob("pid-*"))) == 2)

@@ -36,6 +36,15 @@ def documents_in(folder):
     return found
 
 
+def test_an_output_whose_name_is_no_utf_8_is_refused_before_the_work(request_of, tmp_path):
+    """ArrayRecord takes names in UTF-8 alone."""
+    output = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    with pytest.raises(UserError, match=r"caf\\udce9 is no name in UTF-8"):
+        make_plan(dataclasses.replace(request_of(), output=output))
+    with pytest.raises(UserError, match="is no name in UTF-8"):
+        Shards.open(output)
+
+
 def test_every_document_is_there_once_and_in_another_order(request_of):
     (manifest,) = run(request_of())
     assert (manifest.documents_read, manifest.documents_kept, manifest.documents_in_other_split) == (67, 64, 0)

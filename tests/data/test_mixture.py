@@ -5,24 +5,13 @@ import dataclasses
 import itertools
 
 import pytest
+from round_robin import sources_one_by_one
 
 from phijax.data import mixture
 from phijax.data.mixture import Phase, Source
 from phijax.errors import UserError
 
 WEIGHTS = [(1,), (1, 1), (3, 7), (1, 2, 4), (5, 1, 1), (2, 2, 2, 1), (1, 30)]
-
-
-def sources_one_by_one(weights):
-    """Smooth weighted round-robin, endlessly: every source earns its weight, the richest pays the total."""
-    credit = {source: 0 for source in range(len(weights))}
-    while True:
-        for source, weight in enumerate(weights):
-            credit[source] += weight
-        richest = max(credit.values())
-        pick = min(source for source, has in credit.items() if has == richest)
-        credit[pick] -= sum(weights)
-        yield pick
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

@@ -7,8 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
+from round_robin import sources_one_by_one
 from synthetic_shards import small_tokenizer, write_synthetic
-from test_mixture import sources_one_by_one
 
 from phijax.data import mixture
 from phijax.data.batch import TEXT_KEYS

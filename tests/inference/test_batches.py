@@ -6,51 +6,17 @@ import functools
 import jax
 import numpy as np
 import pytest
+from batch_models import GPT2, GROUPED, ONE_HEAD, weights
 from jax.sharding import Mesh
 
 from phijax.inference import programs
 from phijax.inference.generator import Generator
 from phijax.inference.sampling import Sampling
-from phijax.model import params as model_params
 from phijax.model.backend import CHOICES
 from phijax.model.config import ModelConfig
 from phijax.parallel.mesh import MeshConfig, make_mesh
 
-GROUPED = ModelConfig(
-    vocab_size=1000,
-    model_dim=72,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=20,
-    ffn_dim=88,  # no power of two, nor a multiple of a vector, anywhere
-    max_position=600,
-)
-ONE_HEAD = dataclasses.replace(
-    GROUPED, model_dim=40, num_heads=3, num_kv_heads=1, head_dim=12, tied_head=True, sliding_window=9
-)
-GPT2 = dataclasses.replace(
-    GROUPED,
-    num_kv_heads=4,
-    ffn_dim=136,
-    tied_head=True,
-    positions="learned",
-    norm="layer",
-    bias=True,
-    activation="gelu_tanh",
-    gated=False,
-)
 LENGTHS = (3, 40, 17, 90, 1, 300, 5, 64, 20)
-
-
-@functools.lru_cache(maxsize=4)
-def weights(c: ModelConfig):
-    rng = np.random.default_rng(0)
-    flat = {}
-    for path, shape in model_params.shapes(c).items():
-        flat[path] = rng.standard_normal(shape, np.float32) * (0.2 if path.endswith("scale") else shape[-1] ** -0.5)
-        flat[path] += path.endswith("scale")
-    return model_params.nested(flat)
 
 
 @functools.lru_cache(maxsize=4)

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from batch_models import GROUPED, ONE_HEAD, weights
 from compilation_count import compilations
 from jax.sharding import NamedSharding, PartitionSpec
-from test_batches import GROUPED, ONE_HEAD, weights
 
 from phijax.inference import batch as batches
 from phijax.inference.generator import Generator

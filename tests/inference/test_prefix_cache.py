@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from test_batches import GROUPED, ONE_HEAD, weights
+from batch_models import GROUPED, ONE_HEAD, weights
 
 from phijax.inference import programs
 from phijax.inference.generator import Generator

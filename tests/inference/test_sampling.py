@@ -11,7 +11,6 @@ import pytest
 
 from phijax.errors import UserError
 from phijax.inference.sampling import Sampling, Settings, choose, filtered, penalised
-from phijax.model.kernels.rows import each_row
 
 torch = pytest.importorskip("torch")
 processors = pytest.importorskip("transformers.generation.logits_process")
@@ -117,11 +116,10 @@ def test_a_row_has_its_own_settings_whatever_its_neighbours_ask(one_by_one):
     seen = rng.random(rows.shape) < 0.3
     settings = rows_of([Sampling(**each) for each in DIFFERENT], range(len(DIFFERENT)))
     given = np.arange(len(DIFFERENT), dtype=np.int32)
-    f = jax.jit(lambda count, s, *rest: each_row(lambda *a: choose(Settings(*a[3:]), *a[:3]), count)(*rest, *s))
-    together = f(np.int32(len(given)) if one_by_one else None, settings, rows, seen, given)
+    together = compiled(settings, rows, seen, given, np.int32(len(given)) if one_by_one else None)
     for i in range(len(DIFFERENT)):
         one, *rest = jax.tree.map(lambda a, i=i: np.repeat(a[i : i + 1], 2, axis=0), (settings, rows, seen, given))
-        tokens, logprobs = f(np.int32(1) if one_by_one else None, one, *rest)
+        tokens, logprobs = compiled(one, *rest, np.int32(1) if one_by_one else None)
         assert tokens[0] == together[0][i]
         np.testing.assert_allclose(logprobs[0], together[1][i], rtol=0, atol=0 if one_by_one else 1e-6)
     assert len(set(together[0].tolist())) > 3

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "training"))
 from compilation_count import compilations
-from quantized_case import MODEL, quantized_params
+from references.quantized import MODEL, quantized_params
 from small_training import SMALL, compiled, host_batch, mesh_of, on_mesh, recipe
 
 from phijax.errors import UserError
@@ -20,6 +20,7 @@ from phijax.inference.prefix_cache import PrefixCache
 from phijax.inference.sampling import Sampling
 from phijax.model import params as model_params
 from phijax.model.kernels import cpu_int4_library
+from phijax.model.low_rank import LowRank
 from phijax.quantization.policy import assign, parse
 from phijax.training.program import initial_state
 
@@ -135,6 +136,18 @@ def changed(change) -> dict:
 def test_what_does_not_fit_is_named(first, wrong, message):
     with pytest.raises(UserError, match=message):
         first.with_params(wrong())
+
+
+@pytest.mark.slow
+def test_a_change_of_low_rank_is_merged(first):
+    flat, rng = model_params.flat(random_weights(1)), np.random.default_rng(0)
+    (layers, rows, columns), path = flat["blocks/mlp/up"].shape, "blocks/mlp/up"
+    a, b = rng.standard_normal((layers, 3, columns), np.float32), rng.standard_normal((layers, rows, 3), np.float32)
+    changed = first.with_params(model_params.nested(flat | {path: LowRank(flat[path], a, b, 0.5)}))
+    expected = first.with_params(model_params.nested(flat | {path: flat[path] + 0.5 * b @ a}))
+    for ours, theirs in zip(*(g.generate(PROMPTS, SAMPLINGS[0]) for g in (changed, expected)), strict=True):
+        assert ours.tokens == theirs.tokens
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-4)  # sums in another order
 
 
 @pytest.mark.slow

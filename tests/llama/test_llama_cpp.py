@@ -6,7 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-import real_model
+from llama_reader import load, theirs
+from references import real_model
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "interchange"))
 from gguf_case import LLAMA, LONG, PHI3, TEXT, logits, opened, random_arrays, tokenizer
@@ -39,28 +40,6 @@ TEXTS = [
     "a<|endoftext|> b<|end|>c </s> d<s>e",
     "<|user|> \t\n x",
 ]
-
-
-def load(path, context):
-    return llama_cpp.Llama(
-        str(path),
-        n_ctx=context,
-        n_batch=context,
-        n_ubatch=context,
-        n_threads=1,
-        logits_all=True,
-        type_k=llama_cpp.GGML_TYPE_F32,
-        type_v=llama_cpp.GGML_TYPE_F32,
-        flash_attn=False,
-        verbose=False,
-    )
-
-
-def theirs(model, tokens):
-    """(T, V) float32."""
-    model.reset()
-    model.eval(tokens)
-    return np.array(model.scores[: len(tokens)])
 
 
 @pytest.fixture(scope="module", params=MODELS)

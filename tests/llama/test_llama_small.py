@@ -10,13 +10,13 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
-import real_model
 from etils import epath
+from llama_reader import load, theirs
+from references import real_model
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "interchange"))
 from gguf_case import Arrays, everything, logits, opened, random_arrays
 from small_weights_case import CASES, FUSED, Small
-from test_llama_cpp import load, theirs
 
 import phijax
 from phijax.errors import UserError

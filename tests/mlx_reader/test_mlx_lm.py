@@ -5,9 +5,9 @@ import sys
 
 import numpy as np
 import pytest
-import real_model
 from absl.testing import flagsaver
 from etils import epath
+from references import real_model
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "interchange"))
 from gguf_case import logits, tokenizer

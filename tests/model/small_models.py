@@ -61,16 +61,6 @@ def random_documents(c: ModelConfig, *sizes: int, seed: int = 0) -> list[np.ndar
     return [rng.integers(0, c.vocab_size, size, dtype=np.int32) for size in sizes]
 
 
-def random_params(c: ModelConfig, seed: int = 0) -> parameters.Params:
-    """As init, but norms' factors are not all one nor biases zero: one left out, or used twice, would not show."""
-    rng = np.random.default_rng(seed)
-    flat = parameters.flat(jax.jit(lambda: parameters.init(c, seed), compiler_options=QUICK)())
-    for path, value in flat.items():
-        if path.endswith(("scale", "bias")):
-            flat[path] = value + 0.2 * rng.standard_normal(value.shape, np.float32)
-    return parameters.nested(flat)
-
-
 def nll_sum(c: ModelConfig, backend: Backend, length: int) -> Callable:
     """(params, *Rows.arrays()) -> (summed weighted loss, logits (B, T, V)). The plain loss, with full logits."""
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_reference import attention_reference, visible_keys
 from quick_compilation import QUICK
+from references.attention import attention_reference, visible_keys
 
 from phijax.errors import UserError
 from phijax.model.backend import ATTENTION, choose_backend

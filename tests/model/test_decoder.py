@@ -9,16 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from quick_compilation import QUICK
-from small_models import (
-    SMALL,
-    Rows,
-    assert_leaves_close,
-    nll_sum,
-    pack,
-    random_documents,
-    random_params,
-    run,
-)
+from references.weights import random_params
+from small_models import SMALL, Rows, assert_leaves_close, nll_sum, pack, random_documents, run
 
 from phijax.errors import UserError
 from phijax.model import params as parameters

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from attention_reference import visible_keys
+from references.attention import visible_keys
 from small_models import SMALL, nll_sum, pack, random_documents
 
 from phijax.model import params as parameters

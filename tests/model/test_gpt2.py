@@ -8,7 +8,8 @@ import pytest
 from formula_case import calibrated, called, close, evaluated, generated, needs_compiler, tiled_block, trained, weights
 from formula_case import stored as in_four_bits
 from gpt2_case import GPT2_SMALL, leaves_of_gpt2, transformers_gpt2
-from small_models import assert_leaves_close, pack, random_documents, random_params, run
+from references.weights import random_params
+from small_models import assert_leaves_close, pack, random_documents, run
 
 from phijax.errors import UserError
 from phijax.inference.generator import Generator
@@ -17,6 +18,7 @@ from phijax.model import params
 from phijax.model.backend import CHOICES, Backend
 from phijax.model.config import LongRope
 from phijax.model.kernels import cpu_int4, cpu_int4_library
+from phijax.model.kernels.rows import row_sum
 from phijax.model.ops import Ops
 from phijax.model.terms import Normed
 from phijax.parallel.mesh import MeshConfig, make_mesh
@@ -114,6 +116,18 @@ def test_generation_on_a_mesh_is_that_of_one_device(on_one_device):
         for g in (Generator(WIDE, weights), Generator(WIDE, weights, None, CHOICES["cpu"], mesh))
     ]
     np.testing.assert_allclose(*found, rtol=0, atol=1e-5)
+
+
+def test_a_row_has_its_bits_out_of_layer_norm():
+    """In any batch, with sums in an order of their own: as the compiler likes, rows of this width differ by batch."""
+    c = dataclasses.replace(GPT2_SMALL, model_dim=768)
+    rng = np.random.default_rng(0)
+    rows = 0.3 + rng.standard_normal((16, 1, 768), np.float32)
+    leaves = {f"final_norm/{name}": rng.standard_normal(768, np.float32) for name in ("scale", "bias")}
+    norm = jax.jit(lambda x: params.module_with(c, leaves).final_norm(1.0 * x, row_sum))
+    whole = norm(rows)
+    for count in (2, 3, 5, 7, 8, 13):
+        np.testing.assert_array_equal(norm(rows[:count]), whole[:count])
 
 
 def test_a_text_without_room_in_the_table_is_refused(ours):

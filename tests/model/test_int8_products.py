@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_models import SMALL, assert_leaves_close, pack, program, random_documents, random_params, run
+from references.weights import random_params
+from small_models import SMALL, assert_leaves_close, pack, program, random_documents, run
 
 from phijax.model import int8_products
 from phijax.model import params as parameters

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 import small_models
-from attention_reference import visible_keys
 from quick_compilation import QUICK
-from small_models import SMALL, assert_leaves_close, pack, random_documents, random_params
+from references.attention import visible_keys
+from references.weights import random_params
+from small_models import SMALL, assert_leaves_close, pack, random_documents
 
 from phijax.model import params as parameters
 from phijax.model.backend import ATTENTION, CHOICES, Backend

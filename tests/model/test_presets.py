@@ -190,10 +190,10 @@ def test_medium_128k_wants_its_lists(tmp_path):
     "text, message",
     [
         (None, "no such file"),
-        ("{", "no LongRoPE lists"),
-        ("[]", "no LongRoPE lists"),
-        ('{"rope_scaling": null}', "no LongRoPE lists"),
-        ('{"rope_scaling": {"short_factor": [1], "long_factor": [1]}}', "no LongRoPE lists"),
+        ("{", "is not JSON"),
+        ("[]", "must hold one object"),
+        ('{"rope_scaling": null}', "rope_parameters is missing"),
+        ('{"rope_scaling": {"short_factor": [1], "long_factor": [1]}}', "original_max_position_embeddings is missing"),
         (
             '{"original_max_position_embeddings": 64, "rope_scaling": {"short_factor": [1.0], "long_factor": [1.0]}}',
             r"short_factor has 1 entries; rotary_dim / 2 = 64",
@@ -221,7 +221,7 @@ def test_bad_long_rope_file(tmp_path, text, message):
         ({"positions": "rope"}, r"model\.positions='rope' must be rotary or learned"),
         ({"norm": 1}, r"model\.norm=1 must be rms or layer"),
         ({"activation": "relu"}, r"model\.activation='relu' must be silu or gelu_tanh"),
-        ({"positions": "learned", "head_dim": 32, "long_rope_from": "phi4_mini"}, "learned has no rotation"),
+        ({"positions": "learned", "head_dim": 32, "long_rope_from": "phi4_mini"}, "learned: nothing rotates"),
     ],
 )
 def test_bad_numbers_are_refused(changes, message):

@@ -17,6 +17,7 @@ from small_weights_case import FUSED, SPLIT, STOPS, source
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
 from phijax.interchange.huggingface.export import DTYPES
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.interchange.native import quantize as native_quantize
 from phijax.interchange.open import open_checkpoint
 from phijax.model.config import LongRope
@@ -41,7 +42,8 @@ LONG = dataclasses.replace(
 def built(opened, folder, layout, precision):
     """The folder of ONNX files that the builder makes of `opened`, in 16 bits."""
     plain, output = folder / "hf", folder / precision
-    huggingface_folder.write(opened, epath.Path(plain), huggingface_export.folder(opened, layout, DTYPES["bfloat16"]))
+    written = huggingface_export.folder(opened, FAMILIES[layout], DTYPES["bfloat16"])
+    huggingface_folder.write(opened, epath.Path(plain), written)
     where = ["-m", "", "-i", plain, "-o", output, "-c", folder / "cache"]
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *where, "-p", precision, "-e", "cpu"]
     ended = subprocess.run(command, capture_output=True, text=True)

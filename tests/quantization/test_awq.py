@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quantized_case import MODEL, SCHEME, random_params
 from quick_compilation import QUICK
+from references.quantized import MODEL, SCHEME
+from references.weights import random_params
 
 from phijax.interchange.native.folded import FoldedSource
 from phijax.interchange.weight_source import NOT_QUANTIZED
@@ -167,7 +168,7 @@ def test_importance_is_that_of_the_folded_models_inputs(choice):
 
 def test_the_model_moves_less_than_by_rounding_alone(folds):
     """KL on other rows than those the scales were chosen on."""
-    from quantized_case import quantized_params
+    from references.quantized import quantized_params
 
     flat = uneven_params(MODEL)
     other = np.random.default_rng(9).integers(0, 700, (4, 24), dtype=np.int32)

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from quantized_case import MODEL, one_device, quantized_params, random_params
+from references.quantized import MODEL, one_device, quantized_params
+from references.weights import random_params
 
 from phijax.inference import placement, programs
 from phijax.inference.generator import Generator

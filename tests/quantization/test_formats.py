@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from quantized_case import MODEL, random_params
 from quick_compilation import QUICK
+from references.quantized import MODEL
+from references.weights import random_params
 
 from phijax.model import params
 from phijax.model.backend import Backend

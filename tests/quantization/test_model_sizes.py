@@ -7,7 +7,8 @@ import sys
 
 import pytest
 from absl.testing import flagsaver
-from quantized_case import MODEL, random_params, save_run
+from references.quantized import MODEL, save_run
+from references.weights import random_params
 
 from phijax import export, quantize
 from phijax.interchange.gguf.file import read_file

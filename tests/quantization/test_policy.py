@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from quantized_case import MODEL
+from references.quantized import MODEL
 
 from phijax.errors import UserError
 from phijax.model import params

@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 import pytest
-from quantized_case import MODEL, SCHEME
+from references.quantized import MODEL, SCHEME
 
 from phijax.model import params
 from phijax.quantization import policy, report

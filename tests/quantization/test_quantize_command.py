@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quantized_case import MODEL, SCHEME, random_params, run, save_run
 from quick_compilation import QUICK
+from references.quantized import MODEL, SCHEME, run, save_run
+from references.weights import random_params
 
 import phijax.inference.model
 from phijax import export, prepare, quantize

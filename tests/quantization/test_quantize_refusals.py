@@ -9,7 +9,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from quantized_case import MODEL, SCHEME, random_params, run, save_run
+from references.quantized import MODEL, SCHEME, run, save_run
+from references.weights import random_params
 
 from phijax import prepare, quantize
 from phijax.checkpoint import manifest

@@ -4,8 +4,8 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
-import real_model
 from etils import epath
+from references import real_model
 
 import phijax.inference.model
 from phijax.evaluation.fixed_rows import read_fixed_rows

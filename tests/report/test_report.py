@@ -10,31 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from opened_report import opened
 
 from phijax.errors import UserError
 from phijax.report.config import LoggingConfig
 from phijax.report.meter import Meter
-from phijax.report.report import EventLog, Report, open_report
+from phijax.report.report import EventLog, Report
 from phijax.report.writers import JsonLines, read_metrics
-
-QUIET = dict(tensorboard=False, plot=False)
-
-
-def opened(workdir, first_step=0, total_steps=10, stream=None, process_index=0, **config):
-    return open_report(
-        LoggingConfig(**(QUIET | config)),
-        workdir,
-        first_step=first_step,
-        total_steps=total_steps,
-        tokens_before=lambda step: 100 * step,
-        flops_per_token=lambda step: 6.0,
-        peak_flops_per_device=1e9,
-        device_count=1,
-        means={"loss": "predicted_tokens", "nll": "predicted_tokens", "margin": "pairs"},
-        process_index=process_index,
-        baselines={"uniform": 9.0},
-        stream=stream or io.StringIO(),
-    )
 
 
 @jax.jit
@@ -248,7 +230,7 @@ CHILD = """
 import sys, os, signal
 sys.path[:0] = [{root!r}, {here!r}]
 from pathlib import Path
-from test_report import opened
+from opened_report import opened
 report = opened(Path(sys.argv[1]), first_step=int(sys.argv[2]), total_steps=1000, every_steps=1)
 for step in range(int(sys.argv[2]), 1000):
     report.add(step, {{"loss": 1 / (step + 1)}})

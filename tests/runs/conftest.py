@@ -4,6 +4,7 @@ from synthetic_shards import write_synthetic
 
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.interchange.open import open_checkpoint
 
 
@@ -30,5 +31,6 @@ def as_llama(unbroken, tmp_path_factory):
     """The last step of `unbroken` as a Hugging Face folder, in float32."""
     folder = tmp_path_factory.mktemp("exported") / "llama"
     opened = open_checkpoint(unbroken)
-    huggingface_folder.write(opened, folder, huggingface_export.folder(opened, "llama", None), max_shard_bytes=20_000)
+    written = huggingface_export.folder(opened, FAMILIES["llama"], None)
+    huggingface_folder.write(opened, folder, written, max_shard_bytes=20_000)
     return folder

@@ -19,6 +19,7 @@ from phijax.errors import UserError
 from phijax.interchange.gguf.write import write_gguf
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.interchange.load import load_params
 from phijax.interchange.native import quantize as native_quantize
 from phijax.interchange.native import write as native_write
@@ -87,7 +88,7 @@ def opens_starts_and_exports(folder: pathlib.Path, runs, tmp_path: pathlib.Path)
     config = configs.load(str(runs.experiment), [("init_from", str(folder)), ("model.preset", "checkpoint")])
     begun = start.open_start(config, start.resolve(config), Shards.open(runs.shards / "a"))
     assert begun.facts["model"] == model_to_dict(opened.model)
-    huggingface_folder.write(opened, tmp_path / "hf", huggingface_export.folder(opened, "llama", None))
+    huggingface_folder.write(opened, tmp_path / "hf", huggingface_export.folder(opened, FAMILIES["llama"], None))
     write_gguf(opened, tmp_path / "model.gguf", kind="F32", architecture="llama")
     native_write.write(opened, tmp_path / "ours", dtype=None)
     again = json.loads((tmp_path / "ours" / manifest.MANIFEST_FILE).read_text())
@@ -124,22 +125,23 @@ def test_what_old_commands_wrote_opens_starts_and_exports(runs, unbroken, tmp_pa
 class Later(ModelConfig):
     """What a later version may know of a model."""
 
-    activation: str = "silu"
+    parallel_block: bool = False
 
 
 LATER = Later(**dataclasses.asdict(PRESETS["tiny"]))
 
 
 def test_a_field_that_older_code_would_misread_makes_version_2():
-    plain, other = model_to_dict(LATER), model_to_dict(dataclasses.replace(LATER, activation="gelu"))
+    plain, other = model_to_dict(LATER), model_to_dict(dataclasses.replace(LATER, parallel_block=True))
     assert fields_version(plain) == 1 and model_from_dict(plain) == PRESETS["tiny"]
-    assert fields_version(other) == 2 and other["activation"] == "gelu"
+    assert fields_version(other) == 2 and other["parallel_block"] is True
 
 
-@pytest.mark.parametrize(("version", "activation"), [(1, "silu"), (2, "gelu")])
-def test_a_manifest_is_version_2_where_it_must_be(unbroken, tmp_path, version, activation):
+@pytest.mark.parametrize(("version", "parallel_block"), [(1, False), (2, True)])
+def test_a_manifest_is_version_2_where_it_must_be(unbroken, tmp_path, version, parallel_block):
     opened = open_checkpoint(unbroken / "checkpoints" / str(STEP))
-    opened = dataclasses.replace(opened, model=Later(**dataclasses.asdict(opened.model), activation=activation))
+    later = Later(**dataclasses.asdict(opened.model), parallel_block=parallel_block)
+    opened = dataclasses.replace(opened, model=later)
     native_write.write(opened, tmp_path / "written", dtype=None)
     assigned = policy.assign(opened.model, policy.parse("int8"))
     native_quantize.write(opened, tmp_path / "quantised", assigned, method="rtn")
@@ -151,7 +153,7 @@ def test_a_manifest_is_version_2_where_it_must_be(unbroken, tmp_path, version, a
     [
         ({"format": 3}, r"has format 3; this version of phijax reads 1 to 2"),
         ({"format": True}, r"has format True"),
-        ({"model": {"activation": "gelu"}}, r"model\.activation='gelu' is not known to this version"),
+        ({"model": {"parallel_block": True}}, r"model\.parallel_block=True is not known to this version"),
         ({"model": {"long_rope": {"scale": 2}}}, r"model\.long_rope\.scale=2 is not known"),
         ({"model": {"long_rope": {"short_factor": []}}}, r"model\.long_rope\.long_factor is missing"),
         ({"model": {"long_rope": 5}}, r"model\.long_rope=5 must be an object"),

@@ -25,7 +25,8 @@ def test_nothing_counts_while_a_program_is_compiled(monkeypatch):
     monkeypatch.setattr(assemble.program, "compile_with_options", lambda lowered, recipe: lowered)
     batches = types.SimpleNamespace(shape_at=lambda step: 64 if step < 3 else 128)
     cache = types.SimpleNamespace(tried=lambda one: one)
-    programs = assemble.Programs(None, None, batches, pausing("report"), pausing("watchdog"), cache)
+    several = types.SimpleNamespace(size=2)  # devices: with one, the step's memory is asked for
+    programs = assemble.Programs(None, several, batches, pausing("report"), pausing("watchdog"), cache)
     for step in range(6):
         programs(step)
     assert compiled == [(64, ["report", "watchdog"]), (128, ["report", "watchdog"])]

@@ -42,7 +42,8 @@ def test_every_program_of_a_run_is_tried_before_it_is_believed(monkeypatch):
     cache = types.SimpleNamespace(tried=lambda program: tried.append(program) or program)
     batches = types.SimpleNamespace(shape_at=lambda step: (1, 8, 64))
     pausing = types.SimpleNamespace(pause=contextlib.nullcontext)
-    programs = assemble.Programs(None, None, batches, pausing, pausing, cache)
+    several = types.SimpleNamespace(size=2)  # devices: with one, the step's memory is asked for
+    programs = assemble.Programs(None, several, batches, pausing, pausing, cache)
     assert [programs(step) for step in range(2)] == ["a step", "a step"]
     recipe = types.SimpleNamespace(objective=lambda length: types.SimpleNamespace(reads={}, held_out={}))
     shards = types.SimpleNamespace(block=64, records_per_shard=[8])

@@ -1,7 +1,7 @@
 """Chat templates made to take all time or memory are refused by name; known ones are not even tried in the child."""
 
 import pytest
-from test_recognise import DROPS_SYSTEM, IM, JOINED
+from template_samples import DROPS_SYSTEM, IM, JOINED
 
 from phijax.errors import UserError
 from phijax.text import chat_templates

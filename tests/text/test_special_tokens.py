@@ -12,6 +12,7 @@ from text_samples import CHAPTERS, PLAIN, SPECIAL, random_text
 from phijax.errors import UserError
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
+from phijax.interchange.huggingface.families import FAMILIES
 from phijax.interchange.open import open_checkpoint
 from phijax.text.huggingface_files import sentencepiece_json, take_as_it_is
 from phijax.text.open import open_tokenizer
@@ -93,7 +94,8 @@ def test_a_phi3_folder_exported_in_any_layout_keeps_its_ids(pieces, tmp_path, la
     source = phi3_folder(pieces, tmp_path / "phi3")
     transformers.Phi3ForCausalLM(config).save_pretrained(source)
     opened = open_checkpoint(source)
-    huggingface_folder.write(opened, epath.Path(tmp_path / "to"), huggingface_export.folder(opened, layout, None))
+    written = huggingface_export.folder(opened, FAMILIES[layout], None)
+    huggingface_folder.write(opened, epath.Path(tmp_path / "to"), written)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "to")
     assert_same_ids(open_tokenizer(tmp_path / "to"), theirs, pieces.specials.ids)
     assert open_tokenizer(tmp_path / "to").fingerprint == pieces.fingerprint

@@ -1,5 +1,6 @@
 """Changes of low rank trained over a frozen base: on meshes, what one device makes of the merged weights."""
 
+import dataclasses
 import functools
 import math
 
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 from collectives import moved
 from jax.sharding import Mesh
-from quantized_case import quantized_params
+from references.quantized import quantized_params
 from small_training import LENGTH, QUICK, ROWS, SMALL, host_batch, mesh_of, on_mesh
 
-from phijax.data.batch import abstract_batch, batch_sharding
+from phijax.data.batch import TEXT_KEYS, abstract_batch, batch_sharding
 from phijax.model import adapters, params
 from phijax.model.backend import CHOICES, Backend
 from phijax.model.config import ModelConfig
@@ -46,27 +47,31 @@ def start(seed: int = 0) -> tuple[dict, dict]:
 
 
 def with_logits(backend: Backend) -> Objective:
-    """The loss of next tokens, whose auxiliary sums hold the logits of the one micro-batch too."""
+    """The loss of next tokens, of which the logits of one micro-batch are a sum too."""
 
-    def objective(params_, frozen, batch, key):
+    def function(params_, frozen, batch, key):
         del frozen, key
         decoder = params.module(SMALL, params_)
         x = decoder.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], backend, length=LENGTH)
-        total, nll = cross_entropy(
+        total, _ = cross_entropy(
             x, decoder.head_rows(), batch["targets"], batch["weights"], vocab_size=SMALL.vocab_size, loss=LossConfig()
         )
-        return total, jnp.sum(batch["weights"]), {"nll": nll, "logits": decoder.logits(x)}
+        return total, {"tokens": jnp.sum(batch["weights"])}, {"logits": decoder.logits(x)}
 
-    return objective
+    return Objective(TEXT_KEYS, {"logits": "tokens"}, function)
 
 
 def of_factors(objective: Objective) -> Objective:
-    """The same loss of the factors alone."""
-    return lambda factors, base, batch, key: objective(adapters.attached(base, factors, SCALE), {}, batch, key)
+    """The same loss of the factors alone, over a frozen base."""
+
+    def function(factors, base, batch, key):
+        return objective.function(adapters.attached(base, factors, SCALE), {}, batch, key)
+
+    return dataclasses.replace(objective, function=function)
 
 
 def gradients_of(objective: Objective, options: dict | None = QUICK):
-    """(trained, frozen, batch) -> gradients, loss sum, weight sum and auxiliary sums; called under a mesh."""
+    """(trained, frozen, batch) -> gradients, loss sum, counts and sums; called under a mesh."""
 
     def program(trained, frozen, batch):
         zero = jnp.zeros((), jnp.int32)
@@ -99,13 +104,13 @@ def merged_on_one_device(base: dict, factors: dict) -> tuple[np.ndarray, dict]:
     for path in paths:
         merged[path] = merged[path] + SCALE * flat[f"{path}/b"] @ flat[f"{path}/a"]
     program, (_, _, batch) = compiled(ONE, Backend(), False)
-    gradients, *_, auxiliary = program(params.nested(merged), {}, batch)
+    gradients, *_, sums = program(params.nested(merged), {}, batch)
     dense = params.flat(gradients)
     for path in paths:
         d, a, b = (np.asarray(x, np.float64) for x in (dense[path], flat[f"{path}/a"], flat[f"{path}/b"]))
         out[f"{path}/a"] = SCALE * np.einsum("lod,lor->lrd", d, b)
         out[f"{path}/b"] = SCALE * np.einsum("lod,lrd->lor", d, a)
-    return np.asarray(auxiliary["logits"]), out
+    return np.asarray(sums["logits"]), out
 
 
 def assert_close(gradients: dict, expected: dict) -> None:
@@ -132,8 +137,8 @@ ON_MESHES = [(ONE, CPU), (TENSOR, CPU), (FSDP, Backend()), (REPLICAS, Backend())
 def test_logits_and_gradients_are_those_of_the_merged_weights(shape, backend):
     logits, expected = merged_on_one_device(*start())
     program, arguments = compiled(shape, backend, True)
-    gradients, *_, auxiliary = program(*arguments)
-    np.testing.assert_allclose(auxiliary["logits"], logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+    gradients, *_, sums = program(*arguments)
+    np.testing.assert_allclose(sums["logits"], logits, rtol=0, atol=1e-5 * np.abs(logits).max())
     assert_close(gradients, expected)
     for path, gradient in params.flat(gradients).items():
         at = sharding.sharding(mesh_of(*shape), LEAVES[path].axes)
@@ -147,10 +152,10 @@ MESHES = [TENSOR, pytest.param(FSDP, marks=pytest.mark.slow), pytest.param(REPLI
 def test_at_their_start_the_logits_are_the_base_s_bit_for_bit(shape):
     program, (_, base, batch) = compiled(shape, Backend(), True)
     first = placed(LEAVES, jax.jit(lambda: params.started(SMALL, LEAVES, 0))(), mesh_of(*shape))
-    *_, auxiliary = program(first, base, batch)
+    *_, sums = program(first, base, batch)
     plain, arguments = compiled(shape, Backend(), False)
     *_, expected = plain(*arguments)
-    np.testing.assert_array_equal(auxiliary["logits"], expected["logits"])
+    np.testing.assert_array_equal(sums["logits"], expected["logits"])
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=name_of)
@@ -208,10 +213,10 @@ def test_over_a_base_in_few_bits(shape, backend):
     arguments = placed(LEAVES, factors, mesh), narrow, on_mesh(host_batch(SHAPE), mesh)
     with jax.set_mesh(mesh):
         program = gradients_of(of_factors(with_logits(backend)))
-        gradients, *_, auxiliary = program(*arguments)
+        gradients, *_, sums = program(*arguments)
         text = "" if shape == ONE else program.lower(*arguments).compile().as_text()
     logits, expected = merged_on_one_device(wide, factors)
-    np.testing.assert_allclose(auxiliary["logits"], logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+    np.testing.assert_allclose(sums["logits"], logits, rtol=0, atol=1e-5 * np.abs(logits).max())
     assert_close(gradients, expected)
     if text:
         rows = {leaf.shape[-2] // shape[3] for leaf in LEAVES.values() if "rank" == leaf.axes[-1]}
@@ -248,7 +253,7 @@ def test_bytes_on_a_tpu():
             for path, leaf in leaves.items()
         }
     )
-    batch = abstract_batch((1, 4, 512), batch_sharding(mesh))
+    batch = abstract_batch(TEXT_KEYS, (1, 4, 512), batch_sharding(mesh))
     plain = next_token(ON_TPU, CHOICES["tpu"], length=512, loss=LossConfig())
     for name, objective, arguments in (
         ("base", plain, (base, {}, batch)),

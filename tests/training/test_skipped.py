@@ -5,7 +5,7 @@ import functools
 
 import jax.numpy as jnp
 import pytest
-from test_training_loop import PACE, Recorded, run
+from recorded_loop import PACE, Recorded, run
 
 from phijax.training.loop import Diverged, NothingLearned, Pace
 

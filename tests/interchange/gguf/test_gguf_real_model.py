@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import real_model
 from gguf_case import everything
 from gguf_real_texts import TEXTS
+from references import real_model
 
 import phijax
 from phijax.interchange.gguf.open import open_gguf

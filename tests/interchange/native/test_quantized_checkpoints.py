@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import tensorstore
 from etils import epath
-from quantized_case import MODEL, SCHEME, one_device, quantized_params, random_params, save_run
+from references.quantized import MODEL, SCHEME, one_device, quantized_params, save_run
+from references.weights import random_params
 
 from phijax.checkpoint import manifest
 from phijax.errors import UserError

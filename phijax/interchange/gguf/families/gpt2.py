@@ -4,11 +4,14 @@ Sources: llama.cpp's conversion/gpt2.py, src/models/gpt2.cpp. Its loader takes t
 activation is gelu's tanh form. Files of 2024 have a second copy of the embedding as head, and read so.
 """
 
+import dataclasses
+
 from phijax.interchange.gguf.families.family import Family
 from phijax.interchange.gguf.keys import Keys
-from phijax.interchange.model_fields import GPT2
+from phijax.interchange.model_fields import SIZES, ModelFields
 from phijax.interchange.tensors import Row
 from phijax.model.config import ModelConfig
+from phijax.model.presets import PRESETS
 
 ROWS = (
     Row("token_embd.weight", ("embedding",)),
@@ -29,11 +32,14 @@ ROWS = (
     Row("blk.{}.ffn_down.weight", ("blocks/mlp/down",)),
     Row("blk.{}.ffn_down.bias", ("blocks/mlp/down_bias",)),
 )
+# Where nothing rotates, the rotation's numbers say nothing.
+FIELDS = ModelFields(SIZES | {"rope_theta", "partial_rotary_factor"}, PRESETS["gpt2"])
 
 
 def _read(keys: Keys) -> ModelConfig:
     dim, heads = keys.size("embedding_length"), keys.size("attention.head_count")
-    config = ModelConfig(
+    config = dataclasses.replace(
+        FIELDS.like,
         vocab_size=keys.vocabulary(),
         model_dim=dim,
         num_layers=keys.layers(),
@@ -44,7 +50,6 @@ def _read(keys: Keys) -> ModelConfig:
         max_position=keys.size("context_length"),
         tied_head="output.weight" not in keys.file.tensors,
         norm_eps=keys.decimal("attention.layer_norm_epsilon"),
-        **GPT2.fixed,
     )
     config.check()
     return config
@@ -82,6 +87,6 @@ FAMILY = Family(
     neutral={"attention.causal": (True,), "use_parallel_residual": (False,)},
     read=_read,
     write=_write,
-    fields=GPT2,
+    fields=FIELDS,
     lacks=_lacks,
 )

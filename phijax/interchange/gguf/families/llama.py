@@ -6,7 +6,6 @@ Source: llama.cpp's conversion/llama.py.
 from phijax.interchange.gguf.families import rotary
 from phijax.interchange.gguf.families.family import Family
 from phijax.interchange.gguf.keys import Keys
-from phijax.interchange.model_fields import ROTARY
 from phijax.interchange.tensors import Row
 from phijax.model.config import ModelConfig
 
@@ -52,6 +51,6 @@ FAMILY = Family(
     neutral=rotary.NEUTRAL,
     read=_read,
     write=_write,
-    fields=ROTARY,
+    fields=rotary.FIELDS,
     lacks=_lacks,
 )

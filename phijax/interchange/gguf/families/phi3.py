@@ -4,7 +4,6 @@ from phijax.interchange.gguf.families import rotary
 from phijax.interchange.gguf.families.family import Family
 from phijax.interchange.gguf.keys import Keys
 from phijax.interchange.gguf.tokenizer import PHI3_NAMES
-from phijax.interchange.model_fields import ROTARY
 from phijax.interchange.tensors import Row
 from phijax.model.config import ModelConfig
 from phijax.model.rope import inverse_frequencies
@@ -53,7 +52,7 @@ FAMILY = Family(
     neutral=rotary.NEUTRAL,
     read=_read,
     write=_write,
-    fields=ROTARY,
+    fields=rotary.FIELDS,
     lacks=_lacks,
     named=PHI3_NAMES,  # llama.cpp's rule for whitespace after special tokens hangs on it
 )

@@ -9,7 +9,9 @@ from typing import Any
 from phijax.errors import UserError
 from phijax.interchange.gguf.keys import Keys
 from phijax.interchange.gguf.long_rope import check_attention_factor, read_lists
+from phijax.interchange.model_fields import ROTATION, SIZES, ModelFields
 from phijax.model.config import ModelConfig
+from phijax.model.presets import PRESETS
 
 FOLLOWED = frozenset(
     "context_length embedding_length block_count feed_forward_length vocab_size attention.head_count "
@@ -28,6 +30,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "tensor_data_layout": ("", "Meta AI original pth"),  # a remark of 2023
 }
+# What these files do not say, is in all of these models as in phi-3.
+FIELDS = ModelFields(SIZES | ROTATION, PRESETS["phi3_mini"])
 
 
 def read(keys: Keys, *, partial: bool) -> ModelConfig:

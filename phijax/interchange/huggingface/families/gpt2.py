@@ -4,14 +4,16 @@ transformers 5.24, models/gpt2/{configuration,modeling}_gpt2.py; mlx-lm 0.32, mo
 alone, and training here has none. The published files lack the prefix of all names and carry the attention's mask.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from phijax.interchange.huggingface.families.family import Family
-from phijax.interchange.model_fields import GPT2
+from phijax.interchange.model_fields import SIZES, ModelFields
 from phijax.interchange.tensors import Row
 from phijax.model.config import ModelConfig
+from phijax.model.presets import PRESETS
 from phijax.storage.strict_json import Fields
 
 PREFIX, LAYER = "transformer.", "transformer.h.{}."
@@ -44,6 +46,8 @@ MLX_ROWS = tuple(
 )
 _MASK = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 _TANH = ("gelu_new", "gelu_pytorch_tanh")  # two names of one formula
+# Where nothing rotates, the rotation's numbers say nothing.
+FIELDS = ModelFields(SIZES | {"rope_theta", "partial_rotary_factor"}, PRESETS["gpt2"])
 
 
 def _read(values: Fields) -> ModelConfig:
@@ -60,7 +64,8 @@ def _read(values: Fields) -> ModelConfig:
         raise values.refusal("n_embd", f"a multiple of n_head={heads}")
     if values.integer("n_ctx", positions, least=1) != positions:
         raise values.refusal("n_ctx", f"n_positions={positions}, or left out: readers differ in which they take")
-    return ModelConfig(
+    return dataclasses.replace(
+        FIELDS.like,
         vocab_size=values.integer("vocab_size", least=1),
         model_dim=dim,
         num_layers=values.integer("n_layer", least=1),
@@ -71,7 +76,6 @@ def _read(values: Fields) -> ModelConfig:
         max_position=positions,
         tied_head=values.boolean("tie_word_embeddings"),
         norm_eps=values.number("layer_norm_epsilon", above=0),
-        **GPT2.fixed,
     )
 
 
@@ -142,7 +146,7 @@ FAMILY = Family(
         "scale_attn_weights": True,
         "tie_word_embeddings": True,
     },
-    fields=GPT2,
+    fields=FIELDS,
     lacks=_lacks,
     # The last one says in which order, and how precisely, the same scores are computed.
     inert=frozenset(

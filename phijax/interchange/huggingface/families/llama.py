@@ -9,7 +9,6 @@ from typing import Any
 from phijax.errors import UserError
 from phijax.interchange.huggingface.families import rotary
 from phijax.interchange.huggingface.families.family import Family
-from phijax.interchange.model_fields import ROTARY
 from phijax.interchange.tensors import Row
 from phijax.model.config import ModelConfig
 from phijax.storage.strict_json import Fields, shown
@@ -60,7 +59,7 @@ FAMILY = Family(
     write=_write,
     keys=rotary.KEYS,
     defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
-    fields=ROTARY,
+    fields=rotary.FIELDS,
     lacks=_lacks,
     derived=rotary.derived,
 )

@@ -8,7 +8,6 @@ from typing import Any
 
 from phijax.interchange.huggingface.families import llama, rotary
 from phijax.interchange.huggingface.families.family import Family
-from phijax.interchange.model_fields import ROTARY
 from phijax.model.config import ModelConfig
 
 
@@ -35,7 +34,7 @@ FAMILY = Family(
         "sliding_window": 4096,
         "num_key_value_heads": 8,
     },
-    fields=ROTARY,
+    fields=rotary.FIELDS,
     lacks=_lacks,
     derived=rotary.derived,
 )

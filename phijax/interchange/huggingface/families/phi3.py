@@ -8,7 +8,6 @@ from typing import Any
 
 from phijax.interchange.huggingface.families import rotary
 from phijax.interchange.huggingface.families.family import Family
-from phijax.interchange.model_fields import ROTARY
 from phijax.interchange.tensors import Row
 from phijax.model.config import ModelConfig
 from phijax.storage.strict_json import Fields
@@ -66,7 +65,7 @@ FAMILY = Family(
     write=_write,
     keys=rotary.KEYS,
     defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": None},
-    fields=ROTARY,
+    fields=rotary.FIELDS,
     lacks=_lacks,
     neutral={"full_attn_mod": 1, "interpolate_factor": 1},  # of phi-4-mini
     derived=rotary.derived,

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from phijax.errors import UserError
+from phijax.interchange.model_fields import ROTATION, SIZES, ModelFields
 from phijax.model.config import LongRope, ModelConfig
+from phijax.model.presets import PRESETS
 from phijax.model.rope import long_rope_factor
 from phijax.storage.strict_json import Fields, named, shown
 
@@ -21,6 +23,8 @@ _ROPE_KEYS = frozenset(
     "type rope_type rope_theta partial_rotary_factor short_factor long_factor original_max_position_embeddings factor "
     "attention_factor short_mscale long_mscale".split()
 )
+# What these files do not say, is in all of these models as in phi-3.
+FIELDS = ModelFields(SIZES | ROTATION, PRESETS["phi3_mini"])
 
 
 def read(values: Fields, *, partial: bool = False, original: int | None = None) -> ModelConfig:

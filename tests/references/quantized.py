@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import flagsaver
-from quick_compilation import QUICK
 
 from phijax.checkpoint.config import CheckpointConfig
 from phijax.checkpoint.lock import WriterLock
@@ -41,22 +40,12 @@ def run(command, *arguments: str) -> int:
         flagsaver.restore_flag_values(saved, command.FLAGS)
 
 
-def random_params(c: ModelConfig, seed: int = 0) -> params.Params:
-    """As init, but norms' factors are not all one nor biases zero."""
-    rng = np.random.default_rng(seed)
-    flat = params.flat(jax.jit(lambda: params.init(c, seed), compiler_options=QUICK)())
-    for path, value in flat.items():
-        if path.endswith(("scale", "bias")):
-            flat[path] = value + 0.2 * rng.standard_normal(value.shape, np.float32)
-    return params.nested(flat)
-
-
 SCHEME = "int4_g32,o=int8"  # of MODEL's 48 inputs of o no group is a divisor
 
 
 def save_run(folder: pathlib.Path, weights: params.Params, c: ModelConfig = MODEL) -> pathlib.Path:
     """A run's workdir with one step and a tokenizer."""
-    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    text = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
     train_tokenizer([text], c.vocab_size).save(folder / "tokenizer")
     with WriterLock(folder, break_lock=False, log=print) as lock:
         config = dataclasses.replace(CheckpointConfig(), asynchronous=False)
