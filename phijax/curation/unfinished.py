@@ -125,7 +125,11 @@ def wait_for_workers(work: pathlib.Path) -> None:
 
 def settings_that_differ(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     wanted = json.loads(json.dumps(now))
-    return [f"{key}: {there.get(key)} there, {value} now" for key, value in wanted.items() if there.get(key) != value]
+    return [
+        f"{key}: {str(there.get(key))[:200]} there, {value} now"
+        for key, value in wanted.items()
+        if there.get(key) != value
+    ]
 
 
 def inputs_that_differ(there: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

@@ -315,7 +315,8 @@ def _is_byte_level(parsed: dict[str, Any], where: str) -> bool:
     if "ByteFallback" in kinds or "Metaspace" in kinds:
         return False
     raise UserError(
-        f"{where} decodes with {', '.join(sorted(kinds)) or 'nothing'}: only byte-level vocabularies (ByteLevel) and "
+        f"{where} decodes with {', '.join(map(named, sorted(kinds))) or 'nothing'}: only byte-level vocabularies "
+        "(ByteLevel) and "
         "Llama's kind (ByteFallback or Metaspace) can be read."
     )
 

@@ -46,7 +46,10 @@ def model_of(file: GgufFile, family: Family) -> ModelConfig:
             f"{keys.said(key, value)} is not followed here, so the outputs would differ."
             + (f" Near to it: {family.architecture}.{near}." if near and key not in family.neutral else "")
         )
-    return family.read(keys)
+    try:
+        return family.read(keys)
+    except UserError as error:  # of ModelConfig.check, which knows no file
+        raise error if str(file.path) in str(error) else UserError(f"{file.path}: {error}") from error
 
 
 def keys_of(c: ModelConfig, family: Family) -> dict[str, int | float]:
