@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from phijax.errors import UserError, nearest_name
 from phijax.report import streams
-from phijax.storage import leaving
+from phijax.storage import signals
 
 VERBS = ("main", "prepare", "generate", "export", "quantize", "plan", "preflight", "show")
 
@@ -25,7 +25,7 @@ VERBS = ("main", "prepare", "generate", "export", "quantize", "plan", "preflight
 def main() -> NoReturn:
     """The console entry: `phijax prepare ...` is `python -m phijax.prepare ...`."""
     streams.mend()  # first: what is opened must not get the number of a closed stream
-    with leaving.at_once():  # imports take a moment too
+    with signals.at_once():  # imports take a moment too
         _main()
 
 

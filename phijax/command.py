@@ -18,7 +18,7 @@ from absl import flags
 from phijax import distribution, errors
 from phijax.parallel import hardware
 from phijax.report import streams
-from phijax.storage import leaving
+from phijax.storage import signals
 from phijax.storage.named import named
 
 # Full, read-only and forbidden disks, and names that no disk takes, may show anywhere, and are no bugs of ours.
@@ -53,7 +53,7 @@ def run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues =
     Exit codes: `phijax.errors.EXIT_*`; SIGTERM and Ctrl-C: 75, at once, unless the command handles them itself.
     """
     streams.mend()  # first: what is opened must not get the number of a closed stream
-    with leaving.at_once():
+    with signals.at_once():
         _run(main, flag_values)
 
 
@@ -79,7 +79,7 @@ def run_with_overrides(
 ) -> NoReturn:
     """`run` for a command of an experiment: `main` also takes the (KEY, VALUE) pairs of `--config.KEY=VALUE`."""
     streams.mend()
-    with leaving.at_once():
+    with signals.at_once():
         _run_with_overrides(main, flag_values)
 
 

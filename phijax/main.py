@@ -56,7 +56,7 @@ def checked_config(arguments: list[str], overrides: list[tuple[str, str]]):
 
 def train(config) -> int:
     from phijax.parallel import hardware, processes
-    from phijax.storage import leaving
+    from phijax.storage import signals
 
     hardware.run_in_turn()
 
@@ -75,7 +75,7 @@ def train(config) -> int:
             lock.abandon(workdir)
 
         # Several processes have JAX's own handler from here on: they stop together at the loop's first step.
-        with leaving.tidied(abandon) if world.count == 1 else leaving.interrupt_as_sigterm():
+        with signals.tidied(abandon) if world.count == 1 else signals.interrupt_as_sigterm():
             outcome = assemble.train(config, workdir)
         processes.finish(config.processes.shutdown_timeout)
         return EXIT_RESTART if outcome.stopped else EXIT_DONE

@@ -22,7 +22,7 @@ from phijax.planning.search import Candidate, Ranked, Work
 from phijax.planning.step_plan import plan_step
 from phijax.run import recipe as recipes
 from phijax.run import start
-from phijax.storage import leaving
+from phijax.storage import signals
 from phijax.training.program import BatchShape, Recipe, abstract_state
 
 
@@ -143,7 +143,7 @@ def compile_some(slice_name: str, how: How, ranked: Sequence[Ranked], top: int) 
     beside = concurrent.futures.ThreadPoolExecutor(1)
     try:
         # Whoever limits a search by `timeout` is to be shown what was found by then, as at the keyboard.
-        with leaving.as_keyboard_interrupt():
+        with signals.as_keyboard_interrupt():
             for one in search.compile_in_turn(
                 ranked, top, list(profiles), lambda *given: beside.submit(compile_one, *given).result()
             ):

@@ -110,7 +110,7 @@ IN_LITTLE = """
 import os, pathlib, signal, subprocess, sys, time
 from absl import flags
 from phijax import command
-from phijax.storage import leaving
+from phijax.storage import signals
 
 ready, case, tidied = pathlib.Path(sys.argv.pop(1)), sys.argv.pop(1), pathlib.Path(sys.argv.pop(1))
 
@@ -118,11 +118,11 @@ def main(arguments):
     print("printed before")
     match case:
         case "tidies":
-            with leaving.tidied(tidied.touch):
-                with leaving.tidied(lambda: 1 / 0):
+            with signals.tidied(tidied.touch):
+                with signals.tidied(lambda: 1 / 0):
                     ready.touch(); time.sleep(600)
         case "tidied no more":
-            with leaving.tidied(tidied.touch): pass
+            with signals.tidied(tidied.touch): pass
             ready.touch(); time.sleep(600)
         case "another's handler":
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(9)); ready.touch(); time.sleep(600)
@@ -138,7 +138,7 @@ def main(arguments):
             signal.set_wakeup_fd(-1); ready.touch(); time.sleep(600)
         case "as interrupt":
             try:
-                with leaving.as_keyboard_interrupt(): ready.touch(); time.sleep(600)
+                with signals.as_keyboard_interrupt(): ready.touch(); time.sleep(600)
             except KeyboardInterrupt:
                 return 8
 

@@ -36,10 +36,10 @@ def told_to_all(
             raise
         user = isinstance(error, UserError)
         text, code = (str(error), EXIT_USER_ERROR) if user else (f"{type(error).__name__}: {error}", EXIT_CRASH)
-        processes._to_stderr(
+        processes.to_stderr(
             f"error: process {index} of {count}: {text if user else traceback.format_exc()}\n"
             f"process {index} stays until the others have heard of it, {timeout:g} s at most"
         )
         with contextlib.suppress(UserError, ProcessFailure):
-            rendezvous.gather(address, count, index, timeout, processes._to_stderr, rendezvous.Failed(text, code))
+            rendezvous.gather(address, count, index, timeout, processes.to_stderr, rendezvous.Failed(text, code))
         raise SystemExit(code) from error

@@ -1,4 +1,4 @@
-"""One run, many processes: start together, wait with limits, stop at one agreed step, end without hanging.
+"""One run, many processes: start together, wait with limits, end without hanging.
 
 A process of a jax.distributed run must not leave by an exception that reaches the interpreter's exit: JAX then waits
 in a barrier for peers that wait in a collective for it (both hung for more than 170 s, jax 0.10.2). `guard` is the way
@@ -6,20 +6,16 @@ out.
 """
 
 import contextlib
-import faulthandler
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import jax
-from jax.experimental import multihost_utils
 
 from phijax.errors import EXIT_CRASH, EXIT_DONE, EXIT_RESTART, EXIT_USER_ERROR, RunFailure, StoppedUnsaved, UserError
 from phijax.parallel import rendezvous
@@ -72,7 +68,7 @@ def start(
       UserError: the three settings are incomplete or contradict each other.
       ProcessFailure: not all processes were here within config.initialization_timeout; the message names the missing.
     """
-    write = write or _to_stderr
+    write = write or to_stderr
     address, count, index, local_device_ids = _settings(
         coordinator_address, process_count, process_id, environment, config.initialization_timeout
     )
@@ -163,7 +159,7 @@ def barrier(name: str, seconds: float, text: str = "") -> None:
     if not jax.distributed.is_initialized():
         return
     announce(name, text)
-    client, _, count = _world()
+    client, _, count = world()
     try:
         client.wait_at_barrier(f"phijax/{name}", int(seconds * 1000))
     except Exception as error:
@@ -184,7 +180,7 @@ def exchange(name: str, text: str, seconds: float) -> list[str]:
 def announce(name: str, text: str = "") -> None:
     """Tells the others that this process has come to `name`, once in a run; waits for nobody."""
     if jax.distributed.is_initialized():
-        client, index, _ = _world()
+        client, index, _ = world()
         client.key_value_set(f"phijax/{name}/{index}", text)
 
 
@@ -193,12 +189,12 @@ def announced(name: str) -> dict[int, str]:
     if not jax.distributed.is_initialized():
         return {}
     with contextlib.suppress(Exception):
-        entries = _world()[0].key_value_dir_get(f"phijax/{name}/")
+        entries = world()[0].key_value_dir_get(f"phijax/{name}/")
         return {int(key.rsplit("/", 1)[1]): text for key, text in entries}
     return {}
 
 
-def _world() -> tuple[Any, int, int]:
+def world() -> tuple[Any, int, int]:
     """(coordination client, process index, process count). Not public; jax.process_index would start a backend."""
     from jax._src import distributed
 
@@ -228,23 +224,23 @@ def guard(main: Callable[[], int | None]) -> NoReturn:
             finish()
     except (UserError, RunFailure) as error:
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASH
-        _to_stderr("\n".join([f"error: {_who()}{error}", *getattr(error, "__notes__", ())]))
+        to_stderr("\n".join([f"error: {who()}{error}", *getattr(error, "__notes__", ())]))
         if not isinstance(error, ProcessFailure):
             _leave_together()
     except StoppedUnsaved as stopped:
         code = EXIT_RESTART
-        _to_stderr(f"{_who()}{stopped}")
+        to_stderr(f"{who()}{stopped}")
         _leave_together()
     except KeyboardInterrupt:
         code = EXIT_RESTART  # before the loop, which saves first
-        _to_stderr(f"{_who()}stopped from the keyboard; the same command can be started again")
+        to_stderr(f"{who()}stopped from the keyboard; the same command can be started again")
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else (EXIT_DONE if leaving.code is None else EXIT_CRASH)
         if leaving.code is not None and not isinstance(leaving.code, int):
-            _to_stderr(f"{_who()}{leaving.code}")
+            to_stderr(f"{who()}{leaving.code}")
     except BaseException:
         code = EXIT_CRASH
-        _to_stderr(f"{_who()}{traceback.format_exc()}")
+        to_stderr(f"{who()}{traceback.format_exc()}")
     exit_hard(code)
 
 
@@ -254,7 +250,7 @@ def _leave_together() -> None:
         return
     with contextlib.suppress(Exception):
         barrier("leaving", LEAVING_SECONDS)
-    if _world()[1] == 0:
+    if world()[1] == 0:
         time.sleep(LAST_TO_LEAVE_SECONDS)
 
 
@@ -262,10 +258,11 @@ def exit_hard(code: int) -> NoReturn:
     """Leaves with `code`. Under jax.distributed by os._exit: no barrier, only this process's own things are ended."""
     if not jax.distributed.is_initialized():
         sys.exit(code)
-    _leave_now(code)
+    leave_now(code)
 
 
-def _leave_now(code: int) -> NoReturn:
+def leave_now(code: int) -> NoReturn:
+    """Ends this process and its children at once, whatever waits for it."""
     for worker in multiprocessing.active_children():
         worker.kill()
     for stream in (sys.stdout, sys.stderr):
@@ -274,123 +271,16 @@ def _leave_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _who() -> str:
+def who() -> str:
+    """Which process of how many speaks, to put before a line; nothing in a run of one."""
     if not jax.distributed.is_initialized():
         return ""
-    _, index, count = _world()
+    _, index, count = world()
     return f"process {index} of {count}: "
 
 
-def _to_stderr(text: str) -> None:
+def to_stderr(text: str) -> None:
+    """A line for people."""
     # One write, or the lines of several processes on one terminal run into each other.
     sys.stderr.write(text.rstrip("\n") + "\n")
     sys.stderr.flush()
-
-
-# --- stopping on request
-
-
-class StopSignal:
-    """SIGTERM or Ctrl-C: every process learns at the same step that the run shall save and stop.
-
-    Under jax.distributed JAX has its own SIGTERM handler and agrees on a step; it must be asked exactly once a step, on
-    every process, or the signal is swallowed. Ctrl-C is turned into that SIGTERM. Alone, both set a flag here. A second
-    Ctrl-C ends the process at once, which is as safe as SIGKILL: the last checkpoint stays. Main thread only.
-    """
-
-    def __init__(self, write: Callable[[str], None] | None = None):
-        self._write = write or _to_stderr
-        self._shared = jax.distributed.is_initialized()
-        self._asked = False
-        self._last_step: int | None = None
-        self._previous = {signal.SIGINT: signal.signal(signal.SIGINT, self._on_signal)}
-        if not self._shared:
-            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_signal)
-
-    def agreed(self, step: int) -> bool:
-        """True at the step after which all processes stop. Call it exactly once a step, on every process."""
-        if self._last_step is not None and step <= self._last_step:
-            raise ValueError(f"StopSignal was asked at step {self._last_step} already, now at {step}: once a step")
-        self._last_step = step
-        return multihost_utils.reached_preemption_sync_point(step) if self._shared else self._asked
-
-    def asked(self) -> bool:
-        """Whether any process was asked to stop, by now: for waits inside of a step, which `agreed` does not see."""
-        if self._shared and not self._asked:
-            with contextlib.suppress(Exception):  # no such key yet; JAX's own name for it is not public
-                self._asked = bool(_world()[0].key_value_try_get("RECEIVED_PREEMPTION_NOTICE"))
-        return self._asked
-
-    def close(self) -> None:
-        """Puts the handlers back that were there before."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame) -> None:
-        self._asked = True
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            if self._shared:
-                os.kill(os.getpid(), signal.SIGTERM)
-        # os.write: a print here could run into the print that was interrupted.
-        text = (
-            f"\n{signal.Signals(number).name}: saving after this step, then stopping; the same command goes on from "
-            "there. Ctrl-C now ends at once, unsaved: it then goes on from the last save.\n"
-        )
-        os.write(2, text.encode())
-
-
-class Watchdog:
-    """Notices a loop that has stopped moving: heartbeats do not, since they come from another thread.
-
-    No `beat` for `seconds`: a line with step and process, and the stacks of all threads. Still none after as long
-    again: exit code 1, at once. Counts from the first beat, and not while it pauses: a program may compile for long. 0
-    is off.
-    """
-
-    def __init__(self, seconds: float, write: Callable[[str], None] | None = None):
-        self._seconds = seconds
-        self._write = write or _to_stderr
-        self._beat: tuple[int, float] | None = None
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="phijax-watchdog", daemon=True)
-        if seconds > 0:
-            self._thread.start()
-
-    def beat(self, step: int) -> None:
-        """The loop has come to `step`; call it also around long work between steps."""
-        self._beat = (step, time.monotonic())
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Nothing is counted inside; behind it silence counts anew, where it counted before."""
-        before, self._beat = self._beat, None
-        try:
-            yield
-        finally:
-            if before is not None:
-                self.beat(before[0])
-
-    def close(self) -> None:
-        self._closed.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _watch(self) -> None:
-        warned_at = None
-        while not self._closed.wait(self._seconds / 10):
-            beat = self._beat
-            if beat is None:
-                continue
-            step, at = beat
-            silence = time.monotonic() - at
-            if silence > 2 * self._seconds:
-                self._write(f"{_who()}no progress after step {step} for {silence:.0f} s: leaving")
-                _leave_now(EXIT_CRASH)
-            if silence > self._seconds and warned_at != beat:
-                warned_at = beat
-                self._write(
-                    f"{_who()}no progress after step {step} for {silence:.0f} s; all stacks follow, "
-                    f"the process ends in {self._seconds:.0f} s unless it moves"
-                )
-                faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from phijax.errors import UserError
 from phijax.parallel.program_text import parse
-from phijax.planning import estimator, lifetimes, memory_parts
+from phijax.planning import estimator, hbm, memory_parts
 from phijax.planning.assumptions import chip_of
 from phijax.planning.estimator import Estimate
 from phijax.planning.topology import torus_of
@@ -67,7 +67,7 @@ def compile_step(
     arguments = argument_parts(recipe, mesh, shape)
     return Compiled(
         hbm_peak=hbm_peak(compiled.memory_analysis()),
-        hbm_parts=memory_parts.by_part(lifetimes.peak(program), recipe, dict(mesh.shape), shape, arguments),
+        hbm_parts=memory_parts.by_part(hbm.peak(program), recipe, dict(mesh.shape), shape, arguments),
         estimate=estimator.estimate(
             program, chip_of(topology), torus_of(topology, mesh.devices.flat), window=recipe.model.sliding_window
         ),

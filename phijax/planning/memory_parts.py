@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from phijax.model import params
 from phijax.parallel import sharding
-from phijax.planning.lifetimes import Buffer, Peak
+from phijax.planning.hbm import Buffer, Peak
 from phijax.training.program import BatchShape, Recipe
 
 PARTS = (

@@ -33,7 +33,8 @@ from phijax.model.config import ModelConfig, fields_version, model_to_dict
 from phijax.model.flops import train_flops_per_token
 from phijax.parallel.hardware import generation, give_back_freed_memory, in_kept_memory, peak_flops
 from phijax.parallel.mesh import make_mesh
-from phijax.parallel.processes import StopSignal, Watchdog
+from phijax.parallel.stop_signal import StopSignal
+from phijax.parallel.watchdog import Watchdog
 from phijax.readiness import agreement, host
 from phijax.report import baselines
 from phijax.report import report as reports

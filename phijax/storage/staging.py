@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from phijax.errors import UserError
-from phijax.storage import atomic, durable, leaving
+from phijax.storage import atomic, durable, signals
 
 UNFINISHED = ".unfinished"
 
@@ -62,7 +62,7 @@ def staged(output: epath.Path, *, resumable: bool = False) -> Iterator[epath.Pat
         folder.rmtree()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with leaving.tidied(lambda: None if resumable else shutil.rmtree(folder)):
+        with signals.tidied(lambda: None if resumable else shutil.rmtree(folder)):
             yield folder
             for file in durable.files_below(folder):
                 descriptor = os.open(os.fspath(file), os.O_RDONLY)
@@ -103,7 +103,7 @@ def staged_file(path: epath.Path) -> Iterator[epath.Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
-        with atomic.replaced(path) as temporary, leaving.tidied(lambda: tidy(temporary)):
+        with atomic.replaced(path) as temporary, signals.tidied(lambda: tidy(temporary)):
             yield temporary
     except BaseException as error:
         remove_folders()

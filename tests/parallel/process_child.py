@@ -10,6 +10,8 @@ from jax.experimental import multihost_utils
 
 from phijax.errors import EXIT_RESTART, UserError
 from phijax.parallel import processes
+from phijax.parallel.stop_signal import StopSignal
+from phijax.parallel.watchdog import Watchdog
 
 LIMITS = processes.ProcessConfig(initialization_timeout=20, heartbeat_timeout=10, shutdown_timeout=20)
 
@@ -31,7 +33,7 @@ def steps(world, stop=None):
 
 
 def until_stopped(world):
-    stop = processes.StopSignal()
+    stop = StopSignal()
     for step in steps(world):
         if stop.agreed(step):
             tell(f"stopped after {step}")
@@ -65,7 +67,7 @@ def finishes(world):
 
 
 def stuck(world):
-    watchdog = processes.Watchdog(0.5)
+    watchdog = Watchdog(0.5)
     for step in range(3):
         watchdog.beat(step)
     the_call_that_hangs()
@@ -76,7 +78,7 @@ def the_call_that_hangs():
 
 
 def interrupted_twice(world):
-    stop = processes.StopSignal()
+    stop = StopSignal()
     for step in range(100_000):
         tell(f"step {step}")
         stop.agreed(step)

@@ -14,6 +14,8 @@ import pytest
 
 from phijax.errors import EXIT_RESTART, UserError
 from phijax.parallel import processes
+from phijax.parallel.stop_signal import StopSignal
+from phijax.parallel.watchdog import Watchdog
 
 CHILD = Path(__file__).with_name("process_child.py")
 ROOT = Path(__file__).parents[2]
@@ -153,8 +155,8 @@ def test_watchdog_shows_the_stuck_call_then_ends_the_process(launch):
 
 def test_a_watchdog_that_pauses_counts_nothing(monkeypatch):
     lines = []
-    monkeypatch.setattr(processes, "_leave_now", lambda code: lines.append(f"left with {code}"))
-    watchdog = processes.Watchdog(0.2, lines.append)
+    monkeypatch.setattr(processes, "leave_now", lambda code: lines.append(f"left with {code}"))
+    watchdog = Watchdog(0.2, lines.append)
     with watchdog.pause():  # before the first beat: it does not begin to count
         pass
     time.sleep(0.5)
@@ -241,7 +243,7 @@ def test_incomplete_settings_are_refused(arguments, message):
 
 def test_stop_signal_is_asked_once_a_step():
     before = signal.getsignal(signal.SIGINT)  # ignored where the suite runs in a shell's background
-    stop = processes.StopSignal()
+    stop = StopSignal()
     try:
         assert not stop.agreed(0)
         with pytest.raises(ValueError, match="once a step"):

@@ -35,7 +35,7 @@ def said(sizes, *, host=0, **more):
 
 
 def test_what_lies_on_the_host_is_no_hbm():
-    # Four layers of phi3_mini's width on v5e:2x2, moments on the hosts; 2,542,868,000 is what lifetimes.peak counts.
+    # Four layers of phi3_mini's width on v5e:2x2, moments on the hosts; 2,542,868,000 is what hbm.peak counts.
     sizes = dict(argument=654_311_424, output=654_311_424, alias=654_311_424, temp=1_916_000_000)
     peak = said(sizes, host=1_308_622_848, peak_memory_in_bytes=3_851_490_848)
     assert hbm_peak(peak) == 2_542_868_000

@@ -11,7 +11,7 @@ from phijax.model.cross_entropy import LossConfig
 from phijax.model.presets import PRESETS
 from phijax.parallel.program_text import parse
 from phijax.planning import memory_parts
-from phijax.planning.lifetimes import peak
+from phijax.planning.hbm import peak
 from phijax.training.optimizer import OptimizerConfig
 from phijax.training.program import Recipe
 

@@ -10,7 +10,7 @@ from phijax.model.config import ModelConfig
 from phijax.model.cross_entropy import LossConfig
 from phijax.parallel.mesh import MeshConfig, make_mesh
 from phijax.parallel.program_text import parse
-from phijax.planning.lifetimes import peak
+from phijax.planning.hbm import peak
 from phijax.planning.topology import has_compiler, tpu_devices
 from phijax.training.optimizer import OptimizerConfig
 from phijax.training.program import Recipe, lower_train_step

@@ -13,7 +13,7 @@ from phijax.distribution import install_hint
 from phijax.errors import UserError
 from phijax.interchange.gguf.write import output_path, write_gguf
 from phijax.interchange.opened import Opened
-from phijax.storage import leaving, staging
+from phijax.storage import signals, staging
 
 KINDS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
 _ERROR = 3  # ggml.h: GGML_LOG_LEVEL_ERROR
@@ -38,7 +38,7 @@ def write_k_quants(
     exact = path.parent / f".{path.name}.exact-{os.getpid()}.gguf"
     with staging.staged_file(path) as temporary:
         try:
-            with leaving.tidied(lambda: exact.unlink(missing_ok=True)):
+            with signals.tidied(lambda: exact.unlink(missing_ok=True)):
                 write_gguf(opened, exact, kind=_without_loss(opened), keep_integers=False, say=say)
                 _quantize(library, exact, temporary, kind)
         finally:

@@ -11,7 +11,7 @@ from etils import epath
 from phijax.errors import UserError
 from phijax.interchange.facts import Facts
 from phijax.interchange.gguf.tokenizer import END_OF_TURN
-from phijax.storage import leaving
+from phijax.storage import signals
 from phijax.text.pre_tokenizers import PRE_TOKENIZERS, cuts_of
 from phijax.text.sentencepiece_model import PieceKind, take_apart
 from phijax.text.special_files import is_symbol
@@ -42,7 +42,7 @@ def vocabulary(
         raise UserError(
             f"The tokenizer has {tokenizer.vocab_size} ids, the model {rows} rows. They do not belong together."
         )
-    with tempfile.TemporaryDirectory() as folder, leaving.tidied(lambda: shutil.rmtree(folder)):
+    with tempfile.TemporaryDirectory() as folder, signals.tidied(lambda: shutil.rmtree(folder)):
         tokenizer.save(folder)  # the one form that both backends have
         saved = epath.Path(folder)
         if (saved / MODEL_FILE).exists():

@@ -26,7 +26,7 @@ from phijax.model import params
 from phijax.quantization import packing, policy
 from phijax.quantization.policy import Scheme
 from phijax.quantization.rounding import Quantize, round_to_nearest
-from phijax.storage import durable, leaving, staging, strict_json
+from phijax.storage import durable, signals, staging, strict_json
 from phijax.storage.strict_json import Fields
 
 PROGRESS_FILE = "progress.jsonl"  # a line a piece that lies on disk; gone when all do
@@ -103,7 +103,7 @@ def write(
         there.mkdir(parents=True, exist_ok=True)
         # Before `staged`, which after an exception removes the folder: it may be another process's.
         lock = WriterLock(there, break_lock=False, log=say)
-        with leaving.tidied(lock.release), staging.staged(output, resumable=True) as folder:
+        with signals.tidied(lock.release), staging.staged(output, resumable=True) as folder:
             try:
                 done = _taken_up(folder, identity, say)
                 arrays = _Arrays(folder, opened, assigned)

@@ -19,7 +19,7 @@ import warnings
 import jax
 
 from phijax.errors import UserError, nearest_name
-from phijax.storage import leaving
+from phijax.storage import signals
 
 VARIABLE = "PHIJAX_CPU_KERNEL"
 PATHS = ("generic", "avx2", "avxvnni", "avx512vnni")  # their numbers in the source, the best last
@@ -161,7 +161,7 @@ def _built(compiler: str, folder: pathlib.Path | None) -> ctypes.CDLL:
     library = aside / LIBRARY_FILE
     command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCES[0]), "-o", str(library)]
     try:
-        with leaving.tidied(lambda: shutil.rmtree(aside)):
+        with signals.tidied(lambda: shutil.rmtree(aside)):
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False
             )

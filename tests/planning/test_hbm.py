@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from phijax.parallel.program_text import Array, arrays_in, parse
-from phijax.planning.lifetimes import peak
+from phijax.planning.hbm import peak
 
 OURS = pathlib.Path(__file__).with_name("mini_v5e_16x16.hlo.gz")
 TINY = pathlib.Path(__file__).with_name("tiny_v5e_2x2.hlo.gz")  # tiny_plan.py by libtpu 0.0.50
