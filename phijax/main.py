@@ -126,8 +126,11 @@ def dry_run(config) -> int:
     if config.init_from and not (workdir and reading.newest_identity(workdir / CHECKPOINTS_FOLDER)):
         for line in start.open_start(config, recipe.model, next(iter(rows.shards.values())), verify=False).lines:
             print(line)
-    read = [float(row["weights"].sum()) for row in recipes.rows_of_step_0(config, recipe, rows)]
-    print(f"read step 0: {len(read)} rows, {sum(read):,.0f} tokens to predict. Nothing was trained.")
+    read = [row.get("weights") for row in recipes.rows_of_step_0(config, recipe, rows)]
+    said = f"read step 0: {len(read)} rows" if read else "rows are made of the weights of their step: none was read"
+    if read and all(weights is not None for weights in read):
+        said += f", {sum(float(weights.sum()) for weights in read):,.0f} tokens to predict"
+    print(f"{said}. Nothing was trained.")
     return EXIT_DONE
 
 

@@ -80,7 +80,7 @@ def write(folder: epath.Path, *, step: int, leaves: list[dict], identity: dict, 
 def read(folder: epath.Path) -> dict:
     """The manifest of a step's folder. Raises DamagedManifest."""
     try:
-        content = dict(strict_json.read(folder / MANIFEST_FILE, LONGEST, not_finite=True).values)
+        content = dict(strict_json.read(folder / MANIFEST_FILE, LONGEST, not_finite=True, half_characters=True).values)
     except UserError as error:
         raise DamagedManifest(f"{MANIFEST_FILE} cannot be read: {error}") from error
     if content.pop("crc32", None) != _own_digest(content):

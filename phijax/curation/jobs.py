@@ -91,7 +91,7 @@ def _counts_of_earlier_run(task: Task) -> dict[str, Any] | None:
     if not (task.marker.exists() and task.output.exists()):
         return None
     try:
-        done = strict_json.read(task.marker, _LONGEST)
+        done = strict_json.read(task.marker, _LONGEST, half_characters=True)
         same = done.integer("output_bytes", most=_LARGEST) == task.output.stat().st_size
         return dict(done.object("counts").values) if same else None
     except UserError:  # damaged: it is done again

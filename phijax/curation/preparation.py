@@ -19,7 +19,7 @@ from phijax.curation.fruitless import Fruitless
 from phijax.curation.given_tokenizer import open_given
 from phijax.curation.tokenize_shards import Stage, assemble_shard, is_validation, tokenize_unit
 from phijax.curation.unfinished import Units, Wanted, marker
-from phijax.data.shard_manifest import MANIFEST_FILE, InputEntry, Manifest, ShardEntry, read_manifest
+from phijax.data.shard_manifest import LARGEST_SEED, MANIFEST_FILE, InputEntry, Manifest, ShardEntry, read_manifest
 from phijax.data.shards import Shards, token_dtype
 from phijax.errors import UserError
 from phijax.storage import atomic
@@ -200,6 +200,8 @@ def _check(request: Request) -> None:
         value = getattr(request, name)
         if value is not None and value < least:
             raise UserError(f"--{name}={value} must be {least} or more.")
+    if request.seed > LARGEST_SEED:
+        raise UserError(f"--seed={request.seed} must be {LARGEST_SEED:,} or less.")
     if not 0 <= request.validation_fraction < 1:
         raise UserError(f"--validation_fraction={request.validation_fraction} must be at least 0 and below 1, as 0.01.")
 

@@ -112,7 +112,7 @@ def try_skipped_again(work: pathlib.Path, units: Units) -> None:
 def _skipped_some(done: pathlib.Path) -> bool:
     """What a damaged marker says is not known: its unit is done again."""
     try:
-        return bool(strict_json.read(done).object("counts").object("skipped").values)
+        return bool(strict_json.read(done, half_characters=True).object("counts").object("skipped").values)
     except UserError:
         return True
 
@@ -163,7 +163,7 @@ class _Begun:
 def _read(path: pathlib.Path) -> _Begun:
     """Raises: UserError for a plan.json that is damaged."""
     try:
-        plan = strict_json.read(path, _LONGEST)
+        plan = strict_json.read(path, _LONGEST, half_characters=True)
         units = plan.object("units") if plan.integer("version", 0) == VERSION else Fields({}, plan.file)
         return _Begun(
             settings=plan.object("settings").values if plan.has("settings") else None,

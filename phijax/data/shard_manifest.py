@@ -15,8 +15,9 @@ from phijax.storage.strict_json import Fields
 MANIFEST_FILE = "manifest.json"
 FORMAT = "phijax token shards"
 VERSION = 1
-_LONGEST = 1 << 26  # bytes; 100,000 shards have half of it
+_LONGEST = 1 << 28  # bytes; 100,000 shards take 32 MB, a million input files 83 MB
 _MOST = 1 << 62
+LARGEST_SEED = _MOST
 DTYPES = {"uint16": 1 << 16, "uint32": 1 << 31}  # and how many ids each can hold (tokens become int32)
 
 
@@ -96,7 +97,7 @@ def read_manifest(folder: epath.Path) -> Manifest:
     if not path.exists():
         raise UserError(_no_shards(folder))
     try:
-        return _manifest(strict_json.read(path, _LONGEST))
+        return _manifest(strict_json.read(path, _LONGEST, half_characters=True))
     except UserError as error:
         raise UserError(f"{error} Prepare the shards again, or copy them again.") from error
 
@@ -118,7 +119,7 @@ def _manifest(found: Fields) -> Manifest:
     return Manifest(
         block=found.integer("block", least=1),
         dtype=dtype,
-        seed=found.integer("seed", least=-_MOST, most=_MOST),
+        seed=found.integer("seed", least=-_MOST, most=LARGEST_SEED),
         split=found.text("split"),
         tokenizer_fingerprint=found.text("tokenizer_fingerprint"),
         vocab_size=vocab_size,

@@ -222,7 +222,7 @@ def recall(folder: epath.Path) -> set[Checked]:
     found: set[Checked] = set()
     for path in folder.glob("*.json") if folder.exists() else ():
         with contextlib.suppress(UserError):
-            content = strict_json.read(path, _LONGEST)
+            content = strict_json.read(path, _LONGEST, half_characters=True)
             if content.text("format") == FORMAT:
                 found |= set(map(_checked, content.objects("files")))
     return found

@@ -105,7 +105,8 @@ def _data(opened: Opened) -> str:
         )
     if not lines:
         return ""
-    return f"## Data\nWhat the run was set to read, seed {data.integer('seed', None)}:\n\n" + "\n".join(lines)
+    seed = data.integer("seed", None, most=2**32 - 1)
+    return f"## Data\nWhat the run was set to read, seed {seed}:\n\n" + "\n".join(lines)
 
 
 def _scores(opened: Opened) -> str:

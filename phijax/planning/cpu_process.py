@@ -20,7 +20,7 @@ IMPORTED = 330 * MIB
 COMPILED = 250 * MIB
 COMPILED_PER_LAYER = 12 * MIB  # unrolled: traces, kernels and thunks grow with the layers
 AROUND = 110 * MIB
-PARAMETERS, MOMENTS = "parameters (float32)", "optimizer moments (float32)"
+MOMENTS = f"{summary.MOMENTS} (float32)"
 
 
 def memory(
@@ -43,8 +43,9 @@ def memory(
     worst = max(steps, key=lambda parts: sum(parts.values()))
     # With one device a step is computed within its call; else the next one's buffer is taken before it is freed.
     held = 1 if math.prod(sizes.values()) == 1 else 2
-    weights = summary.memory(recipe, sizes, shapes[0])[PARAMETERS]
-    state = {PARAMETERS: weights, MOMENTS: 2 * weights}  # optimizer.moments=host is the same memory here
+    weights = summary.memory(recipe, sizes, shapes[0])[summary.PARAMETERS]
+    # optimizer.moments=host is the same memory here.
+    state = {summary.PARAMETERS: weights, MOMENTS: 2 * weights}
     whole = 3 * summary.FLOAT32 * sum(_elements(recipe).values())
     saved = min(whole, devices * sum(state.values()))  # each piece once, however many devices have it
     return {
@@ -63,7 +64,8 @@ def temporary(recipe: Recipe, sizes: Mapping[str, int], shape: BatchShape) -> di
     what XLA:CPU's order of the program, made for speed, holds at the same time."""
     c, (_, rows, length) = recipe.model, shape
     known = summary.memory(recipe, sizes, shape)
-    parts = {part: size for part, size in known.items() if not part.startswith((PARAMETERS, "optimizer moments"))}
+    beside = (summary.PARAMETERS, summary.MOMENTS)
+    parts = {part: size for part, size in known.items() if not part.startswith(beside)}
     tokens = rows * length // (sizes["data"] * sizes["fsdp"] * sizes["context"])
     if not recipe.backend.scan_layers:
         blocks = sum(n for path, n in _elements(recipe).items() if path.startswith(f"{params.STACKED}/"))

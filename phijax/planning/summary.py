@@ -15,6 +15,7 @@ from phijax.training.program import BatchShape, Recipe
 
 GIB = 2**30
 FLOAT32 = 4
+PARAMETERS, MOMENTS = "parameters (float32)", "optimizer moments"  # parts of memory; the second, its beginning
 # Arrays (..., F) that autodiff keeps of an activation: its input, what its derivative needs, its result.
 KEPT_OF: dict[Activation, int] = {"silu": 4, "gelu_tanh": 6}
 KEPT_OF_GATE = 2  # up, and the product with it
@@ -41,11 +42,11 @@ def memory(recipe: Recipe, sizes: Mapping[str, int], shape: BatchShape) -> dict[
     head = c.padded_vocab_size // sizes["tensor"] * c.model_dim
     rows = c.padded_vocab_size // sizes["tensor"]
     logits = cross_entropy.chunk_tokens(tokens, rows) * rows * FLOAT32
-    moments = {"optimizer moments (float32)": 2 * weights}
+    moments = {f"{MOMENTS} (float32)": 2 * weights}
     if recipe.optimizer.moments_on_host:
-        moments = {f"optimizer moments (float32, {2 * weights / GIB:.3f} GiB on the host)": 0}
+        moments = {f"{MOMENTS} (float32, {2 * weights / GIB:.3f} GiB on the host)": 0}
     return {
-        "parameters (float32)": weights,
+        PARAMETERS: weights,
         **moments,
         "gradients (float32)": weights * (2 if shape[0] > 1 else 1),  # the sum, and a micro-batch's own
         "saved activations (estimate)": tokens * saved_per_token(recipe, sizes["tensor"], shape[2]),

@@ -92,7 +92,9 @@ def memory(hosts: Sequence[Host], needed: Sequence[Mapping[str, int] | None], wh
     shown = [f"{part} {size / 1e9:.2f}" for part, size in parts[tightest].items() if size > SHOWN * by_host[tightest]]
     text += f" ({'; '.join(shown)})" * (len(shown) > 1)
     if share > 1:
-        advice = "Try --config.checkpoint.asynchronous=False, more micro-batches (data.micro_batches), or more hosts."
+        has_steps = len(parts[tightest]) > 2  # on TPU and GPU hosts there are a save and moments alone
+        smaller = "more micro-batches (data.micro_batches), " if has_steps else ""
+        advice = f"Try --config.checkpoint.asynchronous=False, {smaller}or more hosts."
         return Check("memory", FAIL, f"{text}. {advice}")
     return Check("memory", WARNING if share > TIGHT else OK, text)
 

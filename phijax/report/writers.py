@@ -53,7 +53,7 @@ def _plain(value: Any) -> Any:
 
 def _parse(line: bytes, where: str) -> dict:
     """Raises: UserError for what is no line of metrics or events: the fields that are computed with must be numbers."""
-    fields = strict_json.parse(line, where)
+    fields = strict_json.parse(line, where, half_characters=True)
     row = dict(fields.values)
     for name in ("loss", *(name for name in row if name.startswith(HELD_OUT_LOSS))):
         if row.get(name) not in NOT_FINITE:

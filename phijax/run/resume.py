@@ -27,7 +27,7 @@ def begin_of(rows: RowSource, before: dict[str, Any] | None, opened: Opened | No
     Args: before: the identity that the newest step was saved with. opened: the weights that a new run starts from.
     """
     if before is not None:
-        return before["data"].get("begin")
+        return Fields(before, "The newest checkpoint").object("data").integer("begin", None)
     if opened is not None and len(opened.begin) == 1:
         with contextlib.suppress(UserError):  # a checkpoint without a tokenizer has no say in what its ids mean
             if next(iter(rows.shards.values())).made_with(opened.tokenizer()):
@@ -76,7 +76,7 @@ def changes(config: Config, workdir: epath.Path) -> dict[str, tuple[Any, Any]] |
     A key that an older version did not know was at its default.
     """
     try:
-        before = dict(strict_json.read(workdir / "config.json").values)
+        before = dict(strict_json.read(workdir / "config.json", half_characters=True).values)
     except UserError:
         return None
     return configs.differences(configs.filled(before), configs.to_dict(config))

@@ -38,10 +38,10 @@ class _Required:
 _REQUIRED: Any = _Required()
 
 
-def read(path: epath.PathLike, longest: int = LONGEST, *, not_finite: bool = False) -> "Fields":
-    """A file that holds one object of JSON. Raises: UserError as `read_bounded` and `parse`."""
+def read(path: epath.PathLike, longest: int = LONGEST, **taken: bool) -> "Fields":
+    """A file that holds one object of JSON; `taken` as of `parse`. Raises: UserError as `read_bounded` and `parse`."""
     path = epath.Path(path)
-    return parse(read_bounded(path, longest), str(path), not_finite=not_finite)
+    return parse(read_bounded(path, longest), str(path), **taken)
 
 
 def read_if_there(path: epath.Path, longest: int = LONGEST) -> "Fields":
@@ -57,21 +57,26 @@ def read_text(path: epath.Path, longest: int = LONGEST) -> str:
         raise UserError(f"{path} is not text in UTF-8: {error.reason}.") from error
 
 
-def parse(data: bytes, file: str, *, not_finite: bool = False) -> "Fields":
+def parse(data: bytes, file: str, **taken: bool) -> "Fields":
     """One object of JSON in UTF-8, a byte order mark before it or not.
 
-    Args: not_finite: Python's NaN and Infinity are read, as losses in files of ours have them; `number` refuses them.
+    Args: taken: as of `parse_value`.
     Raises: UserError, naming `file`, for what is not JSON, holds a key twice, NaN or infinity, a number that float64
       does not hold or a half of a character, or nests deeper than any file does.
     """
-    value = parse_value(data, file, not_finite=not_finite)
+    value = parse_value(data, file, **taken)
     if not isinstance(value, dict):
         raise UserError(f"{file} must hold one object of names and values, but holds {shown(value)}.")
     return Fields(value, file)
 
 
-def parse_value(data: bytes, file: str, *, not_finite: bool = False) -> Any:
-    """As `parse`, of a value of any type."""
+def parse_value(data: bytes, file: str, *, not_finite: bool = False, half_characters: bool = False) -> Any:
+    """As `parse`, of a value of any type.
+
+    Args:
+      not_finite: Python's NaN and Infinity are read, as losses in files of ours have them; `number` refuses them.
+      half_characters: those are read that files of ours have for names of files that are not UTF-8.
+    """
     _refuse_depth(data, file)
     try:
         value = json.loads(
@@ -81,7 +86,8 @@ def parse_value(data: bytes, file: str, *, not_finite: bool = False) -> Any:
             parse_float=_decimal,
             parse_int=_whole,
         )
-        if _HALF_CHARACTER.search(data):  # two of them make a character; one alone cannot be written to any file
+        if not half_characters and _HALF_CHARACTER.search(data):
+            # Two of them make a character; one alone cannot be written to any file.
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeError as error:
         raise UserError(f"{file} is not JSON in UTF-8: {error.reason}.") from error

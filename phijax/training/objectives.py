@@ -18,6 +18,11 @@ Sums = dict[str, jax.Array]  # scalars, float32
 
 # What a sum is divided by where it is shown -> the metric that says how much of it there was.
 DIVISORS = {"tokens": "predicted_tokens", "pairs": "pairs", "sequences": "sequences"}
+# Names of what is shown beside an objective's sums, of a step or of held-out data.
+TAKEN = frozenset(
+    "loss weight grad_norm skipped skipped_in_a_row learning_rate skipped_steps perplexity".split()
+    + [*DIVISORS, *DIVISORS.values()]
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +47,8 @@ class Objective:
         unknown = {self.divisor, *self.sums.values()} - set(DIVISORS)
         if unknown or self.score not in {"loss", *self.sums}:
             raise ValueError(f"divisors are {', '.join(DIVISORS)}, a score is the loss or one of the sums: {self}")
+        if taken := TAKEN & set(self.sums):
+            raise ValueError(f"{sorted(taken)} are shown of every step or set; the objective's sums need other names")
 
     def __call__(self, params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array):
         """`function`, held to what is declared. Raises: UserError for other batch keys, ValueError for other sums."""

@@ -45,6 +45,24 @@ def test_an_output_whose_name_is_no_utf_8_is_refused_before_the_work(request_of,
         Shards.open(output)
 
 
+def test_input_files_whose_names_are_no_utf_8_are_named_in_manifests_that_are_read(request_of, tmp_path):
+    texts = tmp_path / "odd"
+    texts.mkdir()
+    (texts / "a.txt").write_text(CHAPTERS[0] * 50)
+    with open(os.fsencode(texts) + b"/b\xff.txt", "w") as file:
+        file.write(CHAPTERS[1] * 50)
+    request = dataclasses.replace(request_of(), input=str(texts), output=str(tmp_path / "shards"))
+    run(request)
+    again = Shards.open(request.output).manifest
+    assert [entry.file for entry in again.inputs] == ["a.txt", "b\udcff.txt"]
+    assert finished(make_plan(request)) is not None
+
+
+def test_a_seed_that_no_reader_takes_is_refused(request_of):
+    with pytest.raises(UserError, match="--seed=4611686018427387905 must be 4,611,686,018,427,387,904 or less"):
+        make_plan(dataclasses.replace(request_of(), seed=2**62 + 1))
+
+
 def test_every_document_is_there_once_and_in_another_order(request_of):
     (manifest,) = run(request_of())
     assert (manifest.documents_read, manifest.documents_kept, manifest.documents_in_other_split) == (67, 64, 0)

@@ -15,7 +15,7 @@ from phijax.model.backend import CHOICES
 from phijax.model.config import ModelConfig
 from phijax.model.cross_entropy import LossConfig
 from phijax.parallel.sharding import MESH_AXES
-from phijax.planning import cpu_process
+from phijax.planning import cpu_process, summary
 from phijax.training.optimizer import OptimizerConfig
 from phijax.training.program import Recipe, lower_train_step
 
@@ -56,13 +56,13 @@ def test_worst_shape_counts_and_a_synchronous_save_copies_nothing():
     both = cpu_process.memory(recipe(), ONE, [small, large], devices=1, asynchronous=True)
     assert both == planned(shape=large) != planned(shape=small)
     copied = sum(both.values()) - sum(planned(shape=large, asynchronous=False).values())
-    assert copied == both[cpu_process.PARAMETERS] + both[cpu_process.MOMENTS]
+    assert copied == both[summary.PARAMETERS] + both[cpu_process.MOMENTS]
 
 
 def test_several_devices_are_one_process():
     halves = planned(sizes={**ONE, "fsdp": 2}, devices=2)
     one = planned()
-    for part in (cpu_process.PARAMETERS, cpu_process.MOMENTS):
+    for part in (summary.PARAMETERS, cpu_process.MOMENTS):
         assert halves[part] == pytest.approx(one[part], rel=0.01)  # norms lie on both
     assert sum(halves.values()) > sum(one.values())  # two temporary buffers a device: dispatch runs ahead
 

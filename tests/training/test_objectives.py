@@ -194,14 +194,10 @@ def test_what_is_given_must_be_what_is_declared(changes, message):
         one_step(Objective(**{**vars(PREFERENCE), **changes}), pairs=1)
 
 
-def test_a_sum_may_not_take_the_name_of_a_metric_that_every_step_has():
-    def function(params, frozen, batch, key):
-        total, counts, sums = preference(params, frozen, batch, key)
-        return total, counts, {"grad_norm": sums["margin"], "nll": sums["nll"]}
-
-    _, metrics = one_step(Objective(READS, {"grad_norm": "pairs", "nll": "tokens"}, function, divisor="pairs"), pairs=1)
-    with pytest.raises(ValueError, match=r"'grad_norm'.* are metrics of every step"):
-        metrics.by_name()
+@pytest.mark.parametrize("name", "grad_norm learning_rate predicted_tokens skipped_steps tokens perplexity".split())
+def test_a_sum_may_not_take_the_name_of_what_is_always_shown(name):
+    with pytest.raises(ValueError, match=f"'{name}'.* are shown of every step or set"):
+        Objective(READS, {name: "pairs", "nll": "tokens"}, preference, divisor="pairs")
 
 
 def test_a_key_that_is_read_but_not_declared_is_refused():
