@@ -5,6 +5,7 @@ import hashlib
 import json
 import pathlib
 import random
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -101,17 +102,25 @@ def _judged(target: _Target, file: pathlib.Path, where: str, log: pathlib.Path) 
     if code:
         return Outcome(target.name, f"ended with {code}", True, f"{where}\n{text[-2000:]}")
     answer = json.loads(text.splitlines()[-1])
-    named = file.name, str(target.folder)
     if "refused" in answer:
-        if not any(name in answer["refused"] for name in named):
-            return Outcome(target.name, "refused without its name", True, f"{where}\n{answer['refused']}")
-        return Outcome(target.name, "refused by name", detail=where)
+        return _refused(target, file, where, answer["refused"])
     if answer["found"] == target.right[0]:
         return Outcome(target.name, "bit-equal", detail=where)
     if answer["found"] in target.right[1:] and any(str(target.folder) in text for text in answer["said"]):
         return Outcome(target.name, "named, and the step before taken", detail=where)
     without = target.name.removeprefix("export ") in _WITHOUT_DIGESTS
     return Outcome(target.name, "something else is read, without a word", not without, f"{where}\n{answer['said']}")
+
+
+def _refused(target: _Target, file: pathlib.Path, where: str, said: str) -> Outcome:
+    """By the name of the file, of its folder alone, which leaves people to search, or of neither."""
+    detail = f"{where}\n{said}"
+    inside = said.replace(str(target.folder), "")  # a file may be called as a part of its folder's path
+    if re.search(rf"(?<![\w.]){re.escape(file.name)}(?!\w)", inside):
+        return Outcome(target.name, "refused by name", detail=where)
+    if str(target.folder) in said:
+        return Outcome(target.name, "refused by its folder's name", detail=detail)
+    return Outcome(target.name, "refused without its name", True, detail)
 
 
 def _resumed(config, workdir: pathlib.Path, copy: pathlib.Path, expected: dict, where: str) -> Outcome:

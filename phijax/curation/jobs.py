@@ -20,7 +20,7 @@ from phijax.errors import UserError
 from phijax.storage import atomic, strict_json
 from phijax.text import tokenizer_trial
 
-_LONGEST = 1 << 26  # bytes of a marker
+LONGEST_MARKER = 1 << 26  # bytes
 _LARGEST = 1 << 62  # bytes of an output
 SIGNAL_SECONDS = 0.5  # who ends a whole group of processes by signal ends the parent in this time: not a worker's fault
 
@@ -91,7 +91,7 @@ def _counts_of_earlier_run(task: Task) -> dict[str, Any] | None:
     if not (task.marker.exists() and task.output.exists()):
         return None
     try:
-        done = strict_json.read(task.marker, _LONGEST, half_characters=True)
+        done = strict_json.read(task.marker, LONGEST_MARKER, half_characters=True)
         same = done.integer("output_bytes", most=_LARGEST) == task.output.stat().st_size
         return dict(done.object("counts").values) if same else None
     except UserError:  # damaged: it is done again

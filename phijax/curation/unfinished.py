@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from phijax.curation.documents import InputFile, Part
+from phijax.curation.jobs import LONGEST_MARKER
 from phijax.errors import UserError
 from phijax.storage import atomic, strict_json
 from phijax.storage.strict_json import Fields
@@ -112,7 +113,9 @@ def try_skipped_again(work: pathlib.Path, units: Units) -> None:
 def _skipped_some(done: pathlib.Path) -> bool:
     """What a damaged marker says is not known: its unit is done again."""
     try:
-        return bool(strict_json.read(done, half_characters=True).object("counts").object("skipped").values)
+        return bool(
+            strict_json.read(done, LONGEST_MARKER, half_characters=True).object("counts").object("skipped").values
+        )
     except UserError:
         return True
 

@@ -13,6 +13,7 @@ from phijax.storage.regular_files import read_bounded
 from phijax.text.beginning import read_beginning, write_beginning
 from phijax.text.chat_formats import BOS, PHI3, stops_by_names
 from phijax.text.huggingface_files import take_as_it_is
+from phijax.text.open import open_tokenizer
 from phijax.text.pieces import load_pieces
 from phijax.text.special_files import JSON_FILE, read_folder_tokens
 from phijax.text.tokenizer import ADDED_TOKENS_FILE, MODEL_FILE, TextTokenizer
@@ -171,10 +172,21 @@ def chat_template_of(opened: Opened, tokenizer: TextTokenizer) -> str | None:
     return (BOS if opened.begin else "") + PHI3.template
 
 
-def write_native(opened: Opened, output: epath.Path, say: Callable[[str], None]) -> None:
-    """The same for a checkpoint of ours: files of transformers as they are, else ours."""
+def write_native(opened: Opened, output: epath.Path, say: Callable[[str], None]) -> str | None:
+    """The same for a checkpoint of ours: files of transformers as they are, else ours.
+
+    Returns: the fingerprint of the tokenizer in `output`; None, said, where there is none that is read here.
+    """
     folder = opened.facts.tokenizer_folder
-    if has_huggingface_files(folder):
-        copy(folder, output)
-    elif (tokenizer := open_or_none(opened, say)) is not None:
+    copied = copy(folder, output) if has_huggingface_files(folder) else []
+    if not {MODEL_FILE, JSON_FILE}.intersection(copied):
+        # Beside vocab.json and merges.txt too: config.json, which may alone say whose they are, stays behind.
+        tokenizer = open_or_none(opened, say)
+        if tokenizer is None:
+            return None
         tokenizer.save(output)
+    try:
+        return open_tokenizer(output).fingerprint
+    except UserError as error:
+        say(f"warning: the tokenizer is copied unread: {error}")
+        return None

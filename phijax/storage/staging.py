@@ -108,9 +108,24 @@ def staged_file(path: epath.Path) -> Iterator[epath.Path]:
     except BaseException as error:
         remove_folders()
         if isinstance(error, OSError):
-            said = error.strerror or error
-            raise UserError(f"{path} could not be written: {said}. Nothing is left of it.") from error
+            raise not_written(path, error) from error
         raise
+
+
+def not_written(output: epath.Path, error: OSError) -> UserError:
+    """What to say of an error while `output` was made: it may be of a file that was read for it."""
+    said, file = error.strerror or error, error.filename
+    if not isinstance(file, str | os.PathLike) or _is_of(durable.absolute(file), durable.absolute(output)):
+        return UserError(f"{output} could not be written: {said}. Nothing is left of it.")
+    return UserError(f"{epath.Path(file)}: {said}. Nothing is left of {output}.")
+
+
+def _is_of(file: epath.Path, output: epath.Path) -> bool:
+    """Whether a file is `output`, a folder that holds it, or written for it, within or under a name made of its."""
+    if file == output or file in output.parents:
+        return True
+    beside = file.parts[len(output.parent.parts) :] if output.parent in file.parents else ()
+    return bool(beside) and beside[0].lstrip(".").startswith(output.name.lstrip("."))
 
 
 def _sweep(path: epath.Path) -> None:

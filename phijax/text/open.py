@@ -27,8 +27,9 @@ def open_tokenizer(path: str | epath.PathLike) -> TextTokenizer:
     if not folder and path.name.endswith(".json") and path.exists():
         return _open_json(path)
     if folder and not (path / MODEL_FILE).exists() and has_vocab_and_merges(path):
+        said = read_folder_tokens(path)
         spec = json.dumps(spec_of_folder(path), ensure_ascii=False)
-        return BpeTokenizer(spec, str(path), control=control_names(path))
+        return BpeTokenizer(spec, str(path), end_of_text=said.end if said else None, control=control_names(path))
     if folder and not (path / MODEL_FILE).exists():
         raise UserError(f"No tokenizer in {path}: it has neither {MODEL_FILE} nor {JSON_FILE}.")
     return Tokenizer.open(path)

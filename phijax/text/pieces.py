@@ -1,12 +1,13 @@
 """A SentencePiece model is loaded and checked against the tokens added to it; phi-3's eleven."""
 
+import struct
 from collections.abc import Collection, Mapping
 
 import sentencepiece
 
 from phijax.errors import UserError
 from phijax.storage.strict_json import named, shown
-from phijax.text.sentencepiece_model import charsmap
+from phijax.text.sentencepiece_model import charsmap, take_apart
 from phijax.text.special_files import ADDED_TOKENS_FILE
 from phijax.text.tokenizer_bounds import charsmap_growth, check_growth
 
@@ -51,6 +52,10 @@ def load_pieces(model: bytes, where: str) -> sentencepiece.SentencePieceProcesso
             f"{where} is not a SentencePiece model ({len(model)} bytes).\n"
             "phi-3-mini, phi-3-medium, phi-3.5-mini and Llama-2 come with one, named tokenizer.model."
         )
+    try:
+        take_apart(model)  # the library looks at a piece only when it is asked for
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        raise UserError(f"{where} is damaged: its pieces cannot be read ({error}).") from error
     check_growth(charsmap_growth(charsmap(model)), where)
     return pieces
 

@@ -11,6 +11,7 @@ from etils import epath
 
 from phijax.errors import UserError
 from phijax.storage import strict_json
+from phijax.storage.strict_json import named, shown
 from phijax.text.special_files import CONFIG_FILE, control_names, read_folder_tokens
 from phijax.text.tokenizer import END_OF_TEXT
 from phijax.text.tokenizer_bounds import LONGEST_FILE
@@ -60,11 +61,13 @@ def spec_of_folder(folder: epath.Path) -> dict[str, Any]:
     }
 
 
-def _check_class(folder: epath.Path, named: str | None) -> None:
+def _check_class(folder: epath.Path, tokenizer: str | None) -> None:
     model = strict_json.read_if_there(folder / _MODEL_FILE).text("model_type", None)
-    if named in _CLASSES or (named is None and model == "gpt2"):
+    if tokenizer in _CLASSES or (tokenizer is None and model == "gpt2"):
         return
-    said = f"tokenizer_class {named}" if named else f"model_type {model}" if model else "nothing of their class"
+    said = "nothing of their class"
+    if tokenizer or model:
+        said = f"tokenizer_class {named(tokenizer)}" if tokenizer else f"model_type {named(model)}"
     raise UserError(
         f"{folder}: {VOCAB_FILE} and {MERGES_FILE} do not say how text is cut, and the folder says {said}; they are "
         f"read as GPT-2's alone. Write a tokenizer.json: in Python, with transformers installed,\n"
@@ -76,14 +79,14 @@ def _merges(path: epath.Path) -> list[str]:
     lines = strict_json.read_text(path, LONGEST_FILE).split("\n")
     merges = [line for line in lines[lines[0].startswith("#version") :] if line.strip()]
     if wrong := next((merge for merge in merges if len(merge.split(" ")) != 2), None):
-        raise UserError(f"{path}: {strict_json.shown(wrong)} must be two tokens, with one space between them.")
+        raise UserError(f"{path}: {shown(wrong)} must be two tokens, with one space between them.")
     return merges
 
 
 def _added(folder: epath.Path, vocab: dict[str, int]) -> list[dict[str, Any]]:
     """Tokens that the folder names; of the vocabulary's own, those that it calls eos and the like."""
-    said = read_folder_tokens(folder)
-    names = {i: name for name, i in vocab.items() if name in control_names(folder) | {END_OF_TEXT}}
+    said, control = read_folder_tokens(folder), control_names(folder) | {END_OF_TEXT}
+    names = {vocab[name]: name for name in control if name in vocab}
     names |= said.names if said else {}
     return [
         {

@@ -10,7 +10,7 @@ from phijax.interchange.gguf.config import family_of, model_of
 from phijax.interchange.gguf.file import read_file
 from phijax.interchange.gguf.sampling import settings_of
 from phijax.interchange.gguf.source import GgufSource
-from phijax.interchange.gguf.tokenizer import open_tokenizer, stop_ids
+from phijax.interchange.gguf.tokenizer import PREFIX, open_tokenizer, stop_ids, token_id
 from phijax.interchange.opened import Opened
 
 
@@ -33,7 +33,7 @@ def open_gguf(path: epath.PathLike) -> Opened:
         generation=settings_of(file.metadata) or None,
         name=name if isinstance(name, str) else None,
         gguf_kinds=tuple(sorted(source.kinds())),
-        **{ours: file.metadata.get(f"tokenizer.ggml.{key}") for ours, key in ids.items()},
+        **{ours: token_id(file, PREFIX + key, model.vocab_size) for ours, key in ids.items()},
     )
     # llama.cpp puts bos before SentencePiece's ids where a file does not say.
     default = file.metadata.get("tokenizer.ggml.model") == "llama"

@@ -1,9 +1,12 @@
 """The tokenizer inside a GGUF file: its arrays -> a tokenizer of ours. The other way is vocabulary.py."""
 
+from typing import Any
+
 import numpy as np
 
 from phijax.errors import UserError
 from phijax.interchange.gguf.file import GgufFile
+from phijax.storage.strict_json import shown
 from phijax.text.bpe import BpeTokenizer
 from phijax.text.chat_formats import stops_by_names
 from phijax.text.sentencepiece_model import Piece, PieceKind, put_together
@@ -17,6 +20,7 @@ PREFIX = "tokenizer.ggml."
 END_OF_TURN = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 PHI3_NAMES = ("phi-3", "phi3")
 NAMED_STOPS = (*END_OF_TURN, END_OF_TEXT)
+NO_ID = 0xFFFFFFFF  # -1 as an unsigned number: some writers' word for "none"
 STOPS_KEY = "phijax.stop_ids"  # all of them, where the format's three keys and the names do not say all
 
 
@@ -41,14 +45,26 @@ def open_tokenizer(file: GgufFile) -> TextTokenizer:
 def stop_ids(file: GgufFile, vocab_size: int) -> tuple[int, ...]:
     """Ids that end a text: those that the file names, and control tokens known by their names."""
     more = file.metadata.get(STOPS_KEY)
-    named = [file.metadata.get(f"{PREFIX}{key}_token_id") for key in ("eos", "eot", "eom")]
-    named += more.tolist() if isinstance(more, np.ndarray) else []
+    named = [token_id(file, f"{PREFIX}{key}_token_id", vocab_size) for key in ("eos", "eot", "eom")]
+    for i in more.tolist() if isinstance(more, np.ndarray) else []:
+        named.append(_checked(file, STOPS_KEY, i, vocab_size))
     tokens = file.metadata.get(PREFIX + "tokens")
-    if wrong := [i for i in named if i is not None and (type(i) is not int or not 0 <= i < vocab_size)]:
-        raise UserError(f"{file.path} names {wrong[0]!r} as the id that ends a text; it has {vocab_size} tokens.")
     ids = {name: i for i, name in enumerate(tokens if isinstance(tokens, list) else ())}
     by_name = {name: ids[name] for name in (*NAMED_STOPS, *stops_by_names(ids)) if name in ids}
     return tuple(dict.fromkeys([*(i for i in named if i is not None), *by_name.values()]))
+
+
+def token_id(file: GgufFile, key: str, vocab_size: int) -> int | None:
+    """An id that the file names; None where it names none. Raises: UserError for what is the id of no token."""
+    value = file.metadata.get(key)
+    none = value is None or (type(value) is int and value in (-1, NO_ID))
+    return None if none else _checked(file, key, value, vocab_size)
+
+
+def _checked(file: GgufFile, key: str, value: Any, vocab_size: int) -> int:
+    if type(value) is not int or not 0 <= value < vocab_size:
+        raise UserError(f"{file.path}: {key}={shown(value)} is the id of no token; it has {vocab_size} tokens.")
+    return value
 
 
 def _tokens(file: GgufFile) -> tuple[list[str], np.ndarray]:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from phijax.errors import UserError
 from phijax.interchange import model_card, tokenizer_check, tokenizer_files
 from phijax.interchange.huggingface import config as huggingface_config
 from phijax.interchange.huggingface import safetensors as safetensors_files
@@ -74,7 +73,7 @@ def write(
             card = model_card.render(opened, folder.family.class_name, folder.format, tokenizer=checked)
             atomic.write_text(place / model_card.FILE, card)
     except OSError as error:
-        raise UserError(f"{output} could not be written: {error.strerror or error}. Nothing is left of it.") from error
+        raise staging.not_written(output, error) from error
 
 
 def stored_dtype(source: WeightSource, tensor: Tensor) -> np.dtype:

@@ -20,7 +20,6 @@ from phijax.storage.regular_files import size_of
 from phijax.storage.strict_json import Fields
 from phijax.text.beginning import read_beginning
 from phijax.text.open import open_tokenizer
-from phijax.text.tokenizer import TextTokenizer
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -109,16 +108,12 @@ def open_huggingface(folder: epath.Path) -> Opened:
         kind="huggingface",
         model=model,
         weights=HuggingFaceSource(model, files, wanted),
-        tokenizer=functools.partial(_tokenizer, folder),
+        tokenizer=functools.partial(open_tokenizer, folder),
         chat_template=_template(folder),
         begin=read_beginning(folder, facts.bos_id),
         stop_ids=ids["eos_token_id"],
         facts=facts,
     )
-
-
-def _tokenizer(folder: epath.Path) -> TextTokenizer:
-    return open_tokenizer(folder)
 
 
 def _with_prefix(files: dict[str, Stored], family: Family) -> dict[str, Stored]:

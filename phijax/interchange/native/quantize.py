@@ -94,6 +94,7 @@ def write(
     Raises: UserError for an output that is there, a full disk, weights that are NaN, or quantised already.
     """
     refuse_quantized(opened)
+    tokenizer_files.check(opened)
     output = durable.absolute(output)
     there = staging.unfinished(output)
     written = durable.bytes_below(there) if there.exists() else 0
@@ -106,13 +107,15 @@ def write(
         with signals.tidied(lock.release), staging.staged(output, resumable=True) as folder:
             try:
                 done = _taken_up(folder, identity, say)
+                if (folder / TOKENIZER_FOLDER).exists():  # of the earlier start, perhaps of other files
+                    (folder / TOKENIZER_FOLDER).rmtree()
+                fingerprint = tokenizer_files.write_native(opened, folder / TOKENIZER_FOLDER, say)
                 arrays = _Arrays(folder, opened, assigned)
                 squared = _write_pieces(arrays, folder, pieces(opened, assigned), quantize, rounding, done, on_piece)
             finally:
                 lock.release()
-            tokenizer_files.write_native(opened, folder / TOKENIZER_FOLDER, say)
             errors = {path: [math.sqrt(e / w) if w else 0.0 for e, w in layers] for path, layers in squared.items()}
-            _write_manifest(folder, opened, assigned, method, errors, arrays.leaves)
+            _write_manifest(folder, opened, assigned, method, errors, arrays.leaves, fingerprint)
             (folder / PROGRESS_FILE).unlink()
     return errors
 
@@ -273,8 +276,8 @@ def _identity(opened: Opened, assigned: Mapping[str, Scheme], method: str) -> st
     return made_from(opened, assigned, method) + getattr(opened.weights, "digest", "")
 
 
-def _write_manifest(folder, opened, assigned, method, errors, leaves) -> None:
+def _write_manifest(folder, opened, assigned, method, errors, leaves, fingerprint) -> None:
     schemes = {path: policy.name_of(scheme) for path, scheme in assigned.items()}
     source = made_from(opened, assigned, method)
     quantization = {"method": method, "schemes": schemes, "errors": errors, "made_from": source}
-    write_manifest(folder, opened, leaves, {QUANTIZATION: quantization})
+    write_manifest(folder, opened, leaves, fingerprint, {QUANTIZATION: quantization})

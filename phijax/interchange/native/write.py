@@ -17,7 +17,6 @@ from phijax.interchange.weight_source import Index, blocks, check_finite
 from phijax.model import params
 from phijax.model.config import fields_version, model_to_dict
 from phijax.storage import staging
-from phijax.text.open import open_tokenizer
 
 LARGEST_CHUNK = 64 << 20  # bytes: what a reader decodes at least
 
@@ -66,21 +65,27 @@ def write(
     tokenizer_files.check(opened)
     staging.check_output(output, nbytes(opened, dtype))
     with staging.staged(output) as folder:
+        fingerprint = tokenizer_files.write_native(opened, folder / TOKENIZER_FOLDER, say)
         leaves = []
         for array in arrays(opened, dtype):
             say(f"{array.path}: {array.dtype.name} {array.shape}")
             _write_array(folder, array)
             leaves.append(array.entry())
-        tokenizer_files.write_native(opened, folder / TOKENIZER_FOLDER, say)
-        write_manifest(folder, opened, leaves, _quantization(opened, folder) if dtype is None else {})
+        extra = _quantization(opened, folder) if dtype is None else {}
+        write_manifest(folder, opened, leaves, fingerprint, extra)
 
 
-def write_manifest(folder: epath.Path, opened: Opened, leaves: list[dict], extra: dict) -> None:
-    """What the folder is, with what `opened` says of itself. extra: more of the manifest's."""
+def write_manifest(
+    folder: epath.Path, opened: Opened, leaves: list[dict], fingerprint: str | None, extra: dict
+) -> None:
+    """What the folder is, with what `opened` says of itself.
+
+    Args: fingerprint: of the tokenizer in the folder, if one is known. extra: more of the manifest's.
+    """
     facts = model_card.kept(opened)
     step, before, model = facts.pop("step", 0), facts.pop("identity", {}), model_to_dict(opened.model)
-    if (folder / TOKENIZER_FOLDER).exists():  # the digests above are of the weights alone
-        facts[TOKENIZER_FOLDER] = open_tokenizer(folder / TOKENIZER_FOLDER).fingerprint
+    if fingerprint is not None:  # the manifest's digests are of the weights alone
+        facts[TOKENIZER_FOLDER] = fingerprint
     manifest.write(
         folder,
         step=step,

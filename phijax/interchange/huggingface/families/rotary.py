@@ -127,7 +127,7 @@ def _rope(values: Fields, partial: bool) -> Fields:
     if unknown := sorted(inside.keys() - _ROPE_KEYS):
         names = ", ".join(map(named, unknown[:8]))
         raise UserError(f"{values.file}: {where} has {names}, which phijax does not do.")
-    beside = {name: values.values.get(name) or None for name in ("rope_theta", "partial_rotary_factor")}
+    beside = {name: values.values.get(name) for name in ("rope_theta", "partial_rotary_factor")}
     rope = Fields({**beside, **inside}, values.file, where)
     kind = rope.text("rope_type", None) or rope.text("type", None) or "default"
     if kind not in ("default", "longrope", "su"):
