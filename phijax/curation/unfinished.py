@@ -113,9 +113,8 @@ def try_skipped_again(work: pathlib.Path, units: Units) -> None:
 def _skipped_some(done: pathlib.Path) -> bool:
     """What a damaged marker says is not known: its unit is done again."""
     try:
-        return bool(
-            strict_json.read(done, LONGEST_MARKER, half_characters=True).object("counts").object("skipped").values
-        )
+        said = strict_json.read(done, LONGEST_MARKER, half_characters=True)
+        return bool(said.object("counts").object("skipped").values)
     except UserError:
         return True
 

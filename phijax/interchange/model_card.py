@@ -100,9 +100,9 @@ def _data(opened: Opened) -> str:
     for number, phase in enumerate(data.objects("phases", [])):
         steps, length, rows = (phase.integer(name) for name in ("steps", "sequence_length", "global_batch_size"))
         tokens = steps * length * rows
+        sources = [(_printable(epath.Path(s.text("path")).name), s) for s in phase.objects("mixture")]
         mixture = ", ".join(
-            f"{_printable(epath.Path(source.text('path')).name)} x {source.integer('weight')} (digest {source.text('digest')[:12]})"
-            for source in phase.objects("mixture")
+            f"{name} x {source.integer('weight')} (digest {source.text('digest')[:12]})" for name, source in sources
         )
         lines.append(
             f"- phase {number}: {steps:,} steps of {rows:,} rows of {length:,} tokens, {tokens:,} tokens in all; "
