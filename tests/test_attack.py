@@ -12,6 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from attacks import flips  # noqa: E402
 from attacks.tries import Outcome, tried  # noqa: E402
 
 
@@ -60,3 +61,18 @@ def test_tries_are_numbered_remembered_and_judged(tmp_path, capsys):
     assert [json.loads(line)["number"] for line in results.read_text().splitlines()] == [0, 1, 2, 3, 4, 4]
     said = capsys.readouterr().out
     assert "3 to try, 0 known already" in said and "FAILED 2, a thing: broken" in said and "2  a thing: held" in said
+
+
+@pytest.mark.parametrize(
+    "said, came",
+    [
+        ("{folder}/state/d/0.0 has another digest.", "refused by name"),
+        ("{folder} holds what cannot be.", "refused by its folder's name alone"),
+        ("{folder}: state/d/10.0 has another digest.", "refused by its folder's name alone"),
+        ("something is wrong.", "refused without its name"),
+    ],
+)
+def test_a_message_that_names_the_folder_alone_is_counted_apart(tmp_path, said, came):
+    folder = tmp_path / "state-0.0"
+    outcome = flips.refused("checkpoint", folder, folder / "state" / "d" / "0.0", "bit 3", said.format(folder=folder))
+    assert (outcome.came, outcome.failed) == (came, came == "refused without its name")

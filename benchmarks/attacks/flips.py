@@ -103,7 +103,7 @@ def _judged(target: _Target, file: pathlib.Path, where: str, log: pathlib.Path) 
         return Outcome(target.name, f"ended with {code}", True, f"{where}\n{text[-2000:]}")
     answer = json.loads(text.splitlines()[-1])
     if "refused" in answer:
-        return _refused(target, file, where, answer["refused"])
+        return refused(target.name, target.folder, file, where, answer["refused"])
     if answer["found"] == target.right[0]:
         return Outcome(target.name, "bit-equal", detail=where)
     if answer["found"] in target.right[1:] and any(str(target.folder) in text for text in answer["said"]):
@@ -112,15 +112,14 @@ def _judged(target: _Target, file: pathlib.Path, where: str, log: pathlib.Path) 
     return Outcome(target.name, "something else is read, without a word", not without, f"{where}\n{answer['said']}")
 
 
-def _refused(target: _Target, file: pathlib.Path, where: str, said: str) -> Outcome:
+def refused(what: str, folder: pathlib.Path, file: pathlib.Path, where: str, said: str) -> Outcome:
     """By the name of the file, of its folder alone, which leaves people to search, or of neither."""
-    detail = f"{where}\n{said}"
-    inside = said.replace(str(target.folder), "")  # a file may be called as a part of its folder's path
+    inside = said.replace(str(folder), "")  # a file may be called as a part of its folder's path
     if re.search(rf"(?<![\w.]){re.escape(file.name)}(?!\w)", inside):
-        return Outcome(target.name, "refused by name", detail=where)
-    if str(target.folder) in said:
-        return Outcome(target.name, "refused by its folder's name", detail=detail)
-    return Outcome(target.name, "refused without its name", True, detail)
+        return Outcome(what, "refused by name", detail=where)
+    if str(folder) in said:
+        return Outcome(what, "refused by its folder's name alone", detail=f"{where}\n{said}")
+    return Outcome(what, "refused without its name", True, f"{where}\n{said}")
 
 
 def _resumed(config, workdir: pathlib.Path, copy: pathlib.Path, expected: dict, where: str) -> Outcome:

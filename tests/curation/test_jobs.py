@@ -100,3 +100,15 @@ def is_running(pid):
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def test_a_long_marker_is_read_by_both_who_read_it(tmp_path):
+    """Counts name the places of files in the input: 20 MB of them."""
+    output = unfinished.unit_file(tmp_path, 0)
+    output.write_text("text")
+    done = unfinished.marker(output)
+    counts = {"skipped": {}, "places": ["x" * 1000] * 20_000}
+    done.write_text(json.dumps({"output_bytes": 4, "counts": counts}))
+    assert dict(jobs.run([jobs.Task(refuse, (), output, done)], 1)) == {0: counts}
+    unfinished.try_skipped_again(tmp_path, {0: ()})
+    assert done.exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from gguf_case import PHI3, TEXT, opened, tokenizer
 from phijax.errors import UserError
 from phijax.interchange import tokenizer_check
 from phijax.interchange.facts import Facts
+from phijax.interchange.gguf.write import write_card
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
 from phijax.interchange.huggingface.families import FAMILIES
@@ -197,3 +199,14 @@ def test_a_tokenizer_that_is_not_read_here_is_copied_and_not_compared(exported, 
     to = export(unread, tmp_path / "to")
     assert (to / "tokenizer.json").read_bytes() == (exported / "tokenizer.json").read_bytes()
     assert "not compared: phijax does not read" in (to / "README.md").read_text()
+
+
+def test_the_card_of_a_folder_whose_name_is_no_utf8(exported, tmp_path):
+    """It comes last: all weights were written by then."""
+    folder = os.fsdecode(bytes(tmp_path) + b"/hf\xff\x1b[2J")
+    shutil.copytree(exported, folder)
+    source = open_checkpoint(folder)
+    to = export(source, tmp_path / "to")
+    assert "# 'hf\\udcff\\x1b[2J'\n" in (to / "README.md").read_text()
+    write_card(source, tmp_path)
+    assert "# 'hf\\udcff\\x1b[2J'\n" in (tmp_path / "README.md").read_text()

@@ -22,6 +22,19 @@ def test_a_failure_leaves_neither_the_file_nor_the_folders_made_for_it(tmp_path)
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("output", ["m.gguf", "a/m.gguf"])
+def test_an_error_of_reading_is_not_called_one_of_writing(tmp_path, output):
+    """The source may lie beside the output, whose own files are those named after it."""
+    path, source = epath.Path(tmp_path) / output, tmp_path / "source.gguf"
+    with pytest.raises(UserError, match=rf"^{source}: Input/output error. Nothing is left of {path}.$"):
+        with staging.staged_file(path):
+            raise OSError(5, "Input/output error", str(source))
+    for own in (path, path.parent / ".m.gguf.7.tmp", path.parent / "m.gguf.unfinished" / "weights", path.parent):
+        with pytest.raises(UserError, match=rf"^{path} could not be written: Input/output error."):
+            with staging.staged_file(path):
+                raise OSError(5, "Input/output error", str(own))
+
+
 def test_a_folder_that_was_there_stays_and_so_does_what_others_put_into_a_new_one(tmp_path):
     path = epath.Path(tmp_path) / "a" / "m.gguf"
     with pytest.raises(ZeroDivisionError), staging.staged_file(path):

@@ -168,7 +168,7 @@ def test_what_ends_the_texts_ends_the_training():
     ("added_tokens", "message"),
     [
         ('{"<|user|>": 989}', "have no <|endoftext|>"),
-        ('{"<|endoftext|>": 5}', "which is a piece of the model"),
+        ('{"<|endoftext|>": 5}', "has id 5, a piece of the model"),
         ('{"<|endoftext|>": 989, "<|end|>": 989}', "the same id 989"),
         ('{"<|endoftext|>": "989"}', "<|endoftext|>='989' must be a whole number"),
         ("{", "is not JSON"),
@@ -192,6 +192,18 @@ def test_a_model_whose_damage_shows_in_the_librarys_own_message(tokenizer, tmp_p
     data = (tmp_path / "tokenizer.model").read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(data.replace(b"<0x00>", b"<\xf8x00>", 1))
     with pytest.raises(UserError, match="is not a SentencePiece model"):
+        Tokenizer.open(tmp_path)
+
+
+def test_a_flipped_bit_in_a_piece_is_refused(tokenizer, tmp_path):
+    """The library takes it, and fails over the piece when it is asked for it."""
+    tokenizer.save(tmp_path)
+    data = bytearray((tmp_path / "tokenizer.model").read_bytes())
+    piece = "▁the".encode()
+    at = data.index(piece) + len(piece) - 1
+    data[at] ^= 0x80
+    (tmp_path / "tokenizer.model").write_bytes(bytes(data))
+    with pytest.raises(UserError, match=r"tokenizer.model is damaged: its pieces cannot be read"):
         Tokenizer.open(tmp_path)
 
 

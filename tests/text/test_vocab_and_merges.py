@@ -8,6 +8,7 @@ from etils import epath
 
 from phijax.errors import UserError
 from phijax.interchange.tokenizer_check import TEXTS
+from phijax.storage import strict_json
 from phijax.text.open import open_tokenizer
 from phijax.text.pre_tokenizers import PRE_TOKENIZERS, cuts_of
 from phijax.text.vocab_and_merges import spec_of_folder
@@ -41,6 +42,23 @@ def test_ids_are_those_of_transformers(gpt2):
     assert ours.encode("<|endoftext|>") != [ours.end_of_text]  # in plain text its name is text
 
 
+def test_a_document_ends_with_the_folders_eos(copied):
+    vocab = json.loads((copied / "vocab.json").read_text())
+    vocab = {name.replace("<|endoftext|>", "<|stop|>"): i for name, i in vocab.items()}
+    (copied / "vocab.json").write_text(json.dumps(vocab))
+    (copied / "tokenizer_config.json").write_text('{"eos_token": "<|stop|>"}')
+    ours = open_tokenizer(copied)
+    assert ours.end_of_text == vocab["<|stop|>"] == transformers.GPT2Tokenizer.from_pretrained(copied).eos_token_id
+
+
+def test_settings_are_read_a_few_times_not_for_each_token(copied, monkeypatch):
+    (copied / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    read, seen = strict_json.read, []
+    monkeypatch.setattr(strict_json, "read", lambda path, *args, **more: seen.append(path) or read(path, *args, **more))
+    spec_of_folder(epath.Path(copied))
+    assert 0 < len(seen) < 20
+
+
 def test_the_rule_of_cuts_is_gpt2s(gpt2):
     assert cuts_of(spec_of_folder(epath.Path(gpt2))["pre_tokenizer"]) == PRE_TOKENIZERS["gpt-2"]
 
@@ -68,6 +86,8 @@ def test_added_tokens_and_their_flags_are_the_folders(copied):
         ({"model_type": "qwen2"}, "model_type qwen2"),
         ({"model_type": "gpt2", "tokenizer_class": "Qwen2Tokenizer"}, "tokenizer_class Qwen2Tokenizer"),
         ({}, "nothing of their class"),
+        ({"model_type": "gpt\u202e2"}, r"model_type 'gpt.u202e2'"),
+        ({"tokenizer_class": "\x1b[2JGPT2"}, r"tokenizer_class '.x1b.2JGPT2'"),
     ],
 )
 def test_files_of_other_classes_are_refused_with_the_remedy(copied, config, said):

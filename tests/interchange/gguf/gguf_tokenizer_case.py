@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import MappingProxyType
 
 import pytest
 import sentencepiece
@@ -34,8 +35,8 @@ def byte_level(pre="smollm", **changed):
     return BpeTokenizer(json.dumps(spec))
 
 
-def rewritten(path, **changed):
-    """The file with other arrays, through gguf's own writer."""
+def rewritten(path, kinds=MappingProxyType({}), **changed):
+    """The file with other arrays, through gguf's own writer. kinds: the changed types, by gguf's names."""
     source = gguf.GGUFReader(path)
     out = path.with_name("changed.gguf")
     writer = gguf.GGUFWriter(out, "phi3")
@@ -44,7 +45,8 @@ def rewritten(path, **changed):
         if key.startswith("GGUF.") or key == "general.architecture" or changed.get(name, "") is None:
             continue
         value = changed.get(name, field.contents())
-        writer.add_key_value(key, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+        kind = gguf.GGUFValueType[kinds[name]] if name in kinds else field.types[0]
+        writer.add_key_value(key, value, kind, field.types[-1] if len(field.types) > 1 else None)
     for tensor in source.tensors:
         writer.add_tensor(tensor.name, tensor.data)
     writer.write_header_to_file()

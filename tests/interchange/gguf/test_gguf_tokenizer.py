@@ -214,8 +214,25 @@ def test_texts_that_begin_with_end_of_text_say_so(tmp_path):
 
 
 def test_ids_that_are_no_tokens_are_refused(written):
-    with pytest.raises(UserError, match="names 400 as the id that ends a text"):
+    with pytest.raises(UserError, match=r"tokenizer.ggml.eos_token_id=400 is the id of no token; it has 400 tokens"):
         open_gguf(rewritten(written, eos_token_id=400))
+
+
+@pytest.mark.parametrize("key", ["bos", "padding", "eom"])
+@pytest.mark.parametrize("value, kind", [(400, "UINT32"), ("x", "STRING"), (1.5, "FLOAT32"), (True, "BOOL")])
+def test_every_id_that_is_named_is_a_tokens(written, key, value, kind):
+    name = f"{key}_token_id"
+    path = rewritten(written, kinds={name: kind}, **{name: value})
+    with pytest.raises(UserError, match=rf"{name}={value!r} is the id of no token"):
+        open_gguf(path)
+
+
+@pytest.mark.parametrize("none, kind", [(-1, "INT32"), (0xFFFFFFFF, "UINT32")])
+def test_minus_one_is_no_id(written, none, kind):
+    """As an unsigned number too: so writers say that a model has none."""
+    names = [f"{key}_token_id" for key in ("bos", "eos", "padding")]
+    facts = open_gguf(rewritten(written, kinds=dict.fromkeys(names, kind), **dict.fromkeys(names, none))).facts
+    assert (facts.bos_id, facts.eos_id, facts.pad_id) == (None, None, None)
 
 
 transformers = pytest.importorskip("transformers")

@@ -185,6 +185,8 @@ def test_the_name_table_covers_every_leaf_once(layout):
     assert counts == {path: int(np.prod(shape)) for path, shape in model_shapes(c).items()}
 
 
+LAYOUTS = ("phi3", "llama", "mistral")
+NO_ROPE = {"rope_parameters": None}  # which overrules the keys beside it
 CHANGES = [
     ("phi3", {"architectures": ["PhiForCausalLM"], "model_type": "phi"}, "PhiForCausalLM.*is not known"),
     ("phi3", {"model_type": "llama"}, "architectures says Phi3ForCausalLM, model_type says 'llama'"),
@@ -200,6 +202,9 @@ CHANGES = [
     ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' is not done"),
     ("llama", {"rope_scaling": {"type": "default", "high_freq_factor": 4.0}}, "high_freq_factor"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is no key of this class"),
+    *((name, {"rope_theta": x} | NO_ROPE, f"rope_theta={x!r} must be") for name in LAYOUTS for x in (0, False, "")),
+    *(("phi3", {"partial_rotary_factor": x} | NO_ROPE, f"factor={x!r} must be") for x in (0, False, "")),
+    ("llama", {"partial_rotary_factor": 0} | NO_ROPE, "partial_rotary_factor=0.0 is no key of this class"),
     ("phi3", {"hidden_size": "64"}, "hidden_size='64' must be a whole number from 1 to 2,147,483,647"),
     ("phi3", {"num_hidden_layers": 1 << 40}, "num_hidden_layers"),
     ("phi3", {"vocab_size": None}, "vocab_size is missing"),
