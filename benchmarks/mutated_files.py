@@ -34,6 +34,7 @@ from phijax.interchange.huggingface import config as huggingface_config
 from phijax.interchange.huggingface import export as huggingface_export
 from phijax.interchange.huggingface import folder as huggingface_folder
 from phijax.interchange.huggingface.families import FAMILIES
+from phijax.interchange.native import quantize
 from phijax.interchange.open import open_checkpoint
 from phijax.interchange.opened import Opened
 from phijax.interchange.weight_source import NOT_QUANTIZED, Index, model_shapes
@@ -45,9 +46,11 @@ from phijax.report.summary import summarise
 from phijax.report.writers import JsonLines, encode, read_metrics
 from phijax.run import resume
 from phijax.storage import strict_json
+from phijax.text.byte_level import byte_of_character
 from phijax.text.open import open_tokenizer
-from phijax.text.tokenizer import Tokenizer
+from phijax.text.tokenizer import MODEL_FILE, Tokenizer
 from phijax.text.train_tokenizer import train_tokenizer
+from phijax.text.vocab_and_merges import MERGES_FILE, VOCAB_FILE
 
 MODEL = ModelConfig(
     vocab_size=320,
@@ -60,6 +63,7 @@ MODEL = ModelConfig(
     max_position=64,
     long_rope=LongRope(tuple(1.0 + i / 8 for i in range(8)), tuple(2.0 + i for i in range(8)), 32),
 )
+GPT2 = {"positions": "learned", "norm": "layer", "bias": True, "activation": "gelu_tanh", "gated": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +103,9 @@ def readers(folder: pathlib.Path) -> dict[str, Reader]:
     """Writes the files below `folder`. Name, for people -> reader."""
     tokenizer = train_tokenizer(["def f(x): return 'a line of text', 1234\n" * 30], MODEL.vocab_size - 11)
     model = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
-    draw = np.random.default_rng(0)
-    weights = Weights({p: draw.standard_normal(s, np.float32) for p, s in model_shapes(model).items()})
-    opened = Opened(
-        epath.Path("memory"), "phijax", model, weights, lambda: tokenizer, stop_ids=(tokenizer.end_of_text,)
+    memory = epath.Path("memory")
+    opened = _of(
+        Opened(memory, "phijax", model, Weights({}), lambda: tokenizer, stop_ids=(tokenizer.end_of_text,)), model
     )
     return {
         **_huggingface(folder / "hf", opened),
@@ -111,6 +114,7 @@ def readers(folder: pathlib.Path) -> dict[str, Reader]:
         **_gguf(folder / "gguf", opened),
         **_run(folder / "run", model, tokenizer),
         **_data(folder, tokenizer),
+        **_progress(folder / "to.unfinished"),
     }
 
 
@@ -132,12 +136,11 @@ def _huggingface(folder: pathlib.Path, opened: Opened) -> dict[str, Reader]:
 
 def _configs(folder: pathlib.Path) -> dict[str, Reader]:
     """config.json of the other classes, whose weights are laid out otherwise."""
-    gpt2 = {"positions": "learned", "norm": "layer", "bias": True, "activation": "gelu_tanh", "gated": False}
     plain = dataclasses.replace(MODEL, long_rope=None)
     models = {
         "llama": plain,
         "mistral": dataclasses.replace(plain, sliding_window=16),
-        "gpt2": dataclasses.replace(plain, num_kv_heads=plain.num_heads, tied_head=True, **gpt2),
+        "gpt2": dataclasses.replace(plain, num_kv_heads=plain.num_heads, tied_head=True, **GPT2),
     }
     found = {}
     for name, model in models.items():
@@ -167,12 +170,48 @@ def _tokenizers(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Reader]
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     found = {f"{name}, beside tokenizer.model": Reader(whole / name, _open_tokenizer) for name in names}
     found["special_tokens.json"] = Reader(ours / "special_tokens.json", _open_tokenizer)
-    return found | {"tokenizer.json, alone": Reader(alone / "tokenizer.json", _open_tokenizer)}
+    found["tokenizer.model"] = Reader(ours / MODEL_FILE, _use_tokenizer, "bytes")
+    found["tokenizer.json, alone"] = Reader(alone / "tokenizer.json", _open_tokenizer)
+    return found | _two_files(folder / "two")
+
+
+def _two_files(folder: pathlib.Path) -> dict[str, Reader]:
+    """GPT-2's own files."""
+    folder.mkdir()
+    letters = list(byte_of_character())
+    vocab = {token: i for i, token in enumerate(["<|endoftext|>", *letters, "he", "ll", "hell"])}
+    (folder / VOCAB_FILE).write_text(json.dumps(vocab))
+    (folder / MERGES_FILE).write_text("#version: 0.2\nh e\nl l\nhe ll\n")
+    config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "add_prefix_space": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return {
+        VOCAB_FILE: Reader(folder / VOCAB_FILE, _use_tokenizer),
+        MERGES_FILE: Reader(folder / MERGES_FILE, _use_tokenizer, "text"),
+        "tokenizer_config.json, beside vocab.json": Reader(folder / "tokenizer_config.json", _use_tokenizer),
+    }
 
 
 def _gguf(folder: pathlib.Path, opened: Opened) -> dict[str, Reader]:
-    path = write_gguf(opened, epath.Path(folder) / "m.gguf", kind="F32")
-    return {"*.gguf": Reader(pathlib.Path(path), lambda file: _all_said(open_checkpoint(file)), "gguf")}
+    """Of each architecture. GPT-2's carries merges, the others a SentencePiece model's pieces."""
+    plain = dataclasses.replace(opened.model, long_rope=None)
+    merged = open_tokenizer(folder.parent / "two")
+    gpt2 = dataclasses.replace(plain, num_kv_heads=plain.num_heads, tied_head=True, **GPT2)
+    sources = {
+        "phi3": opened,
+        "llama": _of(opened, plain),
+        "gpt2": dataclasses.replace(_of(opened, gpt2), tokenizer=lambda: merged, stop_ids=(merged.end_of_text,)),
+    }
+    found = {}
+    for name, source in sources.items():
+        path = write_gguf(source, epath.Path(folder) / f"{name}.gguf", kind="F32", architecture=name)
+        found[f"*.gguf ({name})"] = Reader(pathlib.Path(path), lambda file: _all_said(open_checkpoint(file)), "gguf")
+    return found
+
+
+def _of(opened: Opened, model: ModelConfig) -> Opened:
+    draw = np.random.default_rng(0)
+    weights = Weights({p: draw.standard_normal(s, np.float32) for p, s in model_shapes(model).items()})
+    return dataclasses.replace(opened, model=model, weights=weights)
 
 
 def _run(workdir: pathlib.Path, model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Reader]:
@@ -286,12 +325,29 @@ def _data(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Reader]:
     }
 
 
+def _progress(folder: pathlib.Path) -> dict[str, Reader]:
+    """Of an export that was killed."""
+    folder.mkdir()
+    identity, path = "a" * 64, folder / quantize.PROGRESS_FILE
+    pieces = [{"piece": "embedding[0]", "squared": None}, {"piece": "blocks/mlp/up[1]", "squared": [0.5, 7.25]}]
+    path.write_text("\n".join([identity, *map(json.dumps, pieces)]) + "\n")
+    reader = _apart(lambda copy: quantize.taken_up(epath.Path(copy.parent), identity, lambda line: None))
+    return {quantize.PROGRESS_FILE: Reader(path, reader, "lines")}
+
+
 def _open(path: pathlib.Path) -> None:
     _all_said(open_checkpoint(path.parent))
 
 
 def _open_tokenizer(path: pathlib.Path) -> None:
     open_tokenizer(epath.Path(path.parent))
+
+
+def _use_tokenizer(path: pathlib.Path) -> None:
+    """Text to ids and back, and what an export makes of it."""
+    tokenizer = open_tokenizer(epath.Path(path.parent))
+    tokenizer.decode(tokenizer.encode("he said hello"))
+    tokenizer.huggingface_json()
 
 
 def _all_said(opened: Opened) -> None:

@@ -48,7 +48,8 @@ class Reader:
     """Who reads a file, and how the file is made.
 
     file: the one that is changed. open: what is done with it; given the file's path, UserError refuses it.
-    shape: how its structure is changed: "json", "lines" (of JSON), "safetensors", "gguf".
+    shape: how its structure is changed: "json", "lines" (of JSON), "text" (lines of any), "bytes", "safetensors",
+      "gguf".
     seal: makes a changed text whole again, where a digest would give every change away.
     """
 
@@ -250,9 +251,20 @@ def _gguf_changed(data: bytes, chance: random.Random) -> bytes:
     return data[:at] + written + data[at + len(written) :]
 
 
+def _text_changed(data: bytes, chance: random.Random) -> bytes:
+    """A line more, or another one; now and then of characters that move a cursor."""
+    lines, at = data.split(b"\n"), chance.randrange(data.count(b"\n") + 1)
+    new = chance.choice(
+        (b"", b"a", b"a b c", b"\xe2\x80\xae a", b"\x1b[2J x", b"\x00 \x00", b"x" * 100_000, chance.choice(lines))
+    )
+    return b"\n".join([*lines[:at], new, *lines[at + chance.randrange(2) :]])
+
+
 _SHAPES: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "json": _json_changed,
     "lines": _lines_changed,
+    "text": _text_changed,
+    "bytes": _bytes_changed,
     "safetensors": _safetensors_changed,
     "gguf": _gguf_changed,
 }

@@ -15,7 +15,7 @@ from phijax.interchange.opened import Opened
 from phijax.model import params
 from phijax.model.config import ModelConfig
 from phijax.report.writers import HELD_OUT_LOSS, read_metrics
-from phijax.storage.strict_json import Fields
+from phijax.storage.strict_json import Fields, printable
 
 FILE = "README.md"
 
@@ -43,7 +43,7 @@ def render(opened: Opened, class_name: str, format: str = "hf", tokenizer: str =
 
     `tokenizer`: how its files were checked.
     """
-    name = _printable(opened.facts.name or _source_name(opened))
+    name = printable(opened.facts.name or _source_name(opened))
     library, use = USES[format]
     parts = [
         f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- phijax\n---",
@@ -63,11 +63,6 @@ def _source_name(opened: Opened) -> str:
     """The workdir's name for a run's step, else the folder's or file's own."""
     of_run = opened.kind == "phijax" and is_step_of_run(opened.path)
     return opened.path.parent.parent.name if of_run else opened.path.stem
-
-
-def _printable(name: str) -> str:
-    """A file's name need not be UTF-8, which the card is written in, nor free of what moves a terminal's cursor."""
-    return name if name.isprintable() else ascii(name)
 
 
 def _what(opened: Opened, class_name: str) -> str:
@@ -100,7 +95,7 @@ def _data(opened: Opened) -> str:
     for number, phase in enumerate(data.objects("phases", [])):
         steps, length, rows = (phase.integer(name) for name in ("steps", "sequence_length", "global_batch_size"))
         tokens = steps * length * rows
-        sources = [(_printable(epath.Path(s.text("path")).name), s) for s in phase.objects("mixture")]
+        sources = [(printable(epath.Path(s.text("path")).name), s) for s in phase.objects("mixture")]
         mixture = ", ".join(
             f"{name} x {source.integer('weight')} (digest {source.text('digest')[:12]})" for name, source in sources
         )

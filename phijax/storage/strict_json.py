@@ -23,6 +23,7 @@ LARGEST = (1 << 31) - 1  # of a whole number, where a reader does not say otherw
 _DEEPEST = 32  # objects and lists inside each other; tokenizer.json has 8
 _MOST_DIGITS = 40  # tokenizer_config.json of half the models has a model_max_length of 10^30
 _SHOWN = 60  # characters of what stands in a file
+_TOLD = 300  # characters of what a library says
 
 _BRACKETS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _OTHERS = bytes(set(range(256)) - set(_BRACKETS))
@@ -138,11 +139,21 @@ def shown(value: Any) -> str:
 
 def named(field: str) -> str:
     """The name of a field, for a message."""
-    return _cut(field if field.isprintable() else ascii(field))
+    return _cut(printable(field))
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+def told(words: Any) -> str:
+    """What a library says, for a message: it may quote a file."""
+    return _cut(printable(str(words).replace("\n", " ")), _TOLD)
+
+
+def printable(text: str) -> str:
+    """As it is, or escaped where some of it moves a terminal's cursor or has no UTF-8."""
+    return text if text.isprintable() else ascii(text)
+
+
+def _cut(text: str, most: int = _SHOWN) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 @dataclasses.dataclass(frozen=True)

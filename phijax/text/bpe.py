@@ -12,7 +12,7 @@ from etils import epath
 from phijax.distribution import install_hint
 from phijax.errors import UserError
 from phijax.storage import strict_json
-from phijax.storage.strict_json import Fields, named, shown
+from phijax.storage.strict_json import Fields, named, shown, told
 from phijax.text import tokenizer_trial
 from phijax.text.bpe_arrays import spec_of_arrays
 from phijax.text.byte_level import bytes_of_token
@@ -356,4 +356,4 @@ def _load(spec: dict[str, Any], where: str) -> Any:
     try:
         return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the package raises Exception itself
-        raise UserError(f"{where} is no tokenizer that the package tokenizers can read: {error}") from error
+        raise UserError(f"{where} is no tokenizer that the package tokenizers can read: {told(error)}") from error

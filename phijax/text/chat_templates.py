@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from phijax.distribution import install_hint
 from phijax.errors import UserError
+from phijax.storage.strict_json import told
 from phijax.text import limited_child, limited_work
 from phijax.text.limited_work import Refused
 
@@ -61,4 +62,4 @@ def render_template(
                 f"The chat template of {where} (sha256 {digest[:12]}) was stopped: {did}.\n"
                 "No conversation needs that: do not trust the file. The model can continue text without it."
             ) from None
-    return [answer["text"] if "text" in answer else Refused(answer["refused"]) for answer in answers]
+    return [answer["text"] if "text" in answer else Refused(told(answer["refused"])) for answer in answers]

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from phijax.errors import UserError
+from phijax.storage.strict_json import told
 from phijax.text import limited_child
 from phijax.text.tokenizer_bounds import patterns_of
 
@@ -44,7 +45,7 @@ def require_harmless(text: str, spec: Mapping[str, Any], where: str) -> None:
             "Published tokenizers do not: the file is damaged or meant to harm."
         ) from None
     if "refused" in found:
-        raise UserError(f"{where} is no tokenizer that the package tokenizers can read: {found['refused']}")
+        raise UserError(f"{where} is no tokenizer that the package tokenizers can read: {told(found['refused'])}")
     remember([digest])
 
 
@@ -75,4 +76,4 @@ def failure(error: BaseException, where: str, text: str) -> UserError | None:
     """What to tell of an error of the library while it encodes; None for what is none of its own."""
     if type(error) is not Exception and type(error).__name__ != "PanicException":  # of Rust: a BaseException
         return None
-    return UserError(f"{where} cannot encode {text[:60]!r}: the package tokenizers fails with {str(error)[:200]}")
+    return UserError(f"{where} cannot encode {text[:60]!r}: the package tokenizers fails with {told(error)}")

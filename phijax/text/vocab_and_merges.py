@@ -31,6 +31,7 @@ def spec_of_folder(folder: epath.Path) -> dict[str, Any]:
     _check_class(folder, config.text("tokenizer_class", None))
     fields = strict_json.read(folder / VOCAB_FILE, LONGEST_FILE)
     vocab = {token: fields.integer(token) for token in fields.values}
+    _refuse_shared_ids(vocab, fields.file)
     by_bytes = {
         "type": "ByteLevel",
         "add_prefix_space": config.boolean("add_prefix_space", False),
@@ -73,6 +74,13 @@ def _check_class(folder: epath.Path, tokenizer: str | None) -> None:
         f"read as GPT-2's alone. Write a tokenizer.json: in Python, with transformers installed,\n"
         f"  AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
     )
+
+
+def _refuse_shared_ids(vocab: dict[str, int], file: str) -> None:
+    names = {i: token for token, i in vocab.items()}
+    for token, i in vocab.items():
+        if names[i] != token:
+            raise UserError(f"{file}: {shown(token)} and {shown(names[i])} have the same id {i}.")
 
 
 def _merges(path: epath.Path) -> list[str]:

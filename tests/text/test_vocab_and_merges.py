@@ -106,3 +106,19 @@ def test_lines_that_are_no_merge_are_named(copied):
     (copied / "vocab.json").write_text('{"a": -1}')
     with pytest.raises(UserError, match=r"vocab.json: a=-1 must be a whole number"):
         open_tokenizer(copied)
+
+
+def test_two_tokens_of_one_id_are_named(copied):
+    vocab = json.loads((copied / "vocab.json").read_text())
+    (copied / "vocab.json").write_text(json.dumps(vocab | {"a": vocab["<|endoftext|>"]}))
+    with pytest.raises(UserError, match=r"vocab.json: '<.endoftext.>' and 'a' have the same id 0"):
+        open_tokenizer(copied)
+
+
+@pytest.mark.parametrize("token", ["a\u202e", "\x1b[2J", "x" * 10_000])
+def test_what_the_library_quotes_moves_no_cursor(copied, token):
+    with (copied / "merges.txt").open("a") as file:
+        file.write(f"{token} b\n")
+    with pytest.raises(UserError, match="the package tokenizers can read: ") as refused:
+        open_tokenizer(copied)
+    assert all(character.isprintable() for character in str(refused.value)) and len(str(refused.value)) < 1000

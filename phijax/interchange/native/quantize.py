@@ -106,7 +106,7 @@ def write(
         lock = WriterLock(there, break_lock=False, log=say)
         with signals.tidied(lock.release), staging.staged(output, resumable=True) as folder:
             try:
-                done = _taken_up(folder, identity, say)
+                done = taken_up(folder, identity, say)
                 if (folder / TOKENIZER_FOLDER).exists():  # of the earlier start, perhaps of other files
                     (folder / TOKENIZER_FOLDER).rmtree()
                 fingerprint = tokenizer_files.write_native(opened, folder / TOKENIZER_FOLDER, say)
@@ -223,10 +223,10 @@ def _write_pieces(arrays, folder, todo, quantize, rounding, done, on_piece) -> d
     return squared
 
 
-def _taken_up(folder: epath.Path, identity: str, say: Callable[[str], None]) -> dict[str, tuple[float, float] | None]:
+def taken_up(folder: epath.Path, identity: str, say: Callable[[str], None]) -> dict[str, tuple[float, float] | None]:
     """Pieces that an export of the same weights to the same bits has written; what another left is removed."""
     path = folder / PROGRESS_FILE
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
     if lines and lines[0] == identity:
         done = {}
         for line in lines[1:]:
