@@ -170,7 +170,7 @@ def _tokenizers(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Reader]
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     found = {f"{name}, beside tokenizer.model": Reader(whole / name, _open_tokenizer) for name in names}
     found["special_tokens.json"] = Reader(ours / "special_tokens.json", _open_tokenizer)
-    found["tokenizer.model"] = Reader(ours / MODEL_FILE, _use_tokenizer, "bytes")
+    found["tokenizer.model"] = Reader(ours / MODEL_FILE, _use_tokenizer, "bits")
     found["tokenizer.json, alone"] = Reader(alone / "tokenizer.json", _open_tokenizer)
     return found | _two_files(folder / "two")
 

@@ -48,7 +48,7 @@ class Reader:
     """Who reads a file, and how the file is made.
 
     file: the one that is changed. open: what is done with it; given the file's path, UserError refuses it.
-    shape: how its structure is changed: "json", "lines" (of JSON), "text" (lines of any), "bytes", "safetensors",
+    shape: how its structure is changed: "json", "lines" (of JSON), "text" (lines of any), "bits", "safetensors",
       "gguf".
     seal: makes a changed text whole again, where a digest would give every change away.
     """
@@ -189,6 +189,16 @@ def _bytes_changed(data: bytes, chance: random.Random) -> bytes:
     return bytes(flipped)
 
 
+def _bit_flipped(data: bytes, chance: random.Random) -> bytes:
+    """Half of them in the last eighth, where a tokenizer.model has its words; half of them what makes it no ASCII."""
+    if not data:
+        return data
+    at = chance.randrange(len(data)) if chance.random() < 0.5 else len(data) - 1 - chance.randrange(len(data) // 8 + 1)
+    flipped = bytearray(data)
+    flipped[at] ^= 1 << (7 if chance.random() < 0.5 else chance.randrange(8))
+    return bytes(flipped)
+
+
 def _json_changed(data: bytes, chance: random.Random) -> bytes:
     try:
         tree = json.loads(data)
@@ -264,7 +274,7 @@ _SHAPES: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "json": _json_changed,
     "lines": _lines_changed,
     "text": _text_changed,
-    "bytes": _bytes_changed,
+    "bits": _bit_flipped,
     "safetensors": _safetensors_changed,
     "gguf": _gguf_changed,
 }
