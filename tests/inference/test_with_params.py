@@ -164,22 +164,28 @@ def test_what_does_not_fit_is_named(first, wrong, message):
         first.with_params(wrong())
 
 
-def changed_up(flat: dict, **parts) -> LowRank:
-    """A change of blocks/mlp/up, some of its parts others."""
-    rng, (layers, rows, columns) = np.random.default_rng(0), flat["blocks/mlp/up"].shape
-    a, b = rng.standard_normal((layers, 3, columns), np.float32), rng.standard_normal((layers, rows, 3), np.float32)
-    return LowRank(**{"base": flat["blocks/mlp/up"], "a": a, "b": b, "scale": 0.5} | parts)
+UP = "blocks/mlp/up"
+
+
+def low_rank(flat: dict, path: str, **parts) -> LowRank:
+    """A change of this leaf, some of its parts others."""
+    rng, shapes = np.random.default_rng(0), factor_shapes(flat[path].shape, 3)
+    factors = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    return LowRank(**{"base": flat[path], **factors, "scale": 0.5} | parts)
 
 
 def test_a_change_of_low_rank_is_merged(first):
-    """At construction as later."""
+    """At construction as later; what becomes of its parts changes nothing."""
     flat = model_params.flat(random_weights(1))
-    change = changed_up(flat)
-    params = model_params.nested(flat | {"blocks/mlp/up": change})
-    merged = flat | {"blocks/mlp/up": flat["blocks/mlp/up"] + 0.5 * change.b @ change.a}
+    changes = {path: low_rank(flat, path) for path in (UP, "head")}
+    merged = flat | {path: change.base + 0.5 * change.b @ change.a for path, change in changes.items()}
     expected = first.with_params(model_params.nested(merged)).generate(PROMPTS, SAMPLINGS[0])
-    for changed in (first.with_params(params), Generator(SMALL, params)):
-        for ours, theirs in zip(changed.generate(PROMPTS, SAMPLINGS[0]), expected, strict=True):
+    params = jax.device_put(model_params.nested(flat | changes))
+    generators = first.with_params(params), Generator(SMALL, params)
+    for leaf in jax.tree.leaves(params):
+        leaf.delete()
+    for generator in generators:
+        for ours, theirs in zip(generator.generate(PROMPTS, SAMPLINGS[0]), expected, strict=True):
             assert ours.tokens == theirs.tokens
             np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-4)  # sums in another order
 
@@ -190,19 +196,16 @@ def deleted(array: np.ndarray) -> jax.Array:
     return array
 
 
-UP = "blocks/mlp/up"
-
-
 @pytest.mark.parametrize(
     ("leaf", "message"),
     [
-        (lambda f: changed_up(f, a=deleted(np.zeros((2, 3, 32)))), f"{UP} was donated"),
-        (lambda f: changed_up(f, a=np.zeros((2, 3, 31), np.float32)), rf"{UP}/a has shape \(2, 3, 31\)"),
-        (lambda f: changed_up(f, b=np.zeros((2, 64, 4), np.float32)), rf"{UP}/b has shape .* \(2, 64, 3\)"),
-        (lambda f: changed_up(f, a=np.zeros(32, np.float32), b=np.zeros(64, np.float32)), rf"{UP}/a has shape"),
-        (lambda f: changed_up(f, a=np.zeros((2, 3, 32), np.int32)), f"{UP}/a has dtype int32"),
-        (lambda f: changed_up(f, base=f[UP][:, :60]), rf"{UP} has shape \(2, 60, 32\)"),
-        (lambda f: changed_up(f, base=tuple(f[UP])), f"{UP} is no array in the new parameters, but tuple"),
+        (lambda f: low_rank(f, UP, a=deleted(np.zeros((2, 3, 32)))), f"{UP} was donated"),
+        (lambda f: low_rank(f, UP, a=np.zeros((2, 3, 31), np.float32)), rf"{UP}/a has shape \(2, 3, 31\)"),
+        (lambda f: low_rank(f, UP, b=np.zeros((2, 64, 4), np.float32)), rf"{UP}/b has shape .* \(2, 64, 3\)"),
+        (lambda f: low_rank(f, UP, a=np.zeros(32, np.float32), b=np.zeros(64, np.float32)), rf"{UP}/a has shape"),
+        (lambda f: low_rank(f, UP, a=np.zeros((2, 3, 32), np.int32)), f"{UP}/a has dtype int32"),
+        (lambda f: low_rank(f, UP, base=f[UP][:, :60]), rf"{UP} has shape \(2, 60, 32\)"),
+        (lambda f: low_rank(f, UP, base=tuple(f[UP])), f"{UP} is no array in the new parameters, but tuple"),
         (lambda f: tuple(f[UP]), f"{UP} has ndarray as layer 0 of a tuple"),
         (lambda f: (), f"{UP} is a tuple of 0"),
         (lambda f: (stored(f[UP][0]),) * 2, f"{UP} of layer 0 is quantised by .* it is not quantised"),
