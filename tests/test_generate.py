@@ -27,8 +27,8 @@ def test_a_prompt_a_line(tmp_path):
     [
         ("", "holds no prompt"),
         ('"a"\n[1]\n', r"prompts.jsonl:2: a string, or an object"),
-        ('"a"\n\n{\n', r"prompts.jsonl:3: not JSON"),
-        ('"a\\ud800"\n', "is no text in UTF-8, at character 1"),
+        ('"a"\n\n{\n', r"prompts.jsonl:3 is not JSON"),
+        ('"a\\ud800"\n', "prompts.jsonl:1 is not JSON in UTF-8"),
     ],
 )
 def test_files_without_prompts_are_refused(tmp_path, content, message):

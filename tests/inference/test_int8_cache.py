@@ -44,6 +44,7 @@ def generator(weights, cache_dtype="int8", tensor: int = 1) -> Generator:
     return Generator(MODEL, weights, None, CHOICES["cpu"], mesh, cache_dtype=cache_dtype)
 
 
+@pytest.mark.slow
 def test_it_is_a_float_cache_of_rounded_numbers(weights, monkeypatch):
     """Prompts and steps, against floats that were rounded and widened again before they were written."""
     ours = generator(weights)

@@ -51,7 +51,12 @@ def assert_same(got, expected):
 
 
 @pytest.mark.parametrize(
-    "c, cache_dtype", [(C, "auto"), (C, "int8"), (dataclasses.replace(ONE_HEAD, max_position=2048), "auto")]
+    "c, cache_dtype",
+    [
+        (C, "auto"),
+        pytest.param(C, "int8", marks=pytest.mark.slow),
+        pytest.param(dataclasses.replace(ONE_HEAD, max_position=2048), "auto", marks=pytest.mark.slow),
+    ],
 )
 def test_turns_have_the_bits_that_they_have_alone(c, cache_dtype, computed):
     """The third turn needs a longer cache; of the first two nothing but the end of a chunk is computed again."""

@@ -82,6 +82,7 @@ def slurm(index, count):
     }
 
 
+@pytest.mark.slow
 def test_four_processes_find_each_other_through_slurm(tmp_path):
     """No address, count or id is given on the command line: the same line on every task, as srun starts it."""
     write_synthetic(tmp_path / "shards", seed=1, documents=300)

@@ -37,8 +37,11 @@ def test_attended_keys(length, window):
 
 
 def test_matmul_parameters():
-    """Everything but norms and the looked-up embedding; a tied head multiplies although it is no leaf of its own."""
+    """Everything but norms, biases and what is looked up; a tied head multiplies although it is no leaf of its own."""
     for name, c in PRESETS.items():
-        norms = (2 * c.num_layers + 1) * c.model_dim
+        added = (2 * c.num_layers + 1) * c.model_dim * (2 if c.norm == "layer" else 1)
+        if c.bias:  # q, k, v, o and down are as wide as the model in these
+            added += c.num_layers * (5 * c.model_dim + c.ffn_dim)
         looked_up = 0 if c.tied_head else c.vocab_size * c.model_dim
-        assert matmul_parameters(c) == parameters.count(c) - norms - looked_up, name
+        looked_up += c.max_position * c.model_dim if c.positions == "learned" else 0
+        assert matmul_parameters(c) == parameters.count(c) - added - looked_up, name

@@ -59,7 +59,13 @@ def test_an_analytic_plan_of_mini(capsys):
     "compiling",
     [
         False,
-        pytest.param(True, marks=pytest.mark.skipif(not topology.has_compiler(), reason="libtpu is not installed")),
+        pytest.param(
+            True,
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not topology.has_compiler(), reason="libtpu is not installed"),
+            ],
+        ),
     ],
 )
 def test_a_plan_with_moments_on_the_hosts(capsys, compiling):

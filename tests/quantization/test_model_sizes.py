@@ -42,7 +42,7 @@ def run(command, *arguments: str) -> None:
         flagsaver.restore_flag_values(saved, command.FLAGS)
 
 
-@pytest.mark.parametrize("scheme", ["int4_g32_head8", "int4"])
+@pytest.mark.parametrize("scheme", [pytest.param("int4_g32_head8", marks=pytest.mark.slow), "int4"])
 def test_files_have_the_planned_sizes(benchmark, tmp_path, scheme):
     workdir = save_run(tmp_path / "run", random_params(SMALL), SMALL)
     run(quantize, f"--checkpoint={workdir}", f"--scheme={scheme}", f"--output={tmp_path / 'small'}")

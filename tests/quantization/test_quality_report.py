@@ -71,7 +71,7 @@ def test_the_table_has_bits_and_bytes_of_each_kind():
     rows = {line.split()[0]: line.split()[1:] for line in report.size_table(shapes, assigned, nbytes)}
     assert rows["gate_up"][:3] == ["int4_g32", f"{4 * 96 * 64:,}", "4.500"]
     assert rows["o"][:3] == ["int8", f"{2 * 48 * 64:,}", f"{8 + 16 / 48:.3f}"]
-    assert rows["norms"][:4] == ["as", "stored", f"{5 * 64}", "32.000"]
+    assert rows["others"][:4] == ["as", "stored", f"{5 * 64}", "32.000"]
     assert rows["all"][0] == f"{params.count(MODEL) + 2 * 324 * 64:,}"
 
 

@@ -102,7 +102,7 @@ command.run(quantize.main, quantize.FLAGS)
 """
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m == "gptq")) for m in METHODS])
 def test_a_disk_that_takes_no_more(workdir, text, tmp_path, method):
     """For real: the kernel refuses what goes beyond 4,000 bytes of a file."""
     arguments = flags(workdir, tmp_path / "out", method, text)

@@ -49,6 +49,7 @@ def experiment(runs, tmp_path):
     return tmp_path / "long.py"
 
 
+@pytest.mark.slow
 def test_longer_context_goes_on_from_weights_of_a_shorter_one(runs, experiment, tmp_path):
     first = ["--config.data.phases[0].sequence_length=32", "--config.data.phases[0].steps=20",
              "--config.data.phases[1].steps=1", "--config.data.phases[1].sequence_length=32"]  # fmt: skip

@@ -80,6 +80,7 @@ def test_another_mesh_has_the_same_rows_and_losses(runs, by_fsdp, tmp_path, size
     same_rows_and_losses(tmp_path / "run", by_fsdp)
 
 
+@pytest.mark.slow
 def test_moments_on_the_hosts_are_the_same_run(runs, by_fsdp, tmp_path):
     """Two processes keep them there, save and end; runs are taken up in the middle from there and to there."""
     there, host = tmp_path / "there", "--config.optimizer.moments=host"

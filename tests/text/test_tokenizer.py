@@ -168,7 +168,7 @@ def test_what_ends_the_texts_ends_the_training():
     ("added_tokens", "message"),
     [
         ('{"<|user|>": 989}', "have no <|endoftext|>"),
-        ('{"<|endoftext|>": 5}', "which is a piece of the model"),
+        ('{"<|endoftext|>": 5}', "has id 5, a piece of the model"),
         ('{"<|endoftext|>": 989, "<|end|>": 989}', "the same id 989"),
         ('{"<|endoftext|>": "989"}', "<|endoftext|>='989' must be a whole number"),
         ("{", "is not JSON"),

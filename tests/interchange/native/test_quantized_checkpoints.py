@@ -167,7 +167,7 @@ native_quantize.write(source, epath.Path(output), assigned, method=method, round
 """
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
+@pytest.mark.parametrize("method", ["rtn", "awq", pytest.param("gptq", marks=pytest.mark.slow)])
 def test_killed_it_goes_on_where_it_was(workdir, tmp_path, method):
     """The same bits as in one go, and what was done is not done again."""
     np.save(tmp_path / "tokens.npy", TOKENS)
