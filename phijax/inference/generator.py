@@ -15,7 +15,7 @@ from phijax.inference import batch as batches
 from phijax.inference import fitting, placement, programs
 from phijax.inference.batch import Batch, Chosen
 from phijax.inference.prefix_cache import Prefix, PrefixCache
-from phijax.inference.sampling import Sampling
+from phijax.inference.sampling import MOST_INT32, Sampling
 from phijax.inference.stopping import Continuation, Result
 from phijax.model import cached
 from phijax.model.backend import CHOICES, Backend
@@ -87,7 +87,7 @@ class Generator:
             cache then computed anew, once; "auto": by max_length where it is given.
           cache_dtype: of keys and values; "auto": that of computation. In int8 they take half of bfloat16's memory.
           owned: nobody else uses `params`: arrays that lie as inference wants them are taken, not copied.
-        Raises: UserError for a max_length that the model does not have.
+        Raises: UserError for a max_length that the model does not have, and for params as `with_params`.
         """
         self.model, self.tokenizer = model, tokenizer
         self.mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
@@ -103,7 +103,7 @@ class Generator:
         self._layout = placement.choose_layout(model, self.backend, self.mesh, cache_dtype)
         # Of partitioned programs the promise is 1e-5, not bits.
         self._alone = self.mesh.size == 1 and platform == "cpu"
-        self._schemes = fitting.schemes_of(params)
+        self._schemes = fitting.schemes_of(params)  # a change of low rank has none: merged, it is floats
         self._weights, self._weights_id = self._place(params, owned), object()
         self._cache_sharding = placement.cache_sharding(model, self._layout, self.mesh)
         _, self._attention_factor = inverse_frequencies(model, self.max_length)
@@ -119,7 +119,7 @@ class Generator:
         Raises: UserError that names the first leaf that is missing, unknown, or of another shape, type or scheme.
         """
         other = copy.copy(self)
-        other._weights = self._place(fitting.fitted(self.model, params, self._schemes))
+        other._weights = self._place(params)
         other._weights_id = object()
         return other
 
@@ -135,8 +135,8 @@ class Generator:
 
         Args:
           sampling: for all, or one for each prompt.
-          names: the rows' own numbers, for their draws; default 0, 1, ... where all have one sampling, 0 where each has
-            its own: an answer is then the one that its prompt gets alone.
+          names: the rows' own numbers, 0 to 2^31 - 1, for their draws; default 0, 1, ... where all have one sampling, 0
+            where each has its own: an answer is then the one that its prompt gets alone.
           kept: of one prompt: the cache of the last one, for what both begin with; then of this one. It changes no bit.
         Raises: UserError for a prompt that is too long, or settings that mean nothing.
         """
@@ -163,6 +163,7 @@ class Generator:
         for what, given in (("samplings", samplings), ("names", names)):
             if len(given) != len(prompts):
                 raise UserError(f"{len(given)} {what} for {len(prompts)} prompts.")
+        names = [_name(name) for name in names]
         assert kept is None or len(prompts) == 1
         asked = [self._asked(*one) for one in zip(range(len(prompts)), prompts, samplings, names, strict=True)]
         return self._groups([one for one in asked if one.limit], with_logits, kept or PrefixCache())
@@ -376,5 +377,17 @@ class Generator:
         )
 
     def _place(self, params: Params, owned: bool = False) -> cached.Weights:
+        fitting.check(self.model, params, self._schemes)
         form = placement.matrix_format(self.backend, self.mesh)
-        return placement.place(self.model, self._layout, params, self.mesh, form, owned=owned)
+        return placement.place(self.model, self._layout, params, self.mesh, form, schemes=self._schemes, owned=owned)
+
+
+def _name(value: int) -> int:
+    """A row's own number. Raises: UserError for what is none: cut to its type, it would be another row's."""
+    try:
+        name = operator.index(value)
+    except TypeError:
+        name = -1
+    if not 0 <= name <= MOST_INT32:
+        raise UserError(f"names has {value!r}: the number of a row is a whole number from 0 to {MOST_INT32}.")
+    return name

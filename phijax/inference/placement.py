@@ -1,13 +1,14 @@
 """Where weights and cache lie during inference: whole or cut over `tensor`, resident, in the dtype of computation."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from phijax.inference.fitting import fitted
 from phijax.model import cached
 from phijax.model import params as model_params
 from phijax.model.backend import Backend
@@ -19,6 +20,7 @@ from phijax.model.params import Params
 from phijax.model.quantized import Quantized
 from phijax.model.weights import WeightFormat
 from phijax.parallel import sharding
+from phijax.quantization.policy import Scheme
 
 
 def choose_layout(
@@ -63,16 +65,18 @@ def place(
     mesh: Mesh,
     form: Callable[[Quantized], WeightFormat] | None = None,
     *,
+    schemes: Mapping[str, Scheme] | None = None,
     owned: bool = False,
 ) -> cached.Weights:
     """Parameters as the programs use them: gathered over every axis but `tensor`, once; cast; a layer an array.
 
     A leaf whose heads (or rows) `tensor` does not divide is whole on every chip. Of quantised leaves the integers are
-    cut so; their scales too, where they have as many groups of rows. Leaf by leaf: besides `params` and the result no
-    more than one leaf is held.
+    cut so; their scales too, where they have as many groups of rows. Changes of low rank are merged. Leaf by leaf:
+    besides `params` and the result no more than one leaf is held.
 
     Args:
       form: as `matrix_format` gives it. A leaf that has it already is taken as it is.
+      schemes: leaf path -> what floats there are rounded by, to the nearest.
       owned: arrays that need no change may become part of the result; else all are copied.
     """
     axes, flat = model_params.axes(c), model_params.flat(params)
@@ -98,18 +102,22 @@ def place(
             if len(leaf.shape) == 3:
                 layers = (jax.tree.map(lambda a, i=i: a[i], leaf) for i in range(c.num_layers))
                 return tuple(put_leaf(one, path, names[1:]) for one in layers)
-            leaf = form(leaf)
+            made = form(leaf)
+            return put_quantized(made, path, names) if isinstance(made, Quantized) else made
         if isinstance(leaf, Quantized):
             return put_quantized(leaf, path, names)
         if isinstance(leaf, WeightFormat):
-            return leaf
+            return leaf if owned else jax.tree.map(jnp.copy, leaf)
         return put(leaf, path, names, cut_of(c, mesh, names, leaf.shape), layout.dtype)
 
-    leaves = {path: put_leaf(leaf, path, axes[path]) for path, leaf in flat.items()}
+    def put_fitted(path: str, name: str) -> Any:
+        return put_leaf(fitted(path, flat[path], (schemes or {}).get(path)), name, axes[path])
+
+    leaves = {path: put_fitted(path, path) for path in flat}
     if layout.transposed and c.tied_head:
         made = leaves["embedding"]
         of_platform = isinstance(made, WeightFormat) and not isinstance(made, Quantized)
-        leaves[cached.HEAD] = made if of_platform else put_leaf(flat["embedding"], cached.HEAD, axes["embedding"])
+        leaves[cached.HEAD] = made if of_platform else put_fitted("embedding", cached.HEAD)
     return cached.assembled(layout, leaves, c.num_layers)
 
 

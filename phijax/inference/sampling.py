@@ -17,7 +17,7 @@ from phijax.model.kernels.rows import each_row
 # reach, so the most likely token it is. Above its inverse all that is finite is equal.
 LEAST_TEMPERATURE = 1e-30
 MOST_PENALTY = 1e3
-_LARGEST = {np.float32: 1 / LEAST_TEMPERATURE, np.int32: 2**31 - 1}
+MOST_INT32 = 2**31 - 1
 
 
 def _whole(value: Any) -> int | None:
@@ -134,10 +134,14 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, s: Sampling, name: int = 0) -> "Settings":
-        """Of one row, (1,) each. What is too large for its type becomes the largest there is, which means the same."""
+        """Of one row, (1,) each. A temperature or a top_k that is too large for its type becomes the largest there is,
+        which means the same.
+        """
         types = (np.float32, np.int32, np.float32, np.float32, np.float32, np.uint32, np.int32)
-        values = (s.temperature if s.draws else 0, s.top_k, s.top_p, s.min_p, s.repetition_penalty, s.seed, name)
-        return cls(*(np.array([min(v, _LARGEST.get(t, v))], t) for t, v in zip(types, values, strict=True)))
+        temperature = min(s.temperature, 1 / LEAST_TEMPERATURE) if s.draws else 0
+        top_k = min(s.top_k, MOST_INT32)
+        values = (temperature, top_k, s.top_p, s.min_p, s.repetition_penalty, s.seed, name)
+        return cls(*(np.array([value], dtype) for dtype, value in zip(types, values, strict=True)))
 
 
 def choose(

@@ -30,12 +30,16 @@ def project_back(h: jax.Array, w: nnx.Param) -> jax.Array:
 
 
 def contract(x: jax.Array, w: nnx.Param) -> jax.Array:
-    """As `weights.contract` but rounded; of a LowRank its base is, its factors are not."""
+    """As `weights.contract` but rounded; of a LowRank its base is, its factors are not. What is in few bits already is
+    contracted as it is.
+    """
     value = w.get_value()
     if isinstance(value, LowRank):
         leaves = value.leaves(w)
         by = {"base": contract, "a": weights.contract, "b": weights.contract}
         return value.contract(x, lambda x, name: by[name](x, leaves[name]), back=w.summed == "rows")
+    if isinstance(value, weights.WeightFormat):
+        return weights.contract(x, w)
     return project_back(x, w) if w.summed == "rows" else project(x, w)
 
 

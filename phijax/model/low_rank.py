@@ -21,6 +21,12 @@ def factor_axes(axes: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return {"a": (*stacked, "rank", columns), "b": (*stacked, rows, "rank")}
 
 
+def factor_shapes(shape: Sequence[int], rank: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a and b for that of the base, (..., rows, D)."""
+    *stacked, rows, columns = shape
+    return {"a": (*stacked, rank, columns), "b": (*stacked, rows, rank)}
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:

@@ -16,6 +16,7 @@ from phijax.interchange.facts import TRAVELLING
 from phijax.interchange.native.source import START, model_of
 from phijax.interchange.open import open_checkpoint
 from phijax.interchange.opened import Opened
+from phijax.model import params as model_params
 from phijax.model.config import CHECKPOINT, ModelConfig, ModelSection, by_hand, model_to_dict, resolve_model
 from phijax.model.presets import PRESETS
 from phijax.text.tokenizer import TextTokenizer
@@ -86,22 +87,39 @@ def kept(before: dict[str, Any] | None, begun: Start | None) -> dict[str, Any]:
 def check_model(opened: Opened, section: ModelSection, model: ModelConfig) -> list[str]:
     """Whether the weights of `opened` can start `model`, which `section` describes. -> lines on what differs and may.
 
-    Raises: UserError naming every field that differs, but those of CHANGED_BY_CONTEXT that were set by hand; with the
-      flags that make them equal.
+    Raises: UserError naming every field that differs, but those of CHANGED_BY_CONTEXT that were set by hand and leave
+      every leaf its shape; with the flags that make them equal.
     """
     hands = by_hand(section)
     changed = configs.differences(computed(opened.model), computed(model))
-    free = [name for name in CHANGED_BY_CONTEXT if name in hands]
+    free = [name for name in _context(opened.model, model) if name in hands]
     shown = {key: (_short(old), _short(new)) for key, (old, new) in changed.items()}
     refused = [key for key in changed if key.split(".")[0] not in free]
     if refused:
         raise UserError(
             f"init_from={opened.path} is the checkpoint of another model:\n"
             + "".join(f"  model.{key} is {shown[key][0]} there, {shown[key][1]} here\n" for key in refused)
+            + "".join(
+                f"  so {path} has shape {old} there, {new} here\n"
+                for path, (old, new) in _reshaped(opened.model, model).items()
+            )
             + "Nothing is cast, cut or reshaped: take other weights, or the checkpoint's model, with\n  "
             + _remedies(opened, section, model, list(dict.fromkeys(key.split(".")[0] for key in refused)))
         )
     return [f"init_from: model.{key} was {old}, goes on with {new}" for key, (old, new) in shown.items()]
+
+
+def _reshaped(there: ModelConfig, here: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Leaves that another max_position alone gives another shape: learned positions. Path -> theirs, ours."""
+    old = model_params.shapes(there)
+    new = model_params.shapes(dataclasses.replace(there, max_position=here.max_position))
+    return {path: (old[path], new[path]) for path in old if old[path] != new[path]}
+
+
+def _context(there: ModelConfig, here: ModelConfig) -> list[str]:
+    """The fields of CHANGED_BY_CONTEXT with which weights of the one model are weights of the other."""
+    reshaped = _reshaped(there, here)
+    return [name for name in CHANGED_BY_CONTEXT if name != "max_position" or not reshaped]
 
 
 def computed(model: ModelConfig) -> dict[str, Any]:
@@ -125,7 +143,7 @@ def _remedies(opened: Opened, section: ModelSection, model: ModelConfig, refused
     fields = [_flag(name, getattr(opened.model, name), opened) for name in refused]
     if section.preset != CHECKPOINT and None not in fields:
         ways.append("or, the same by field,\n  " + " ".join(filter(None, fields)))
-    context = [name for name in refused if name in CHANGED_BY_CONTEXT]
+    context = [name for name in refused if name in _context(opened.model, model)]
     here = [_flag(name, getattr(model, name), None) for name in context]
     if context and None not in here:
         ways.append(

@@ -9,6 +9,7 @@ import pytest
 from batch_models import GPT2, GROUPED, ONE_HEAD, weights
 from jax.sharding import Mesh
 
+from phijax.errors import UserError
 from phijax.inference import programs
 from phijax.inference.generator import Generator
 from phijax.inference.sampling import Sampling
@@ -65,6 +66,13 @@ def test_draws_depend_on_seed_and_the_rows_own_number_alone():
     assert all(a.tokens != b.tokens for a, b in zip(together, other_seed, strict=True))
     same_prompt = g.generate([prompts(GROUPED)[1]] * 2, sampling)
     assert same_prompt[0].tokens != same_prompt[1].tokens
+
+
+@pytest.mark.parametrize("name", [-1, 2**31, 2**40, 0.5, "1", None])
+def test_what_is_no_number_of_a_row_is_refused(name):
+    """Cut to 31 bits it would be another row's, and the two would draw alike."""
+    with pytest.raises(UserError, match=r"names has .*: the number of a row is a whole number from 0 to 2147483647"):
+        generator(GROUPED).stream([[1, 2]] * 2, Sampling(max_tokens=1), names=[np.int64(2**31 - 1), name])
 
 
 def test_decoding_gives_the_logits_of_one_pass_over_the_whole():

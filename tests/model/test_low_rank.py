@@ -114,15 +114,20 @@ def test_the_change_is_never_made(heads):
     assert made and not [line for line in made if f"f32[{ROWS},{COLUMNS}]" in line.split(" dot(")[0]]
 
 
-def test_int8_products_round_the_base_alone():
-    for summed, width in (("d", COLUMNS), ("rows", ROWS)):
-        value, x = low_rank(jnp.asarray(random(ROWS, COLUMNS))), random(5, width)
-        got, base = (
+@pytest.mark.parametrize("base", BASES)
+def test_int8_products_round_the_base_alone(base):
+    """What is in few bits already is contracted as ever."""
+    for summed, axis, width in (("d", -1, COLUMNS), ("rows", -2, ROWS)):
+        value, x = low_rank(BASES[base](axis)), random(5, width)
+        got, base_alone = (
             quickly(lambda x, w, summed=summed: int8_products.contract(x, leaf(w, summed)))(x, w)
             for w in (value, value.base)
         )
+        if base == "quantized":
+            matrix = np.asarray(value.base.dequantize())
+            np.testing.assert_allclose(base_alone, x @ (matrix if summed == "rows" else matrix.T), **CLOSE)
         change = SCALE * np.asarray(value.b) @ np.asarray(value.a)
-        expected = base + x @ (change if summed == "rows" else change.T)
+        expected = base_alone + x @ (change if summed == "rows" else change.T)
         np.testing.assert_allclose(got, expected, **CLOSE)
 
 
@@ -154,6 +159,7 @@ def test_leaves_stand_beside_those_they_change():
         ({"head"}, 4, "'head' is no kind of matrix that a change of low rank can be added to: down, gate_up, o, qkv."),
         ({"gate-up"}, 4, "Nearest: 'gate_up'"),
         ({"o"}, 0, "a rank of 1 or more, not 0"),
+        ((), 4, "needs kinds of matrices that it is added to: down, gate_up, o, qkv"),
     ],
 )
 def test_what_cannot_be_declared_is_refused(kinds, rank, said):
@@ -176,3 +182,17 @@ def test_factors_that_do_not_fit_are_refused():
             adapters.attached(base, params.nested(fits | change), 2.0)
     with pytest.raises(UserError, match="needs its a, its b"):
         adapters.attached(base, params.nested({f"{path}/a": fits[f"{path}/a"]}), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("path", "a", "b"),
+    [
+        ("blocks/attention_norm/scale", (4, 64), (2, 4)),  # two dimensions, layers and width
+        ("final_norm/scale", (4, 64), (64, 4)),
+        ("blocks/attention/o", (64,), (48,)),
+    ],
+)
+def test_a_change_of_what_is_no_matrix_is_refused(path, a, b):
+    factors = params.nested({f"{path}/a": np.zeros(a), f"{path}/b": np.zeros(b)})
+    with pytest.raises(UserError, match=f"{path}: a change of low rank is one of a matrix"):
+        adapters.attached(params.abstract(SMALL), factors, 1.0)

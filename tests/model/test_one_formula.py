@@ -1,8 +1,6 @@
 """A change of what a layer computes, made in its one place, reaches training, generation and calibration alike."""
 
 import dataclasses
-import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +19,6 @@ from formula_case import (
     weights,
 )
 
-import phijax
 from phijax.model import mlp, norm
 from phijax.model.config import ModelConfig
 from phijax.model.kernels import cpu_int4, cpu_int4_library
@@ -168,24 +165,3 @@ def test_another_factor_of_the_softmax_is_not_the_kernels(tiled_block, monkeypat
     monkeypatch.setattr(ModelConfig, "attention_scale", property(lambda c: 1 / c.head_dim))
     program = lambda x, cache: ops.attention(Normed(x, b.attention_norm), b.attention, b.mask, cache)[1]  # noqa: E731
     assert cpu_int4_library.ATTEND not in called(program, X, cache)
-
-
-# --- homes --------------------------------------------------------------------------------------------------------
-
-HOMES = {  # what is looked for -> the files where it may stand
-    r"nn\.silu\b": {"model/mlp.py", "model/kernels/cpu_int4.py"},  # the second: what the C++ computes
-    r"nn\.gelu\b": {"model/mlp.py"},
-    r"\b(head_dim|width|h|shape\[-1\])\s*\*\*\s*-0\.5": {"model/config.py", "model/kernels/cpu_int4.py"},
-    r"jnp\.sin\(": {"model/rope.py"},
-    r"rope_theta\s*\*\*": {"model/rope.py"},
-    r"lax\.rsqrt\(": {"model/norm.py"},
-}
-
-
-@pytest.mark.parametrize("formula", HOMES)
-def test_a_formula_stands_in_one_file(formula):
-    package = pathlib.Path(phijax.__file__).parent
-    files = {
-        path.relative_to(package).as_posix() for path in package.rglob("*.py") if re.search(formula, path.read_text())
-    }
-    assert files == HOMES[formula]

@@ -89,6 +89,23 @@ def test_longer_context_by_hand_is_taken_and_said():
     assert check(TINY, ModelSection(preset="checkpoint")) == []
 
 
+def test_learned_positions_are_rows_of_a_leaf_and_not_context():
+    model = dataclasses.replace(TINY, positions="learned", partial_rotary_factor=1.0, max_position=64)
+    for section in (
+        ModelSection(preset="checkpoint", max_position=128),
+        ModelSection(preset="tiny", positions="learned", max_position=128),
+        ModelSection(preset="tiny", positions="learned"),
+    ):
+        said, ours = refusal(model, section), 128 if section.max_position == 128 else TINY.max_position
+        assert f"model.max_position is 64 there, {ours} here" in said and "Another context" not in said
+        width = TINY.model_dim
+        assert f"position_embedding has shape (64, {width}) there, ({ours}, {width}) here" in said
+        flags = [line for line in said.splitlines() if "--config" in line]
+        assert flags
+        for line in flags:
+            assert check(model, pasted(line, section)) == [], line
+
+
 def test_long_rope_is_by_hand_where_its_source_is_named():
     four_k, long = PRESETS["phi3_mini"], ModelSection(preset="phi3_mini_128k", sliding_window=None, max_position=131072)
     said = refusal(four_k, long)
