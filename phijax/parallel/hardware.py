@@ -180,7 +180,7 @@ def run_in_turn() -> None:
 
     Dispatched, a step of XLA:CPU begins as soon as the results of the one before are there, which is a moment before
     that one's temporary buffer is freed. The heap then holds two for good: 4.5 GiB of a 34M train step, which are 2.7
-    in turn, at the same speed: there is no device beside the host's cores that would wait meanwhile.
+    in turn: there is no device beside the host's cores that would wait meanwhile.
     """
     import jax
 
